@@ -1,0 +1,42 @@
+# Two commands need nothing but python3 (>= 3.11, with venv and pip) and make: `make demo`, `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+JOBS = $(shell $(BIN)/python -c 'import os; print(min(2, os.cpu_count() or 1))')
+
+.PHONY: help setup demo test check clean
+
+help:
+	@echo "make demo    train a small GPT on this machine's own Python source: about three minutes"
+	@echo "make test    run the tests"
+	@echo "make check   lint, format, types, import layers"
+	@echo "make setup   install everything into $(VENV) (the others do it when needed)"
+	@echo "make clean   remove what the above left behind, $(VENV) and runs/demo included"
+
+setup: $(STAMP)
+
+# Installed again only when what it was made from has changed.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("error: Python 3.11 or newer is needed, this is %d.%d; try: make setup PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
+	@echo "Installing into $(VENV); the first time takes a few minutes."
+	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m llm.trainers.gpt --config examples/demo.toml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) runs/demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage .coverage.*
+	find llm tests -name __pycache__ -type d -prune -exec rm -rf {} +
