@@ -1,0 +1,20 @@
+"""Mistakes that a person can mend: one line that names the cause and the mend, never a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something outside the program is wrong: a file, a folder, a name, a library, the machine.
+
+    The message is one line (or a few, one a mistake); a command prints it after ``error: `` and exits
+    with ``exit_code``. An ``is_echo`` was met by another process of the run, which says it.
+    """
+
+    exit_code = 1
+    is_echo = False
+
+
+class UsageError(UserError):
+    """The command line or the TOML file is wrong."""
+
+    exit_code = 2

@@ -1,0 +1,204 @@
+"""Every option of the trainer: one row each, grouped as the TOML tables are.
+
+Names, types, defaults and meanings are those of HuggingFace's ``run_clm_no_trainer.py`` and of
+llm-pytorch's ``llm.trainers.gpt`` where these have the option, else those of HuggingFace's Trainer. Flag
+names are unique over all groups, so that the command line stays flat.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from llm.config.rows import Group, row
+
+# One row a line, however long: the table is read down its columns.
+# fmt: off
+
+SchedulerName = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "reduce_lr_on_plateau",
+    "greedy",
+]
+
+
+class DataOptions(Group):
+    """Where the text comes from and how it becomes blocks of tokens."""
+
+    dataset_name: str | None = row(None, "Hub dataset, local folder, or builtin:python (also used when no data is named)", metavar="NAME")
+    dataset_config_name: str | None = row(None, "configuration of the Hub dataset", metavar="NAME")
+    train_file: tuple[str, ...] | None = row(None, "training text: txt, md, csv, tsv, json, jsonl or parquet, compressed ones too; several files and globs", metavar="FILE")
+    validation_file: tuple[str, ...] | None = row(None, "validation text, as --train_file", metavar="FILE")
+    validation_split_percentage: float = row(5, "share of the text held out when there is no validation data", ge=0, lt=100, metavar="PERCENT")
+    text_column: str | None = row(None, "column that holds the text (default: the one called text)", metavar="NAME")
+    no_keep_linebreaks: bool = row(False, "drop the line breaks of txt and md files")
+    block_size: int | None = row(None, "tokens a block (default: the smallest of 1024, the model's and the tokenizer's limit)", ge=2, metavar="N")
+    preprocessing_num_workers: int | None = row(None, "threads for tokenizing (default: all cores)", ge=1, metavar="N")
+    overwrite_cache: bool = row(False, "tokenize again although a cached copy exists")
+    dataloader_num_workers: int = row(0, "processes that read blocks ahead (0: the training process itself)", ge=0, metavar="N")
+
+
+class TokenizerOptions(Group):
+    """The tokenizer."""
+
+    tokenizer_name: str | None = row(None, "Hub name, folder, char, or train:bpe (default: the model's own)", metavar="NAME")
+    use_slow_tokenizer: bool = row(False, "use the slow tokenizer of a Hub name or folder")
+    vocab_size: int | None = row(None, "tokens of a tokenizer trained by train:bpe (default 8192)", ge=258, metavar="N")
+
+
+class ModelOptions(Group):
+    """The model: loaded with its weights, or built from scratch."""
+
+    model_name_or_path: str | None = row(None, "Hub name or folder whose weights are trained further", metavar="NAME")
+    config_name: str | None = row(None, "Hub name or folder whose configuration is built from scratch", metavar="NAME")
+    model_type: str | None = row(None, "architecture built from scratch, such as gpt2 (the default), gpt_neo or llama", metavar="TYPE")
+    config_overrides: str | None = row(None, "changes of the configuration, such as n_layer=4,n_embd=128", metavar="K=V,...")
+    trust_remote_code: bool = row(False, "run code that a Hub repository brings along")
+    low_cpu_mem_usage: bool = row(False, "accepted; weights are always loaded without a second copy in memory")
+    attn_implementation: str | None = row(None, "attention of transformers: eager, sdpa, flash_attention_2, ...", metavar="NAME")
+    dropout: float | None = row(None, "every dropout rate of the model (default: as its configuration says)", ge=0, lt=1, metavar="P")
+    gradient_checkpointing: bool = row(False, "recompute activations in the backward pass: less memory, about a third slower")
+
+
+class TrainingOptions(Group):
+    """How long and how much at a time."""
+
+    num_train_epochs: int = row(3, "times that the training text is read", ge=1, metavar="N")
+    max_train_steps: int | None = row(None, "updates of the weights; overrides --num_train_epochs", ge=1, metavar="N")
+    per_device_train_batch_size: int = row(8, "blocks of one forward and backward pass on one device", ge=1, metavar="N")
+    gradient_accumulation_steps: int = row(1, "forward and backward passes of one update", ge=1, metavar="N")
+    global_batch_size: int | None = row(None, "blocks of one update over all devices; --gradient_accumulation_steps is computed from it", ge=1, metavar="N")
+    seed: int | None = row(None, "seed of all randomness (default: drawn, and recorded)", ge=0, lt=2**63, metavar="N")
+    mixed_precision: Literal["no", "bf16", "fp16", "fp8"] = row("no", "arithmetic of the forward and backward pass (fp8 is refused)")
+    use_cpu: bool = row(False, "use no accelerator")
+    torch_compile: bool = row(False, "compile the model")
+    full_determinism: bool = row(False, "only deterministic kernels: the same bits on every run of a CUDA device, slower")
+
+
+class OptimizerOptions(Group):
+    """The optimizer."""
+
+    optim: Literal["adamw", "sgd"] = row("adamw", "optimizer")
+    learning_rate: float = row(5e-5, "highest learning rate", ge=0, metavar="LR")
+    weight_decay: float = row(0.0, "weight decay of matrices (never of biases and norms)", ge=0, metavar="X")
+    adam_beta1: float = row(0.9, "decay of the first moment", ge=0, lt=1, metavar="X")
+    adam_beta2: float = row(0.999, "decay of the second moment", ge=0, lt=1, metavar="X")
+    adam_epsilon: float = row(1e-8, "added to the root of the second moment", gt=0, metavar="X")
+    max_grad_norm: float = row(1.0, "largest norm of the gradient, clipped beyond (0: no clipping)", ge=0, metavar="X")
+
+
+class ScheduleOptions(Group):
+    """The learning rate as a function of the update number."""
+
+    lr_scheduler_type: SchedulerName = row("linear", "shape of the schedule (reduce_lr_on_plateau and greedy are refused)")
+    lr_scheduler_kwargs: dict[str, float | int | str | bool | None] = row({}, "further arguments of the schedule, as JSON", metavar="JSON")
+    num_warmup_steps: int = row(0, "updates over which the rate rises to its peak", ge=0, metavar="N")
+    min_lr_ratio: float | None = row(None, "floor of the cosine schedule, as a share of its peak", ge=0, le=1, metavar="X")
+
+
+class EvaluationOptions(Group):
+    """Evaluation and samples during training."""
+
+    per_device_eval_batch_size: int = row(8, "blocks of one forward pass of an evaluation on one device", ge=1, metavar="N")
+    eval_steps: int | None = row(None, "updates between evaluations (default: every epoch); there is always one at the end", ge=1, metavar="N")
+    max_eval_batches: int | None = row(None, "batches of an evaluation, over all devices (default: the whole validation text)", ge=1, metavar="N")
+    sample_steps: int | None = row(None, "updates between samples; three more at the end", ge=1, metavar="N")
+    sample_prompt: str | None = row(None, "text that samples continue (default: the tokenizer's first token)", metavar="TEXT")
+
+
+class OutputOptions(Group):
+    """What is kept, and where."""
+
+    output_dir: str | None = row(None, "folder of the run (default: nothing is kept)", metavar="DIR")
+    overwrite_output_dir: bool = row(False, "remove what an earlier run wrote there, and nothing else")
+    checkpointing_steps: int | Literal["epoch"] | None = row(None, "updates between checkpoints, or epoch", metavar="N|epoch")
+    save_total_limit: int | None = row(None, "checkpoints kept (default: all)", ge=1, metavar="N")
+    resume_from_checkpoint: bool | str = row(False, "continue from a checkpoint: the newest good one (bare), latest, best, or a path", metavar="PATH")
+    logging_steps: int = row(10, "updates between records", ge=1, metavar="N")
+    run_name: str | None = row(None, "name of the run in trackers and in the model card (default: the output folder's)", metavar="NAME")
+    dry_run: bool = row(False, "print tokens, steps, parameters, memory, disk and learning rates, and stop")
+
+
+class TrackingOptions(Group):
+    """Experiment trackers beside metrics.jsonl and TensorBoard, which every kept run writes."""
+
+    with_tracking: bool = row(False, "send the records to the trackers of --report_to")
+    report_to: str = row("all", "trackers: all (every installed one), tensorboard, wandb, trackio, comet_ml, mlflow, ...; several with commas", metavar="NAME")
+
+
+class HubOptions(Group):
+    """The HuggingFace Hub."""
+
+    push_to_hub: bool = row(False, "upload the finished folder")
+    hub_model_id: str | None = row(None, "repository, such as me/my-gpt (default: the output folder's name)", metavar="ID")
+    hub_token: str | None = row(None, "access token (default: HF_TOKEN, or the one of hf auth login); never logged or stored", metavar="TOKEN", secret=True)
+
+
+class KfacOptions(Group):
+    """K-FAC preconditioning."""
+
+    kfac: bool = row(False, "precondition gradients with K-FAC (refused until the preconditioner is here)")
+    kfac_factor_update_steps: int = row(10, "updates between refreshes of the Kronecker factors", ge=1, metavar="N")
+    kfac_inv_update_steps: int = row(10, "updates between refreshes of their inverses", ge=1, metavar="N")
+    kfac_damping: float = row(0.001, "damping", gt=0, metavar="X")
+    kfac_factor_decay: float = row(0.95, "decay of the factors' running average", ge=0, le=1, metavar="X")
+    kfac_kl_clip: float = row(0.001, "bound of the KL-clip", gt=0, metavar="X")
+
+
+class Options(Group):
+    """The options of ``python -m llm.trainers.gpt``."""
+
+    data: DataOptions = DataOptions()
+    tokenizer: TokenizerOptions = TokenizerOptions()
+    model: ModelOptions = ModelOptions()
+    training: TrainingOptions = TrainingOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    output: OutputOptions = OutputOptions()
+    tracking: TrackingOptions = TrackingOptions()
+    hub: HubOptions = HubOptions()
+    kfac: KfacOptions = KfacOptions()
+
+    @model_validator(mode="after")
+    def _refuse_what_cannot_work(self) -> Options:
+        mistakes = [mistake for mistake in _contradictions(self) if mistake]
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+
+def _contradictions(options: Options) -> list[str | None]:
+    """What two or more options say against each other, or what one says that nothing here can do."""
+    training, schedule, kfac = options.training, options.schedule, options.kfac
+    model, tokenizer, output = options.model, options.tokenizer, options.output
+    return [
+        "--mixed_precision fp8 is refused: it converts Linear layers only, and GPT-2's blocks are Conv1D, so that nothing would change; use bf16"
+        if training.mixed_precision == "fp8" else None,
+        f"--lr_scheduler_type {schedule.lr_scheduler_type} is refused: it depends on measured losses, and the rate here is a function of the update number alone; use linear or cosine"
+        if schedule.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") else None,
+        "--min_lr_ratio is the floor of --lr_scheduler_type cosine; other schedules take theirs through --lr_scheduler_kwargs"
+        if schedule.min_lr_ratio is not None and schedule.lr_scheduler_type != "cosine" else None,
+        "--kfac is refused: the preconditioner is not here yet; leave it out (the --kfac-* options are read and kept)"
+        if kfac.kfac else None,
+        "--global_batch_size and --gradient_accumulation_steps say the same thing twice; give one of them"
+        if training.global_batch_size is not None and training.gradient_accumulation_steps != 1 else None,
+        "--vocab_size belongs to --tokenizer_name train:bpe; other tokenizers have their own size"
+        if tokenizer.vocab_size is not None and tokenizer.tokenizer_name != "train:bpe" else None,
+        "--config_overrides changes a model built from scratch; with --model_name_or_path the weights fix the configuration"
+        if model.config_overrides is not None and model.model_name_or_path is not None else None,
+        "--push_to_hub uploads the finished folder: give --output_dir"
+        if options.hub.push_to_hub and output.output_dir is None else None,
+        "--checkpointing_steps must be a number of updates >= 1, or epoch"
+        if isinstance(output.checkpointing_steps, int) and output.checkpointing_steps < 1 else None,
+    ]

@@ -1,0 +1,35 @@
+"""How a command ends: its exit code, and a line on the standard error for each mistake."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from llm.config.errors import UserError
+
+EXIT_INTERRUPTED = 130
+
+
+def outcome(command: Callable[[], int]) -> int:
+    """Runs a command and returns its exit code.
+
+    A `UserError` becomes ``error: ...`` lines and its own code; Ctrl-C says nothing and is 130; a
+    reader of the output that left (head, less) is no error. Anything else is a bug and keeps its
+    traceback. Of the processes of a node, which all meet most mistakes, the first one says them.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()
+    except UserError as error:
+        if not error.is_echo and os.environ.get("LOCAL_RANK", "0") == "0":
+            for line in str(error).splitlines():
+                sys.stderr.write(f"error: {line}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes once more at its exit, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code

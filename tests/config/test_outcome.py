@@ -1,0 +1,46 @@
+"""Exit codes of commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from llm.config.errors import UsageError, UserError
+from llm.config.outcome import outcome
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("one\ntwo"), 1), (UsageError("one\ntwo"), 2)])
+def test_outcome_when_a_person_can_mend_it_is_lines_and_a_code(
+    error: UserError, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> int:
+        raise error
+
+    assert outcome(command) == code
+    assert capsys.readouterr().err == "error: one\nerror: two\n"
+
+
+def test_outcome_when_interrupted_is_130_and_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> int:
+        raise KeyboardInterrupt
+
+    assert outcome(command) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_outcome_when_all_is_well_is_the_commands_own() -> None:
+    assert outcome(lambda: 75) == 75
+
+
+def test_outcome_when_it_is_a_bug_keeps_the_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        outcome(lambda: 1 // 0)
+
+
+def test_outcome_when_the_reader_left_is_quiet() -> None:
+    script = "import sys; from llm.config.outcome import outcome\nsys.exit(outcome(lambda: print('x' * 10**6) or 7))"
+    shell = f'"{sys.executable}" -c "{script}" | true'
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
