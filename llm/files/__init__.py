@@ -1,0 +1,1 @@
+"""Files and folders that are finished or do not exist."""

@@ -1,0 +1,92 @@
+"""Files and folders that are whole or absent: temporary name, fsync, rename, fsync of the parent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new one, never a part.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the old content is then intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of the UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder beside `path` that takes its name when the block ends well.
+
+    All files in it are synced first. An older folder of that name is replaced; a failed block leaves it
+    as it was and removes the temporary one.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        sync_tree(temporary)
+        if path.exists():
+            older = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, older)
+            os.replace(temporary, path)
+            shutil.rmtree(older, ignore_errors=True)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Syncs every file and folder below `folder`, and gives files the modes that the umask allows.
+
+    Libraries that write through temporary files leave mode 0600 behind, which locks out the group.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            os.chmod(path, 0o666 & ~umask)
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(parent))
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside the folder durable, where the system lets a folder be synced."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

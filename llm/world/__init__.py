@@ -1,0 +1,1 @@
+"""Ranks that agree, gather and wait; the network."""

@@ -1,0 +1,87 @@
+"""Is the Hub there? Asked once, quickly; without it every library is told not to try.
+
+With the network down, each `from_pretrained` or `load_dataset` retries for half a minute before it
+looks into the local cache. One short probe at the start, and offline mode where it fails, costs
+seconds in all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+
+log = logging.getLogger(__name__)
+
+# What go_offline() changed, so that come_online() can undo exactly that.
+_constants_before: dict[tuple[str, str], object] = {}  # (module, attribute): old value
+_variable_before: list[str | None] = []
+
+_OFFLINE_CONSTANTS = (
+    ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_DATASETS_OFFLINE"),
+)
+
+
+def hub_is_reachable(timeout_seconds: float = 3.0) -> bool:
+    """Whether the Hub (HF_ENDPOINT, through the user's proxies) answers one request in this time.
+
+    An answer of any kind below a server error counts: a mirror may refuse its front page. False
+    without asking where the user set HF_HUB_OFFLINE, or `go_offline` was called. Never raises.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        return False
+    answered: list[bool] = []
+
+    def ask() -> None:
+        try:
+            # The library's client carries its proxies and certificates.
+            answer = get_session().head(constants.ENDPOINT, timeout=timeout_seconds)
+            answered.append(answer.status_code < 500)
+        except Exception as error:  # whatever it is, there is no Hub for us
+            log.debug("no answer from %s: %s", constants.ENDPOINT, error)
+
+    # A name server that does not answer ignores the client's timeout: the thread bounds the time.
+    thread = threading.Thread(target=ask, name="hub-probe", daemon=True)
+    thread.start()
+    thread.join(timeout_seconds)
+    return answered == [True]
+
+
+def go_offline() -> None:
+    """Makes the HuggingFace libraries, imported already or later, use their local caches alone.
+
+    The variable is for libraries imported later and for child processes; the constants are what the
+    imported ones read at every request (transformers asks huggingface_hub).
+    """
+    import huggingface_hub.constants  # noqa: F401  (its constant must be there to be set)
+
+    if not _variable_before:
+        _variable_before.append(os.environ.get("HF_HUB_OFFLINE"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for module_name, attribute in _OFFLINE_CONSTANTS:
+        module = sys.modules.get(module_name)
+        if module is not None and not getattr(module, attribute, True):
+            _constants_before[module_name, attribute] = getattr(module, attribute)
+            setattr(module, attribute, True)
+
+
+def come_online() -> None:
+    """Undoes `go_offline` for one more try at a run's end; the user's own HF_HUB_OFFLINE stays.
+
+    A library imported in between has read the variable and stays offline; huggingface_hub never
+    does.
+    """
+    for value in _variable_before:
+        if value is None:
+            os.environ.pop("HF_HUB_OFFLINE", None)
+        else:
+            os.environ["HF_HUB_OFFLINE"] = value
+    for (module_name, attribute), constant in _constants_before.items():
+        setattr(sys.modules[module_name], attribute, constant)
+    _variable_before.clear()
+    _constants_before.clear()
