@@ -1,0 +1,1 @@
+"""From text to blocks of tokens: sources, tokenized streams, order, loaders."""
