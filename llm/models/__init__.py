@@ -1,0 +1,1 @@
+"""Tokenizers, models and their loss, FLOPs, and sampling."""
