@@ -1,0 +1,1 @@
+"""Records in, pictures and pages out."""
