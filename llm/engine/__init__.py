@@ -1,0 +1,1 @@
+"""The run, the loop, one update, checkpoints, and tracking."""

@@ -1,0 +1,133 @@
+"""One update of the weights, centrally: all ranks see one global batch and end with the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.data.loaders import Batch
+from llm.engine.machine import Machine
+from llm.engine.randomness import seed_micro_batch
+
+IGNORED = -100  # torch's cross_entropy and transformers agree on this target that counts for nothing
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one update says about itself.
+
+    Attributes:
+        loss: nats a token over the global batch, before the update.
+        grad_norm: norm of the whole gradient before clipping; fp32 scalar tensor on the device.
+        lr: learning rate of the update.
+        skipped: the gradient was not finite, so no weight was changed, on any rank.
+        stop: some rank was asked to stop.
+    """
+
+    loss: float
+    grad_norm: Tensor
+    lr: float
+    skipped: bool
+    stop: bool
+
+
+class CentralUpdater:
+    """Forward, backward, clip, step: data parallel with synchronised gradients.
+
+    Args:
+        machine: device, ranks and arithmetic.
+        model: the prepared `LanguageModel`; `forward(ids, targets) -> (loss_sum, num_tokens)`.
+        optimizer: steps over the model's parameters.
+        learning_rate: rate of update k (0-based); a pure function.
+        max_grad_norm: clip beyond this norm; 0 clips nothing.
+        seed: of dropout and whatever else is random in an update.
+    """
+
+    def __init__(
+        self,
+        *,
+        machine: Machine,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        learning_rate: Callable[[int], float],
+        max_grad_norm: float,
+        seed: int,
+    ) -> None:
+        self.accelerator, self.world = machine.accelerator, machine.world
+        self.model, self.optimizer = model, optimizer
+        self.learning_rate, self.max_grad_norm, self.seed = learning_rate, max_grad_norm, seed
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def update(self, micro_batches: Sequence[Batch], step: int, *, stop: bool = False) -> StepReport:
+        """One update from this rank's micro-batches; `stop` is this rank's wish, heard by all."""
+        batches = [(b.ids.to(self.world.device), b.targets.to(self.world.device)) for b in micro_batches]
+        num_tokens = self.world.sum_(torch.stack([(t != IGNORED).sum() for _, t in batches]).sum())
+        loss = torch.zeros((), device=self.world.device)
+        for index, (ids, targets) in enumerate(batches):
+            seed_micro_batch(self.seed, step, index, self.world.rank)
+            last = index == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss_sum, _ = self.model(ids, targets)
+                # DDP takes the mean over ranks; times their number it is the sum that we want.
+                self.accelerator.backward(loss_sum * (self.world.size / num_tokens))
+            loss += loss_sum.detach() / num_tokens
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        flags = torch.stack([loss, bad.float(), torch.full_like(loss, float(stop))])
+        loss_value, num_bad, num_stop = self.world.sum_(flags).tolist()  # the one read of the device
+        if num_bad == 0:
+            if self.max_grad_norm > 0:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(step)
+            self.optimizer.step()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        self.optimizer.zero_grad()
+        return StepReport(loss_value, grad_norm, self.learning_rate(step), num_bad > 0, num_stop > 0)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the next update depends on beside the weights.
+
+        Returns:
+            Tensors on the CPU named `<parameter>/<what>`, and numbers that JSON holds.
+        """
+        tensors = {
+            f"{name}/{key}": value.detach().cpu().contiguous()
+            for name, parameter in self._named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+        scaler = self.accelerator.scaler
+        return tensors, {"scaler": scaler.state_dict() if scaler is not None else None}
+
+    def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Takes back what `state` gave.
+
+        Raises:
+            KeyError: the tensors are those of another model or optimizer.
+        """
+        state: dict[int, dict[str, Tensor]] = {}
+        indices = {name: index for index, (name, _) in enumerate(self._named_parameters())}
+        for path, tensor in tensors.items():
+            name, key = path.rsplit("/", 1)
+            state.setdefault(indices[name], {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if self.accelerator.scaler is not None and numbers["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(numbers["scaler"])
+
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters in the optimizer's own order."""
+        return [
+            (name, parameter)
+            for group in self.optimizer.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        ]

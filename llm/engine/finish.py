@@ -1,0 +1,212 @@
+"""The end of a run: a folder that `from_pretrained` loads, proved by loading it, and its papers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm.config.errors import UserError
+from llm.config.options import Options
+from llm.data.blocks import ledger
+from llm.data.loaders import Batch, evaluation_batches
+from llm.engine.actions import Actions
+from llm.engine.folder import RunFolder
+from llm.engine.hub import push_folder
+from llm.files.atomic import sync_tree, write_text
+from llm.models.language_model import LanguageModel
+from llm.report.card import RunFacts, model_card
+from llm.report.curves import draw_curves
+
+log = logging.getLogger(__name__)
+
+# Both losses are sums of the same products in the same order; only a wrong weight moves them further.
+_LOSS_TOLERANCE = 1e-4
+
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+_NUM_FINAL_SAMPLES = 3
+
+
+def finish(actions: Actions, *, command: str) -> None:
+    """Samples, exports, verifies, and writes the papers; then pushes, if so asked.
+
+    Rank 0 does it; the others wait for the end.
+
+    Raises:
+        UserError: on every rank, when the export does not give back the model or the push failed (the
+            finished folder is then whole).
+    """
+    if actions.options.evaluation.sample_steps is not None:
+        actions.sample(num_samples=_NUM_FINAL_SAMPLES)
+    actions.world.on_main(lambda: _finish(actions, command) if actions.folder else None)
+    actions.tracking.close()
+
+
+def _finish(actions: Actions, command: str) -> None:
+    folder, options = actions.folder, actions.options
+    assert folder is not None
+    probe = next(
+        evaluation_batches(actions.validation or actions.blocks, batch_size=1, rank=0, num_ranks=1, max_batches=1)
+    )
+    export_model(folder.path, actions.model, actions.text.tokenizer, probe)
+    results = _results(actions)
+    write_text(folder.results, json.dumps(results, indent=1) + "\n")
+    write_text(folder.path / "README.md", model_card(_facts(actions, results, command)))
+    try:
+        draw_curves({_name(options): folder.metrics}, folder.curves)
+    except UserError as error:
+        # A picture that cannot be drawn does not make a finished run a failed one.
+        log.warning("no %s: %s", folder.curves.name, error)
+    if options.hub.push_to_hub:
+        push_folder(folder.path, options.hub.hub_model_id, options.hub.hub_token)
+    folder.write_status("done", step=actions.progress.step, exit_code=0)
+    for line in _what_next(folder):
+        log.info("%s", line)
+
+
+def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Batch) -> None:
+    """Writes the model and tokenizer into `folder`, after a strict reload gave the same loss.
+
+    Args:
+        folder: the run's folder.
+        model: the trained model.
+        tokenizer: its tokenizer.
+        probe: a batch whose loss is compared.
+
+    Raises:
+        UserError: the written files do not give back the model.
+    """
+    temporary = folder / f".export.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        _verify(temporary, model, probe)
+        sync_tree(temporary)
+        for path in temporary.iterdir():
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _results(actions: Actions) -> dict[str, Any]:
+    """The run's numbers, under HuggingFace's names where it has them."""
+    progress, newest = actions.progress, actions.newest
+    results: dict[str, Any] = {
+        "step": progress.step,
+        "train_loss": actions.train_loss,
+        "tokens": progress.tokens,
+        "tokens_per_second": progress.tokens / max(progress.train_seconds, 1e-9),
+        "train_seconds": progress.train_seconds,
+        "num_skipped": progress.num_skipped,
+        "num_parameters": actions.model.num_parameters(),
+        "seed": actions.plan.seed,
+        **actions.text.identity(),
+        "ledger": asdict(ledger(actions.text.streams, actions.plan.block_size)),
+        "num_unreached_tokens": actions.plan.num_unreached_tokens,
+    }
+    if newest is not None:
+        results |= {
+            "eval_loss": newest.loss,
+            "perplexity": newest.perplexity,
+            "bits_per_byte": newest.bits_per_byte,
+            "num_eval_tokens": newest.num_tokens,
+        }
+    return results
+
+
+def _facts(actions: Actions, results: dict[str, Any], command: str) -> RunFacts:
+    options, data = actions.options, actions.options.data
+    from_hub = data.dataset_name and not data.dataset_name.startswith("builtin:")
+    model = options.model
+    return RunFacts(
+        name=_name(options),
+        command=command,
+        architecture=type(actions.model).__name__,
+        model_type=actions.model.config.model_type,
+        num_parameters=results["num_parameters"],
+        data_name=actions.text.name,
+        data_hash=results["data_hash"],
+        num_steps=results["step"],
+        num_tokens=results["tokens"],
+        base_model=model.model_name_or_path,
+        hub_dataset=data.dataset_name if from_hub and not Path(str(data.dataset_name)).exists() else None,
+        tokenizer=options.tokenizer.tokenizer_name or actions.text.tokenizer.name_or_path or None,
+        vocab_size=len(actions.text.tokenizer),
+        block_size=actions.plan.block_size,
+        train_loss=results["train_loss"],
+        eval_loss=results.get("eval_loss"),
+        perplexity=results.get("perplexity"),
+        bits_per_byte=results.get("bits_per_byte"),
+        num_eval_tokens=results.get("num_eval_tokens"),
+        train_seconds=results["train_seconds"],
+        hardware=str(actions.machine).removeprefix("device: "),
+        hyperparameters=_hyperparameters(actions),
+        versions={
+            "python": platform.python_version(),
+            "llm-trainers": importlib.metadata.version("llm-trainers"),
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        },
+    )
+
+
+def _hyperparameters(actions: Actions) -> dict[str, object]:
+    """What decides the result beside the data and the model."""
+    plan, options = actions.plan, actions.options
+    optimizer, schedule = options.optimizer, options.schedule
+    return {
+        "global_batch_size": plan.global_batch,
+        "max_train_steps": plan.num_steps,
+        "seed": plan.seed,
+        "mixed_precision": actions.machine.accelerator.mixed_precision,
+        **optimizer.model_dump(),
+        **{name: value for name, value in schedule.model_dump().items() if value not in (None, {})},
+    }
+
+
+def _name(options: Options) -> str:
+    return options.output.run_name or Path(str(options.output.output_dir)).resolve().name
+
+
+def _what_next(folder: RunFolder) -> list[str]:
+    return [
+        f"done: {folder.path} loads with AutoModelForCausalLM.from_pretrained({str(folder.path)!r}); next:",
+        f'  python -m llm.generate {folder.path} --prompt "..."',
+        f"  python -m llm.plot {folder.path}",
+        f"  python -m llm.trainers.gpt --model_name_or_path {folder.path} --train_file YOUR.txt "
+        "--output_dir runs/fine-tuned",
+    ]
+
+
+def _verify(folder: Path, model: PreTrainedModel, probe: Batch) -> None:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    reloaded, report = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in report[kind]):
+            raise UserError(f"the written model does not load back: {kind} {', '.join(names[:3])}")
+    expected = _loss(model, probe)
+    found = _loss(reloaded.to(model.device), probe)
+    if abs(found - expected) > _LOSS_TOLERANCE * max(1.0, abs(expected)):
+        raise UserError(f"the written model has loss {found:.6f} on a batch where the trained one has {expected:.6f}")
+
+
+def _loss(model: PreTrainedModel, probe: Batch) -> float:
+    """Mean nats a token of one batch, in fp32, without dropout."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        loss_sum, num_tokens = LanguageModel(model)(probe.ids.to(model.device), probe.targets.to(model.device))
+    model.train(was_training)
+    return float(loss_sum) / max(int(num_tokens), 1)

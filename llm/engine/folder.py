@@ -1,0 +1,116 @@
+"""A run's folder: what lies where in it, whose it is, and how the run in it stands."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from llm.config.errors import UserError
+from llm.config.options import Options, OutputOptions
+from llm.config.toml import to_toml
+from llm.engine.hub import FINISHED_FILES
+from llm.engine.journal import keep_journal
+from llm.files.atomic import write_text
+from llm.files.lock import locked
+from llm.world.ranks import World
+
+# Everything that a run writes, by name: --overwrite_output_dir removes these and nothing else.
+_WRITTEN = (
+    *FINISHED_FILES,
+    *("config.toml", "status.json", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints"),
+)
+# Any of these means that a run got as far as training here.
+_SIGNS_OF_A_RUN = ("metrics.jsonl", "checkpoints", "model.safetensors", "model.safetensors.index.json")
+
+
+class RunFolder:
+    """Paths of a run's folder, and its status file. Made on every rank; only rank 0 writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.status = path / "status.json"
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "log.txt"
+        self.curves = path / "curves.png"
+        self.checkpoints = path / "checkpoints"
+        self.results = path / "all_results.json"
+        self.lock = path / "run.lock"
+
+    def __str__(self) -> str:
+        """One line: where it is."""
+        return f"output: {self.path}"
+
+    def check(self, options: OutputOptions) -> None:
+        """Makes the folder, and makes sure that no other run's results are in the way.
+
+        Raises:
+            UserError: it cannot be written, or holds another run that is neither resumed nor overwritten.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".{os.getpid()}.probe"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {self.path} cannot be written ({error.strerror}); choose another folder"
+            ) from error
+        used = any((self.path / name).exists() for name in _SIGNS_OF_A_RUN)
+        if used and not options.overwrite_output_dir and not options.resume_from_checkpoint:
+            raise UserError(
+                f"--output_dir {self.path} holds another run; continue it with --resume_from_checkpoint, "
+                "replace it with --overwrite_output_dir, or choose another folder"
+            )
+
+    def empty(self) -> None:
+        """Removes what a run writes, by its names, and nothing else."""
+        for entry in self.path.iterdir():
+            if any(fnmatch.fnmatch(entry.name, pattern) for pattern in _WRITTEN):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+
+    def write_status(self, state: str, **facts: Any) -> None:
+        """Replaces status.json: `state` is running, done, stopped or failed."""
+        status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), **facts}
+        write_text(self.status, json.dumps(status, indent=1) + "\n")
+
+
+@contextmanager
+def claimed(folder: RunFolder, options: Options, world: World) -> Iterator[None]:
+    """Holds a run's folder for one start of the run: locked, emptied if so asked, with config and status.
+
+    However the block ends, status.json says so: `done` and `stopped` are written by the run itself, a
+    mistake or a crash here.
+
+    Raises:
+        UserError: on every rank, when the folder is another run's or cannot be written.
+    """
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            folder.check(options.output)
+            stack.enter_context(locked(folder.lock))
+            if options.output.overwrite_output_dir and not options.output.resume_from_checkpoint:
+                folder.empty()
+            write_text(folder.config, to_toml(options))
+            folder.write_status("running")
+            keep_journal(folder.log)
+
+        world.on_main(claim)
+        try:
+            yield
+        except BaseException as error:
+            if world.is_main:
+                code = getattr(error, "exit_code", 1)
+                folder.write_status("failed", reason=f"{type(error).__name__}: {error}", exit_code=code)
+            raise

@@ -1,0 +1,94 @@
+"""The run's words: lines on the console (rank 0 only), the same lines in log.txt, a bar on a terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import transformers.utils.logging
+from tqdm import tqdm
+
+_LOGGER = logging.getLogger("llm")
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes lines above a progress bar, where there is one."""
+
+    def __init__(self, *, to_stderr: bool) -> None:
+        super().__init__()
+        self.to_stderr = to_stderr
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one record as one line; the stream is looked up now, since tests and notebooks swap it."""
+        stream = sys.stderr if self.to_stderr or record.levelno >= logging.WARNING else sys.stdout
+        try:
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()
+        except BrokenPipeError:
+            # The reader of a pipe (head, less) went away; the run goes on and log.txt has the lines.
+            pass
+
+
+def start_journal(*, is_main: bool, rank: int) -> None:
+    """Sends the package's lines to the console: all of rank 0's, the warnings of others with their rank."""
+    stop_journal()
+    console = ConsoleHandler(to_stderr=not is_main)
+    console.setLevel(logging.INFO if is_main else logging.WARNING)
+    console.setFormatter(logging.Formatter("%(message)s" if is_main else f"[rank {rank}] %(message)s"))
+    _LOGGER.addHandler(console)
+    _LOGGER.setLevel(logging.INFO)
+    _LOGGER.propagate = False
+    _silence_known_noise()
+
+
+def keep_journal(path: Path) -> None:
+    """Appends the lines of this process to a file too, with their time."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    _LOGGER.addHandler(handler)
+
+
+def stop_journal() -> None:
+    """Closes what `start_journal` and `keep_journal` opened."""
+    for handler in list(_LOGGER.handlers):
+        _LOGGER.removeHandler(handler)
+        handler.close()
+
+
+class Bar:
+    """A progress bar of updates below the lines; on a terminal only."""
+
+    def __init__(self, first_step: int, num_steps: int, *, is_main: bool) -> None:
+        self.bar = tqdm(
+            initial=first_step,
+            total=num_steps,
+            unit="step",
+            dynamic_ncols=True,
+            leave=False,
+            disable=not (is_main and sys.stdout.isatty()),
+            file=sys.stdout,
+        )
+
+    def advance(self, _: object = None) -> None:
+        """One more update."""
+        self.bar.update()
+
+    def __enter__(self) -> Bar:
+        """Shows the bar."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Removes the bar."""
+        self.bar.close()
+
+
+def _silence_known_noise() -> None:
+    """Lines of libraries that say nothing about this run."""
+    warnings.filterwarnings("ignore", message=r".*pin_memory.*no accelerator.*")
+    warnings.filterwarnings("ignore", message=r".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*")
+    for name in ("accelerate", "transformers", "datasets", "huggingface_hub", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Bars of libraries would tear ours and the lines apart.
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,54 @@
+"""The console's lines, one a record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm.data.blocks import Ledger
+
+
+def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seconds: float) -> str:
+    """Such as `step 120/2000 | loss 3.512 | lr 5.8e-04 | grad_norm 0.91 | 48.2k tok/s | eta 0:12:31`."""
+    parts = [
+        f"step {step}/{num_steps}",
+        f"loss {record['loss']:.3f}",
+        f"lr {record['lr']:.1e}",
+        f"grad_norm {record['grad_norm']:.2f}",
+        f"{quantity(record['tokens_per_second'])} tok/s",
+    ]
+    if "mfu" in record:
+        parts.append(f"mfu {record['mfu']:.1%}")
+    if record["num_skipped"]:
+        parts.append(f"skipped {record['num_skipped']}")
+    return " | ".join([*parts, f"eta {clock(eta_seconds)}"])
+
+
+def evaluation_line(step: int, record: dict[str, Any]) -> str:
+    """Such as `eval step 500 | loss 3.204 | ppl 24.63 | bits/byte 1.402`."""
+    return (
+        f"eval step {step} | loss {record['eval_loss']:.3f} | ppl {record['perplexity']:.2f} "
+        f"| bits/byte {record['bits_per_byte']:.3f}"
+    )
+
+
+def ledger_line(ledger: Ledger) -> str:
+    """Such as `tokens: 1,003,854 to train on + 111,540 held out + 37 dropped = 1,115,431`."""
+    dropped = ledger.dropped_train + ledger.dropped_validation
+    return (
+        f"tokens: {ledger.train_tokens:,} to train on + {ledger.validation_tokens:,} held out "
+        f"+ {dropped:,} dropped = {ledger.total:,}"
+    )
+
+
+def quantity(value: float) -> str:
+    """Such as `950`, `48.2k`, `1.31M`, `5.20G`."""
+    for bound, divisor, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "G")):
+        if value < bound:
+            return f"{value / divisor:.3g}{unit}"
+    return f"{value / 1e12:.3g}T"
+
+
+def clock(seconds: float) -> str:
+    """Such as `0:12:31`."""
+    minutes, second = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"

@@ -1,0 +1,64 @@
+"""The loop: one update after another, and whatever is due after each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from llm.data.loaders import Batch
+from llm.engine.central import StepReport
+from llm.engine.due import Due
+from llm.engine.progress import Progress
+
+
+class Updater(Protocol):
+    """What the loop drives: the central updater, or another one with the same verbs."""
+
+    def update(self, micro_batches: Sequence[Batch], step: int, *, stop: bool = False) -> StepReport:
+        """One update of the weights."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens after certain updates; `act` gets the newest report."""
+
+    due: Due
+    act: Callable[[StepReport], None]
+
+
+def run_updates(
+    updater: Updater,
+    batches: Iterator[list[Batch]],
+    progress: Progress,
+    events: Sequence[Event],
+    *,
+    num_steps: int,
+    tokens_per_step: int,
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Updates until `num_steps` are done, or until some rank was asked to stop.
+
+    Args:
+        updater: makes the updates.
+        batches: this rank's micro-batches, one list an update, from update `progress.step` on.
+        progress: counted up.
+        events: asked, in their order, after every update.
+        num_steps: updates of the whole run.
+        tokens_per_step: tokens predicted in one update.
+        should_stop: whether this rank was asked to stop.
+
+    Returns:
+        Whether all updates were made.
+    """
+    while progress.step < num_steps:
+        started = time.perf_counter()
+        report = updater.update(next(batches), progress.step, stop=should_stop())
+        progress.add(report, num_tokens=tokens_per_step, seconds=time.perf_counter() - started)
+        for event in events:
+            if event.due(progress.step):
+                event.act(report)
+        if report.stop:
+            return progress.step == num_steps
+    return True

@@ -1,0 +1,111 @@
+"""The device and the processes of a run: one Accelerator, checked against what the launcher was asked for."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from llm.config.errors import UserError
+from llm.config.options import TrainingOptions
+from llm.world.ranks import World, launched_size
+
+_COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes on.
+
+    Attributes:
+        accelerator: gives autocast, the loss scaler and DDP.
+        world: the processes.
+    """
+
+    accelerator: Accelerator
+    world: World
+
+    def __str__(self) -> str:
+        """One line: device, processes, arithmetic."""
+        device, precision = self.world.device, self.accelerator.mixed_precision
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        processes = "1 process" if self.world.size == 1 else f"{self.world.size} processes"
+        threads = f" of {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        return f"device: {name}, {processes}{threads}, {'fp32' if precision == 'no' else precision}"
+
+
+def start_machine(options: TrainingOptions) -> Machine:
+    """Chooses the device, joins the other processes, and fixes the arithmetic.
+
+    Without an accelerator several processes form a world over gloo by themselves.
+
+    Raises:
+        UserError: the processes do not form the world that was asked for, or the device cannot do the
+            arithmetic that was asked for.
+    """
+    _refuse_a_lone_process()
+    # A process may hold the state of an earlier run (a notebook, a test); this run starts its own.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    on_cpu = options.use_cpu or not _has_accelerator()
+    precision = _precision(options, on_cpu)
+    if options.full_determinism:
+        # cuBLAS reads this when its handle is made, so it has to stand before the first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=precision,
+        # Buffers of these models never change, so they are not sent again at every forward pass.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
+        ],
+    )
+    world = World(
+        rank=accelerator.process_index,
+        size=accelerator.num_processes,
+        local_rank=max(accelerator.local_process_index, 0),
+        device=accelerator.device,
+    )
+    if launched_size() != world.size:
+        raise UserError(
+            f"the launcher started {launched_size()} processes but they form a world of {world.size}: "
+            "each would train and write its own copy; start them with torchrun or accelerate launch"
+        )
+    return Machine(accelerator, world)
+
+
+def _has_accelerator() -> bool:
+    return bool(torch.accelerator.is_available())
+
+
+def _precision(options: TrainingOptions, on_cpu: bool) -> str:
+    """The option's arithmetic; where it says nothing, that of `accelerate launch --mixed_precision`."""
+    precision: str = options.mixed_precision
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "no" and launcher in ("bf16", "fp16"):
+        precision = launcher
+    if precision == "fp16" and on_cpu:
+        raise UserError(
+            "--mixed_precision fp16 needs an accelerator: its products run on no CPU natively; use bf16 or no"
+        )
+    if precision == "bf16" and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UserError(f"--mixed_precision bf16 is not there on {torch.cuda.get_device_name()}; use fp16 or no")
+    return precision
+
+
+def _refuse_a_lone_process() -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing: say it."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launch was asked for several processes and started one (it does so with --cpu); "
+            "use torchrun --nproc_per_node 2 -m llm.trainers.gpt ..., which needs no accelerator"
+        )

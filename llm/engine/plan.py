@@ -1,0 +1,129 @@
+"""The numbers of a run, known before the model is built: blocks, updates, accumulation, seed."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llm.config.errors import UserError
+from llm.config.options import Options, TrainingOptions
+from llm.data.blocks import Blocks
+from llm.optim.schedules import build_schedule
+
+_DEFAULT_BLOCK_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the training text is cut into updates.
+
+    Attributes:
+        block_size: tokens a block.
+        num_blocks: blocks of one epoch.
+        micro_batch: blocks of one backward on one rank.
+        accumulation: backwards of one update on one rank.
+        global_batch: blocks of one update over all ranks.
+        num_steps: updates of the whole run.
+        seed: the seed of the order and of everything random.
+    """
+
+    block_size: int
+    num_blocks: int
+    micro_batch: int
+    accumulation: int
+    global_batch: int
+    num_steps: int
+    seed: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens predicted in one update."""
+        return self.global_batch * self.block_size
+
+    @property
+    def num_epochs(self) -> float:
+        """Epochs that the updates read, as a fraction."""
+        return self.num_steps * self.global_batch / self.num_blocks
+
+    @property
+    def num_unreached_tokens(self) -> int:
+        """Tokens of the training blocks that a run shorter than one epoch never reads."""
+        return max(0, self.num_blocks - self.num_steps * self.global_batch) * self.block_size
+
+    def __str__(self) -> str:
+        """One line: updates, what one is, epochs."""
+        unreached = f", {self.num_unreached_tokens:,} tokens never reached" if self.num_unreached_tokens else ""
+        return (
+            f"updates: {self.num_steps:,} of {self.global_batch} blocks of {self.block_size} tokens, "
+            f"{self.num_epochs:.2f} epochs{unreached}; seed {self.seed}"
+        )
+
+
+def choose_block_size(asked: int | None, model_limit: int, default_limit: int) -> int:
+    """The block size of the run.
+
+    Args:
+        asked: what the option says.
+        model_limit: tokens that the model can read at once.
+        default_limit: the smaller of that and the tokenizer's limit, which binds only the default.
+
+    Raises:
+        UserError: the model cannot read blocks that long.
+    """
+    if asked is None:
+        return min(_DEFAULT_BLOCK_SIZE, default_limit)
+    if asked > model_limit:
+        raise UserError(
+            f"--block_size {asked} is beyond the {model_limit} tokens that the model can read; use --block_size "
+            f"{model_limit} or less (a model built from scratch takes more with --config_overrides, such as "
+            f"n_positions={asked} for gpt2)"
+        )
+    return asked
+
+
+def plan_run(options: TrainingOptions, blocks: Blocks, *, num_ranks: int, seed: int) -> Plan:
+    """Cuts the training blocks into updates.
+
+    Raises:
+        UserError: the global batch does not divide among the ranks.
+    """
+    per_backward = options.per_device_train_batch_size * num_ranks
+    global_batch = options.global_batch_size or per_backward * options.gradient_accumulation_steps
+    if global_batch % per_backward:
+        raise UserError(
+            f"--global_batch_size {global_batch} does not divide by {per_backward} "
+            f"(--per_device_train_batch_size {options.per_device_train_batch_size} x {num_ranks} processes); "
+            f"{_sizes_that_work(global_batch, num_ranks)}"
+        )
+    epochs_steps = math.ceil(options.num_train_epochs * len(blocks) / global_batch)
+    return Plan(
+        block_size=blocks.block_size,
+        num_blocks=len(blocks),
+        micro_batch=options.per_device_train_batch_size,
+        accumulation=global_batch // per_backward,
+        global_batch=global_batch,
+        num_steps=options.max_train_steps or epochs_steps,
+        seed=seed,
+    )
+
+
+def learning_rates(options: Options, plan: Plan) -> Callable[[int], float]:
+    """The learning rate of update k (0-based), a function of k alone."""
+    peak = options.optimizer.learning_rate
+    factor = build_schedule(options.schedule, plan.num_steps, learning_rate=peak)
+    return lambda step: peak * factor(step)
+
+
+def choose_seed(asked: int | None) -> int:
+    """The seed of the run: the asked one, or one drawn from the system, which the run then records."""
+    return secrets.randbelow(2**31) if asked is None else asked
+
+
+def _sizes_that_work(global_batch: int, num_ranks: int) -> str:
+    if global_batch % num_ranks:
+        return f"choose a --global_batch_size that divides by {num_ranks}"
+    per_rank = global_batch // num_ranks
+    sizes = [str(size) for size in range(1, per_rank + 1) if per_rank % size == 0]
+    return f"--per_device_train_batch_size may be {', '.join(sizes)}"

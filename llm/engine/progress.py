@@ -1,0 +1,61 @@
+"""How far the run is: counters that a checkpoint keeps, and means since the last record."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from llm.engine.central import StepReport
+
+
+@dataclass
+class Window:
+    """Sums over the updates since the last record; the loss over those where it was finite."""
+
+    loss: float = 0.0
+    num_losses: int = 0
+    num_steps: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Progress:
+    """Counters of the whole run.
+
+    Attributes:
+        step: finished updates, skipped ones included.
+        tokens: tokens predicted in them.
+        num_skipped: updates whose gradient was not finite.
+        train_seconds: time spent in updates (not in evaluation or saving), over all starts of the run.
+        eval_loss: nats a token of the newest evaluation; None before the first.
+        window: sums since the last record.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    num_skipped: int = 0
+    train_seconds: float = 0.0
+    eval_loss: float | None = None
+    window: Window = field(default_factory=Window)
+
+    def add(self, report: StepReport, *, num_tokens: int, seconds: float) -> None:
+        """Counts one update that took `seconds`."""
+        self.step += 1
+        self.tokens += num_tokens
+        self.train_seconds += seconds
+        self.num_skipped += report.skipped
+        self.window.num_steps += 1
+        self.window.seconds += seconds
+        if math.isfinite(report.loss):
+            self.window.loss += report.loss
+            self.window.num_losses += 1
+
+    def state(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Progress:
+        """Takes back what `state` gave."""
+        return cls(**{**state, "window": Window(**state["window"])})

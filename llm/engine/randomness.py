@@ -1,0 +1,32 @@
+"""Random numbers by arithmetic: what a micro-batch draws depends on where it stands, on nothing before it."""
+
+from __future__ import annotations
+
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def mixed(*numbers: int) -> int:
+    """A well-spread 63-bit number that depends on all the given ones and their order.
+
+    Source: the finaliser of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number
+    Generators, 2014), applied after each number.
+    """
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def seed_weights(seed: int) -> None:
+    """Seeds what draws a model's first weights: the same on every rank."""
+    torch.manual_seed(mixed(seed, 0))
+
+
+def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Seeds dropout for one forward and backward, so that a resumed run draws what the whole one drew."""
+    torch.manual_seed(mixed(seed, 1, step, micro_batch, rank))

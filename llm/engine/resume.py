@@ -1,0 +1,98 @@
+"""Where a run starts: from nothing, or from a checkpoint, and whether that checkpoint is this run's."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from llm.config.errors import UserError
+from llm.config.options import Options
+from llm.engine.central import CentralUpdater
+from llm.engine.checkpoints import Checkpoint, find_checkpoint
+from llm.engine.folder import RunFolder
+from llm.engine.plan import Plan, choose_seed
+from llm.engine.progress import Progress
+from llm.engine.text import Text
+
+log = logging.getLogger(__name__)
+
+# What two starts of one run must share, and the option that decides it. Another number of ranks, or
+# another split of the global batch, is the same run.
+_MUST_AGREE = {"seed": "--seed", "block_size": "--block_size", "global_batch": "--global_batch_size"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        checkpoint: verified, or None for a fresh run.
+        seed: of the order and of everything random.
+    """
+
+    checkpoint: Checkpoint | None
+    seed: int
+
+    @property
+    def weights(self) -> str | None:
+        """Folder whose weights are loaded instead of those that the options name."""
+        return str(self.checkpoint.path) if self.checkpoint else None
+
+    def resume(self, updater: CentralUpdater, plan: Plan, text: Text) -> Progress:
+        """Gives the updater its state back, and the run its counters.
+
+        Raises:
+            UserError: the checkpoint is another run's.
+        """
+        if self.checkpoint is None:
+            return Progress()
+        _check_identity(self.checkpoint, plan, text)
+        try:
+            updater.load(self.checkpoint.tensors(), self.checkpoint.state["updater"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"checkpoint {self.checkpoint.path} holds the optimizer of another model or --optim ({error})"
+            ) from error
+        log.info("resumed from step %d (%s)", self.checkpoint.step, self.checkpoint.path)
+        return Progress.of(self.checkpoint.state["progress"])
+
+
+def choose_start(options: Options, folder: RunFolder | None) -> Start:
+    """Finds and verifies what `--resume_from_checkpoint` names.
+
+    Raises:
+        UserError: a checkpoint that was insisted on is missing or damaged.
+    """
+    asked = options.output.resume_from_checkpoint
+    checkpoint = find_checkpoint(asked, folder.checkpoints if folder else None)
+    if checkpoint is None:
+        if asked:
+            log.info("resume: no checkpoint yet, a fresh run")
+        return Start(None, choose_seed(options.training.seed))
+    seed = options.training.seed
+    return Start(checkpoint, int(checkpoint.state["plan"]["seed"]) if seed is None else seed)
+
+
+def _check_identity(checkpoint: Checkpoint, plan: Plan, text: Text) -> None:
+    """Refuses to continue another run under this one's name."""
+    was = checkpoint.state["plan"]
+    for name, option in _MUST_AGREE.items():
+        if was[name] != getattr(plan, name):
+            raise UserError(
+                f"checkpoint {checkpoint.path} was made with {option} {was[name]}, this run has "
+                f"{getattr(plan, name)}: use the same, or start another run"
+            )
+    if checkpoint.state["identity"] != text.identity():
+        raise UserError(
+            f"checkpoint {checkpoint.path} was made on other text or with another tokenizer than this run's"
+        )
+    if checkpoint.step > plan.num_steps:
+        raise UserError(
+            f"checkpoint {checkpoint.path} is at step {checkpoint.step}, beyond the {plan.num_steps} of this run"
+        )
+    if was["num_steps"] != plan.num_steps:
+        log.warning(
+            "the run had %d updates and has %d now: its learning rates follow the new number",
+            was["num_steps"],
+            plan.num_steps,
+        )

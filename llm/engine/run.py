@@ -1,0 +1,156 @@
+"""The story of a run: text and options in, a folder that `from_pretrained` loads out."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch.distributed as dist
+
+from llm.config.options import Options
+from llm.data.blocks import cut_blocks, ledger
+from llm.data.loaders import training_batches
+from llm.engine.actions import Actions
+from llm.engine.central import CentralUpdater
+from llm.engine.dry_run import dry_run_lines
+from llm.engine.due import any_of, at_end, every, every_epoch
+from llm.engine.finish import finish
+from llm.engine.folder import RunFolder, claimed
+from llm.engine.hub import check_hub_access
+from llm.engine.journal import Bar, start_journal, stop_journal
+from llm.engine.lines import ledger_line
+from llm.engine.loop import Event, run_updates
+from llm.engine.machine import Machine, start_machine
+from llm.engine.plan import Plan, choose_block_size, learning_rates, plan_run
+from llm.engine.randomness import seed_weights
+from llm.engine.resume import choose_start
+from llm.engine.signals import StopRequest, listening
+from llm.engine.text import meet_the_hub, prepare_text
+from llm.engine.tracking import Tracking, choose_trackers
+from llm.models.build import build_model, context_limit, load_config, read_config
+from llm.models.language_model import LanguageModel
+from llm.optim.build import build_optimizer
+
+log = logging.getLogger(__name__)
+
+EXIT_DONE, EXIT_STOPPED = 0, 75
+
+
+def train(options: Options, *, command: str) -> int:
+    """Trains a model as the options say.
+
+    Args:
+        options: checked options.
+        command: the command line that made them, without secrets; goes into the model card.
+
+    Returns:
+        0 when all updates were made, 75 when a signal stopped the run after saving it.
+
+    Raises:
+        UserError: something outside the program is wrong; one line says what.
+    """
+    machine = start_machine(options.training)
+    start_journal(is_main=machine.world.is_main, rank=machine.world.rank)
+    folder = RunFolder(Path(options.output.output_dir)) if options.output.output_dir else None
+    try:
+        with ExitStack() as stack:
+            stop = stack.enter_context(listening())
+            if folder is not None and not options.output.dry_run:
+                stack.enter_context(claimed(folder, options, machine.world))
+            return _run(options, command, machine, folder, stop)
+    finally:
+        stop_journal()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _run(options: Options, command: str, machine: Machine, folder: RunFolder | None, stop: StopRequest) -> int:
+    """The story itself, in its order."""
+    world = machine.world
+    log.info("%s", folder or "output: none, nothing is kept (give --output_dir to keep it)")
+    log.info("%s", machine)
+    trackers = choose_trackers(options.tracking)
+    meet_the_hub(options, world)
+    if options.hub.push_to_hub and folder is not None and not options.output.dry_run:
+        world.on_main(lambda: check_hub_access(options.hub.hub_model_id, folder.path, options.hub.hub_token))
+    start = world.on_main(lambda: choose_start(options, folder))
+    # Before the text is read: names, overrides and a block beyond the model are known from one small file.
+    limit = context_limit(read_config(options.model))
+    choose_block_size(options.data.block_size, limit, limit)
+    text = world.in_turn("the text", lambda: prepare_text(options))
+    config = load_config(options.model, text.tokenizer)
+    block_size = choose_block_size(options.data.block_size, limit, context_limit(config, text.tokenizer))
+    blocks, validation = cut_blocks(text.streams, block_size)
+    plan = plan_run(options.training, blocks, num_ranks=world.size, seed=start.seed)
+    learning_rate = learning_rates(options, plan)
+    log.info("%s", ledger_line(ledger(text.streams, block_size)))
+    log.info("%s", plan)
+    if options.output.dry_run:
+        for line in dry_run_lines(config, plan, learning_rate, options.output):
+            log.info("%s", line)
+        return EXIT_DONE
+
+    seed_weights(start.seed)
+    model, origin = build_model(options.model, config, text.tokenizer, checkpoint=start.weights)
+    log.info("weights: %s (%s parameters)", origin, f"{model.num_parameters():,}")
+    language_model = LanguageModel(model)
+    if options.training.torch_compile:
+        language_model.compile()
+    wrapped = machine.accelerator.prepare_model(language_model)  # on the device before the optimizer sees it
+    updater = CentralUpdater(
+        machine=machine,
+        model=wrapped,
+        optimizer=build_optimizer(model, options.optimizer),
+        learning_rate=learning_rate,
+        max_grad_norm=options.optimizer.max_grad_norm,
+        seed=start.seed,
+    )
+    progress = start.resume(updater, plan, text)
+    tracking = Tracking(machine.accelerator, folder)
+    actions = Actions(
+        options, machine, folder, text, blocks, validation, plan, progress, updater, language_model, tracking
+    )
+    tracking.start(trackers, options, first_step=progress.step)
+    with Bar(progress.step, plan.num_steps, is_main=world.is_main) as bar:
+        done = run_updates(
+            updater,
+            training_batches(
+                blocks,
+                seed=start.seed,
+                first_step=progress.step,
+                num_steps=plan.num_steps - progress.step,
+                micro_batch=plan.micro_batch,
+                accumulation=plan.accumulation,
+                rank=world.rank,
+                num_ranks=world.size,
+                num_workers=options.data.dataloader_num_workers,
+                pin_memory=world.device.type == "cuda",
+            ),
+            progress,
+            [*_events(options, plan, actions), Event(every(1), bar.advance)],
+            num_steps=plan.num_steps,
+            tokens_per_step=plan.tokens_per_step,
+            should_stop=stop,
+        )
+    if not done:
+        actions.save()
+        actions.say_stopped(stop.reason)
+        return EXIT_STOPPED
+    finish(actions, command=command)
+    return EXIT_DONE
+
+
+def _events(options: Options, plan: Plan, actions: Actions) -> list[Event]:
+    """What happens after an update, in this order."""
+    last = at_end(plan.num_steps)
+    epoch = every_epoch(plan.num_blocks, plan.global_batch)
+    evaluation, output = options.evaluation, options.output
+    evaluating = every(evaluation.eval_steps) if evaluation.eval_steps else epoch
+    saving = epoch if output.checkpointing_steps == "epoch" else every(output.checkpointing_steps)
+    return [
+        Event(any_of(every(output.logging_steps), last), actions.record),
+        Event(any_of(evaluating, last), actions.evaluate),
+        Event(every(evaluation.sample_steps), actions.sample),
+        Event(saving, actions.save),
+    ]

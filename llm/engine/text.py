@@ -1,0 +1,90 @@
+"""From the options to a tokenizer and tokenized text: the leaves that do the work are introduced here."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants
+from transformers import PreTrainedTokenizerBase
+
+from llm.config.options import Options
+from llm.data.corpus import open_corpus
+from llm.data.streams import Streams, tokenize
+from llm.models.tokenizers import is_character_level, load_tokenizer, tokenizer_hash
+from llm.world.network import go_offline, hub_is_reachable
+from llm.world.ranks import World
+
+log = logging.getLogger(__name__)
+
+# Names that mean something of this package and not of the Hub.
+_OWN_NAMES = ("builtin:", "char", "train:bpe")
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokenizer and the tokenized text of a run.
+
+    Attributes:
+        name: what people call the text.
+        tokenizer: makes and reads its ids.
+        tokenizer_hash: of the tokenizer's behaviour.
+        streams: the ids, in two splits.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_hash: str
+    streams: Streams
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must share with the run that continues it."""
+        return {"data_hash": self.streams.data_hash, "tokenizer_hash": self.tokenizer_hash}
+
+
+def prepare_text(options: Options) -> Text:
+    """Opens the corpus, loads or trains the tokenizer, and tokenizes what no cache holds yet.
+
+    Raises:
+        UserError: the text or the tokenizer is not what it was said to be.
+    """
+    cache_dir = Path(constants.HF_HOME) / "llm"
+    corpus = open_corpus(options.data)
+    tokenizer = load_tokenizer(
+        options.tokenizer,
+        options.model,
+        texts=corpus.texts,
+        corpus_fingerprint=corpus.fingerprint,
+        cache_dir=cache_dir,
+    )
+    identity = tokenizer_hash(tokenizer)
+    streams = tokenize(
+        corpus,
+        tokenizer,
+        tokenizer_hash=identity,
+        options=options.data,
+        cache_dir=cache_dir,
+        eos_in_single_text=not is_character_level(tokenizer),
+    )
+    return Text(corpus.name, tokenizer, identity, streams)
+
+
+def meet_the_hub(options: Options, world: World) -> None:
+    """Asks once whether the Hub is there, if something is to be had or left there; otherwise goes offline.
+
+    Libraries that are not told so retry for half a minute a name. With nothing on the Hub there is nothing
+    to ask, and no library has a reason to.
+    """
+    names = (
+        options.data.dataset_name,
+        options.tokenizer.tokenizer_name,
+        options.model.model_name_or_path,
+        options.model.config_name,
+    )
+    on_the_hub = [n for n in names if n and not n.startswith(_OWN_NAMES) and not Path(n).exists()]
+    wanted = bool(on_the_hub) or options.hub.push_to_hub
+    if not world.on_main(lambda: wanted and hub_is_reachable()):
+        if on_the_hub:
+            log.info("the Hub cannot be reached: %s must be on this machine", " and ".join(on_the_hub))
+        go_offline()
