@@ -1,0 +1,1 @@
+"""The training programs: one file, one command (`python -m llm.trainers.gpt`)."""

@@ -1,0 +1,41 @@
+"""Pre-train or fine-tune a GPT-like model on text.
+
+Run it as `python -m llm.trainers.gpt`, `accelerate launch -m llm.trainers.gpt` or
+`torchrun -m llm.trainers.gpt`; `--help` lists the options.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from llm.config.options import Options
+from llm.config.outcome import outcome
+from llm.config.reader import read_options
+from llm.config.toml import command_line
+
+PROGRAM = "python -m llm.trainers.gpt"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the trainer.
+
+    Args:
+        argv: the command line without the program's name; `sys.argv[1:]` when None.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 usage, 75 stopped by a signal with everything saved.
+    """
+    return outcome(lambda: _train(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _train(argv: list[str]) -> int:
+    options = read_options(Options, argv, prog=PROGRAM, description="Pre-train or fine-tune a GPT-like model on text.")
+    # Imported after the options are read, so that --help and mistakes cost no import of torch.
+    from llm.engine.run import train
+
+    return train(options, command=f"{PROGRAM} {command_line(argv)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What all tests share: a text, a byte tokenizer and a two-layer GPT-2, all made here and offline."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Before any library reads them: one thread a test process, no network, no noise.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# No test reads or fills the user's own caches, or uses the user's own accounts.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="llm-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "WANDB_API_KEY", "WORLD_SIZE", "RANK"):
+    os.environ.pop(name, None)
+
+WORDS = "the a king queen sword runs speaks to of and love night day with from into crown blood".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of about 60 kB: lines of random words, so that a model can learn something."""
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(WORDS, k=draw.randint(3, 9))) + "." for _ in range(2000)]
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():  # type: ignore[no-untyped-def]
+    """A fast tokenizer of 257 ids: the 256 bytes (byte-level BPE without merges) and <|endoftext|>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+@pytest.fixture
+def tiny_gpt2(byte_tokenizer):  # type: ignore[no-untyped-def]
+    """A random GPT2LMHeadModel: 2 layers, width 32, 64 positions, no dropout, the byte tokenizer's ids."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(byte_tokenizer),
+            n_positions=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=256,
+            eos_token_id=256,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_dir(byte_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[no-untyped-def]
+    """A folder that from_pretrained loads: the model of `tiny_gpt2` and the byte tokenizer."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("gpt2")
+    config = GPT2Config(
+        vocab_size=len(byte_tokenizer),
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=256,
+        eos_token_id=256,
+    )
+    GPT2LMHeadModel(config).save_pretrained(path)
+    byte_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def tiny_options(tiny_text: Path, tiny_gpt2_dir: Path) -> list[str]:
+    """A command line that trains `tiny_gpt2` from scratch on `tiny_text` for 20 updates, in about a second."""
+    return [
+        *("--train_file", str(tiny_text), "--tokenizer_name", str(tiny_gpt2_dir)),
+        *("--config_name", str(tiny_gpt2_dir), "--dropout", "0", "--block_size", "32"),
+        *("--per_device_train_batch_size", "8", "--max_train_steps", "20"),
+        *("--learning_rate", "1e-3", "--seed", "7", "--use_cpu"),
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def train(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs the trainer in this process: `train(*words) -> Outcome`."""
+    from llm.trainers.gpt import main
+
+    def run(*words: str | Path) -> Outcome:
+        capfd.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return Outcome(code, out, err)
+
+    return run

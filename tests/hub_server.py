@@ -1,0 +1,152 @@
+"""A stand-in Hub on 127.0.0.1: as much of its HTTP interface as an upload of a model needs.
+
+Uploads land in `StandInHub.files`; `StandInHub.fail` makes one kind of request fail. With
+HF_ENDPOINT set to `endpoint` and HF_HUB_DISABLE_XET=1 before huggingface_hub is imported, the
+library talks to it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+from urllib.parse import urlsplit
+
+TOKEN = "hf_standInTokenThatMustAppearNowhere"
+USER = "someone"
+LARGE_SUFFIXES = (".safetensors", ".png", ".bin")
+
+
+class StandInHub:
+    """What the server knows: repositories, their files, and every request that came in."""
+
+    def __init__(self) -> None:
+        self.endpoint = ""
+        self.token = TOKEN
+        self.user = USER
+        self.files: dict[str, bytes] = {}  # "someone/my-gpt/config.json": content
+        self.repositories: list[str] = []
+        self.requests: list[str] = []  # "POST /api/repos/create"
+        self.fail: dict[str, int] = {}  # part of "METHOD /path": status that it gets
+        self._large: dict[str, bytes] = {}  # by sha256
+
+    def answer(self, method: str, path: str, body: bytes, authorized: bool) -> tuple[int, Any]:
+        """Status and JSON answer of one request."""
+        request = f"{method} {path}"
+        self.requests.append(request)
+        for part, status in self.fail.items():
+            if part in request:
+                return status, {"error": "as asked for by the test"}
+        if path.startswith("/large/") and method == "PUT":  # a storage server: no token is sent there
+            self._large[path.removeprefix("/large/")] = body
+            return 200, {}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if method == "HEAD":
+            return (200 if path in ("", "/") else 404), {}
+        if not authorized:
+            return 401, {"error": "Invalid credentials in Authorization header"}
+        return self._answer_authorized(path, json.loads(body.split(b"\n")[0] or b"{}"), body)
+
+    def _answer_authorized(self, path: str, question: dict[str, Any], body: bytes) -> tuple[int, Any]:
+        if path == "/api/whoami-v2":
+            return 200, {
+                "type": "user",
+                "name": self.user,
+                "auth": {"accessToken": {"role": "write"}},
+            }
+        if path == "/api/repos/create":
+            repository = f"{question.get('organization') or self.user}/{question['name']}"
+            url = f"{self.endpoint}/{repository}"
+            if repository in self.repositories:
+                return 409, {"error": "You already created this model repo", "url": url}
+            self.repositories.append(repository)
+            return 200, {"url": url}
+        if "/preupload/" in path:
+            return 200, {"files": [self._upload_mode(file["path"]) for file in question["files"]]}
+        if path.endswith("/info/lfs/objects/batch"):
+            return 200, {
+                "transfer": "basic",
+                "objects": [self._upload_place(o) for o in question["objects"]],
+            }
+        if path == "/verify":
+            content = self._large[question["oid"]]
+            good = hashlib.sha256(content).hexdigest() == question["oid"] and len(content) == question["size"]
+            return (200 if good else 422), {}
+        if "/commit/" in path:
+            repository = path.removeprefix("/api/models/").split("/commit/")[0]
+            for line in body.splitlines():
+                self._commit(repository, json.loads(line))
+            url = f"{self.endpoint}/{repository}/commit/{'c' * 40}"
+            return 200, {"commitUrl": url, "commitOid": "c" * 40, "success": True}
+        return 404, {"error": "not found"}
+
+    def _upload_mode(self, path: str) -> dict[str, Any]:
+        return {
+            "path": path,
+            "uploadMode": "lfs" if path.endswith(LARGE_SUFFIXES) else "regular",
+            "shouldIgnore": False,
+        }
+
+    def _upload_place(self, large: dict[str, Any]) -> dict[str, Any]:
+        actions = {
+            "upload": {"href": f"{self.endpoint}/large/{large['oid']}"},
+            "verify": {"href": f"{self.endpoint}/verify"},
+        }
+        return {"oid": large["oid"], "size": large["size"], "actions": actions}
+
+    def _commit(self, repository: str, line: dict[str, Any]) -> None:
+        value = line["value"]
+        if line["key"] == "file":
+            self.files[f"{repository}/{value['path']}"] = base64.b64decode(value["content"])
+        elif line["key"] == "lfsFile":
+            self.files[f"{repository}/{value['path']}"] = self._large[value["oid"]]
+
+
+@contextmanager
+def stand_in_hub() -> Iterator[StandInHub]:
+    """Yields a running stand-in Hub on a free port."""
+    hub = StandInHub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _answer(self) -> None:
+            body = self._body()
+            authorized = self.headers.get("Authorization") == f"Bearer {hub.token}"
+            status, answer = hub.answer(self.command, urlsplit(self.path).path, body, authorized)
+            content = b"" if self.command == "HEAD" else json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_HEAD = do_POST = do_PUT = _answer
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            chunks = []
+            while size := int(self.rfile.readline(), 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(chunks)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,40 @@
+"""``python -m llm.plot`` from its command line on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm.plot import main, named_metrics
+from tests.metrics_file import write_metrics
+
+
+def test_plot_when_given_runs_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        write_metrics(tmp_path / name / "metrics.jsonl")
+    picture = tmp_path / "curves.png"
+    runs = [str(tmp_path / "a"), str(tmp_path / "b" / "metrics.jsonl")]
+    assert main([*runs, "--output", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    assert capsys.readouterr().out == f"{picture}\n"
+
+
+def test_plot_when_there_is_no_run_is_one_line_and_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "--output", str(tmp_path / "c.png")]) == 1
+    line = f"error: {tmp_path}: no metrics.jsonl there; give a run's --output_dir\n"
+    assert capsys.readouterr().err == line
+
+
+def test_plot_when_misused_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs/a", "--smoothing", "x"]) == 2
+    assert capsys.readouterr().err.startswith("error: --smoothing x: must be a whole number")
+    assert main([]) == 2
+    assert "--runs" in capsys.readouterr().err
+
+
+def test_names_when_folders_have_the_same_are_paths(tmp_path: Path) -> None:
+    paths = [write_metrics(tmp_path / p / "metrics.jsonl") for p in ("x/run", "y/run", "y/other")]
+    named = named_metrics([str(path.parent) for path in paths])
+    assert list(named) == [str(tmp_path / "x/run"), str(tmp_path / "y/run"), "other"]
+    assert list(named.values()) == paths

@@ -1,0 +1,354 @@
+"""The main program as a user meets it: one command line in, a run's folder out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import Outcome
+
+Train = Callable[..., Outcome]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def torchrun(*words: str | Path, num_ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """The trainer on several ranks of this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(num_ranks), "-m", "llm.trainers.gpt", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+FOLDER = """config.toml status.json metrics.jsonl log.txt tensorboard checkpoints model.safetensors config.json
+generation_config.json tokenizer.json tokenizer_config.json README.md all_results.json"""
+
+
+def test_run_when_complete_then_leaves_the_whole_folder(train: Train, tiny_options: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    outcome = train(
+        *tiny_options, "--output_dir", folder, "--checkpointing_steps", "10", "--eval_steps", "10",
+        "--sample_steps", "10", "--sample_prompt", "the king",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    written = {path.name for path in folder.iterdir()}
+    assert written >= set(FOLDER.split())
+    assert not [name for name in written if name.endswith((".tmp", ".lock", ".probe"))]
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    lines = outcome.out.splitlines()
+    assert any(line.startswith("step 20/20 | loss ") and "tok/s | eta 0:00:00" in line for line in lines)
+    assert any(line.startswith("eval step 10 | loss ") and "bits/byte" in line for line in lines)
+    assert "saved step 10" in lines
+    assert "saved step 20" in lines
+    assert "weights: random" in outcome.out
+    assert "the king" in outcome.out
+    assert (folder / "log.txt").read_text().count("saved step") == 2
+
+
+def test_run_when_complete_then_the_loss_fell_and_the_model_loads(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    train(*tiny_options, "--output_dir", tmp_path / "run", "--logging_steps", "1")
+    losses = [record["loss"] for record in records(tmp_path / "run") if "loss" in record]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 0.5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert model.config.vocab_size == len(tokenizer) == 257
+    ids = tokenizer("the king speaks", return_tensors="pt")["input_ids"]
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_results_when_complete_then_agree_with_the_exported_model(
+    train: Train, tiny_options: list[str], tiny_text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    train(*tiny_options, "--output_dir", folder)
+    results = json.loads((folder / "all_results.json").read_text())
+    # The held-out 5 % of a single text are its last bytes; the byte tokenizer makes one token a byte,
+    # and the end of the text adds one.
+    text = tiny_text.read_bytes()
+    held_out = text[int(len(text) * 0.95) :]
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [*tokenizer(held_out.decode())["input_ids"], tokenizer.eos_token_id]
+    num_blocks = (len(ids) - 1) // 32
+    blocks = torch.tensor([ids[i * 32 : i * 32 + 33] for i in range(num_blocks)])
+    with torch.no_grad():
+        logits = model(blocks[:, :-1]).logits
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten(), reduction="sum")
+    num_eos = int((blocks[:, 1:] == tokenizer.eos_token_id).sum())
+    num_targets = num_blocks * 32
+    assert results["num_eval_tokens"] == num_targets
+    assert results["eval_loss"] == pytest.approx(float(nats) / num_targets, rel=1e-5)
+    bits = float(nats) / torch.log(torch.tensor(2.0)).item()
+    assert results["bits_per_byte"] == pytest.approx(bits / (num_targets - num_eos), rel=1e-5)
+    assert results["tokens"] == 20 * 8 * 32
+
+
+def test_ledger_when_complete_then_every_token_is_accounted_for(
+    train: Train, tiny_options: list[str], tiny_text: Path, tmp_path: Path
+) -> None:
+    train(*tiny_options, "--output_dir", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    ledger = results["ledger"]
+    assert sum(ledger.values()) == tiny_text.stat().st_size + 1  # one byte a token, and the end of the text
+    assert ledger["dropped_train"] < 32
+    assert ledger["dropped_validation"] < 32
+    assert results["num_unreached_tokens"] == ledger["train_tokens"] - 1 - 20 * 8 * 32
+
+
+@pytest.mark.parametrize("epsilon", ["1e-6", "1e-8"])
+def test_weights_when_the_batch_is_split_otherwise_then_are_the_same(
+    train: Train, tiny_options: list[str], tmp_path: Path, epsilon: str
+) -> None:
+    options = [*tiny_options, "--global_batch_size", "8", "--adam_epsilon", epsilon]
+    for size in (8, 4, 2):
+        outcome = train(*options, "--per_device_train_batch_size", str(size), "--output_dir", tmp_path / str(size))
+        assert outcome.code == 0, outcome.err
+    bound = 1e-6 if epsilon == "1e-6" else 1e-5
+    for size in (4, 2):
+        assert farthest(weights(tmp_path / "8"), weights(tmp_path / str(size))) <= bound
+
+
+def test_two_ranks_when_started_by_torchrun_then_end_like_one(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    options = [*tiny_options, "--adam_epsilon", "1e-6", "--lr_scheduler_type", "cosine", "--num_warmup_steps", "3",
+               "--logging_steps", "1", "--eval_steps", "10"]  # fmt: skip
+    assert train(*options, "--output_dir", tmp_path / "one").code == 0
+    for size in ("4", "2"):
+        folder = tmp_path / f"two_{size}"
+        words = [*options, "--per_device_train_batch_size", size, "--global_batch_size", "8", "--output_dir", folder]
+        outcome = torchrun(*words)
+        assert outcome.returncode == 0, outcome.stderr
+        assert "2 processes" in outcome.stdout
+        assert outcome.stdout.count("weights: random") == 1
+        assert farthest(weights(tmp_path / "one"), weights(folder)) <= 1e-6
+        for one, two in zip(records(tmp_path / "one"), records(folder), strict=True):
+            for key in one.keys() & {"step", "lr", "tokens", "num_skipped"}:
+                assert one[key] == two[key]
+            for key in one.keys() & {"loss", "eval_loss", "bits_per_byte", "grad_norm"}:
+                assert one[key] == pytest.approx(two[key], rel=1e-4)
+
+
+def test_learning_rate_when_accumulating_then_depends_on_the_update_alone(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_options, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4",
+             "--num_warmup_steps", "4", "--logging_steps", "1", "--output_dir", tmp_path / "run"]  # fmt: skip
+    assert train(*words).code == 0
+    rates = [record["lr"] for record in records(tmp_path / "run") if "lr" in record]
+    expected = [1e-3 * (k / 4 if k < 4 else (20 - k) / 16) for k in range(20)]
+    assert rates == pytest.approx(expected)
+
+
+def test_resume_when_cut_in_the_middle_then_ends_bit_identical(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    options = [*tiny_options, "--dropout", "0.1", "--checkpointing_steps", "7", "--eval_steps", "5"]
+    assert train(*options, "--output_dir", tmp_path / "whole").code == 0
+    assert train(*options, "--output_dir", tmp_path / "cut").code == 0
+    # As a kill after step 7 leaves it: later checkpoints and the finished model are not there.
+    for name in ("checkpoints/step_14", "model.safetensors", "all_results.json"):
+        path = tmp_path / "cut" / name
+        subprocess.run(["rm", "-r", path], check=True)
+    outcome = train(*options, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint")
+    assert outcome.code == 0, outcome.err
+    assert "resumed from step 7" in outcome.out
+    assert farthest(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0.0
+    untimed = [
+        [{k: v for k, v in record.items() if "second" not in k} for record in records(tmp_path / name)]
+        for name in ("whole", "cut")
+    ]
+    assert untimed[0] == untimed[1]
+
+
+def test_resume_when_the_newest_is_damaged_then_takes_the_older(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    options = [*tiny_options, "--checkpointing_steps", "8", "--output_dir", tmp_path / "run"]
+    assert train(*options).code == 0
+    damaged = tmp_path / "run" / "checkpoints" / "step_16" / "optimizer.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    refused = train(*options, "--resume_from_checkpoint", damaged.parent)
+    assert refused.code == 1
+    assert "optimizer.safetensors has other content" in refused.err
+    outcome = train(*options, "--resume_from_checkpoint")
+    assert outcome.code == 0, outcome.err
+    assert "step_16 is damaged" in outcome.err
+    assert "resumed from step 8" in outcome.out
+
+
+def test_resume_when_there_is_nothing_then_a_bare_flag_starts_fresh_and_a_value_is_refused(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    folder = ("--output_dir", tmp_path / "run")
+    for value in ("latest", "best", tmp_path / "none"):
+        outcome = train(*tiny_options, *folder, "--resume_from_checkpoint", value)
+        assert outcome.code == 1
+        assert outcome.err.count("\n") == 1
+    outcome = train(*tiny_options, *folder, "--resume_from_checkpoint")
+    assert outcome.code == 0
+    assert "no checkpoint yet, a fresh run" in outcome.out
+
+
+def test_signal_when_training_then_saves_and_exits_75(tiny_options: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = [*tiny_options, "--max_train_steps", "100000", "--logging_steps", "1", "--output_dir", str(folder)]
+    process = subprocess.Popen([sys.executable, "-m", "llm.trainers.gpt", *words], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 75
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["reason"], status["exit_code"]) == ("stopped", "SIGTERM", 75)
+    assert f"saved step {status['step']}" in rest
+    assert (folder / "checkpoints" / f"step_{status['step']}" / "manifest.json").exists()
+
+
+def test_output_dir_when_it_holds_a_run_then_is_refused_or_overwritten(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = [*tiny_options, "--max_train_steps", "2", "--output_dir", str(folder)]
+    assert train(*options).code == 0
+    (folder / "notes.txt").write_text("mine")
+    refused = train(*options)
+    assert refused.code == 1
+    assert "holds another run" in refused.err
+    assert train(*options, "--overwrite_output_dir").code == 0
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_no_output_dir_when_training_then_nothing_is_kept(
+    train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = train(*tiny_options, "--checkpointing_steps", "5")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[0].startswith("output: none, nothing is kept")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_when_asked_then_says_the_numbers_and_writes_nothing(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    outcome = train(*tiny_options, "--output_dir", tmp_path / "run", "--dry_run")
+    assert outcome.code == 0
+    for word in ("tokens:", "updates: 20 of 8 blocks of 32", "parameters:", "memory", "disk", "learning rate: 0.001"):
+        assert word in outcome.out
+    assert "step 1" not in outcome.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_name_when_given_then_weights_are_loaded_all_the_same(
+    train: Train, tiny_options: list[str], tiny_gpt2_dir: Path, tmp_path: Path
+) -> None:
+    at = tiny_options.index("--config_name")
+    options = tiny_options[:at] + tiny_options[at + 2 :]
+    words = [*options, "--model_name_or_path", tiny_gpt2_dir, "--low_cpu_mem_usage", "--learning_rate", "0",
+             "--output_dir", tmp_path / "run"]  # fmt: skip
+    outcome = train(*words)
+    assert outcome.code == 0, outcome.err
+    assert f"weights: loaded from {tiny_gpt2_dir}" in outcome.out
+    assert farthest(weights(tmp_path / "run"), weights(tiny_gpt2_dir)) == 0.0
+
+
+def test_weight_decay_when_the_rate_is_all_there_is_then_touches_matrices_alone(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    from llm.models.build import build_model  # noqa: F401  (the layer under test is the whole program)
+
+    words = [*tiny_options, "--max_train_steps", "1", "--weight_decay", "0.5", "--lr_scheduler_type", "constant"]
+    assert train(*words, "--output_dir", tmp_path / "decayed").code == 0
+    words[words.index("0.5")] = "0"
+    assert train(*words, "--output_dir", tmp_path / "plain").code == 0
+    decayed, plain = weights(tmp_path / "decayed"), weights(tmp_path / "plain")
+    changed = {name for name in plain if not torch.equal(decayed[name], plain[name])}
+    assert changed == {name for name in plain if plain[name].ndim >= 2}
+
+
+def test_bad_update_when_the_loss_is_not_finite_then_is_skipped_and_counted(
+    train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm.models.language_model import LanguageModel
+
+    forward, calls = LanguageModel.forward, []
+
+    def poisoned(self: LanguageModel, ids: torch.Tensor, targets: torch.Tensor) -> Any:
+        loss, count = forward(self, ids, targets)
+        calls.append(self.training)
+        return (loss * float("nan") if sum(calls) == 5 and self.training else loss), count
+
+    monkeypatch.setattr(LanguageModel, "forward", poisoned)
+    outcome = train(*tiny_options, "--logging_steps", "1", "--output_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    counts = [record["num_skipped"] for record in records(tmp_path / "run") if "num_skipped" in record]
+    assert counts == [0] * 4 + [1] * 16
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_help_and_mistakes_when_asked_then_cost_little_and_import_no_torch() -> None:
+    for words, code in ((["--help"], 0), (["--version"], 0), (["--lerning_rate", "1"], 2)):
+        probe = (
+            "import sys, time; from llm.trainers.gpt import main\n"
+            f"try:\n code = main({words!r})\nexcept SystemExit as stop:\n code = stop.code or 0\n"
+            "assert 'torch' not in sys.modules\n"
+            "print('CPU', time.process_time(), file=sys.stderr)\n"
+            "sys.exit(code)"
+        )
+        result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+        assert result.returncode == code, result.stderr
+        cpu = float(result.stderr.split("CPU ")[1])
+        assert cpu < 0.5
+
+
+def test_second_run_in_one_folder_when_the_first_lives_then_is_refused(
+    tiny_options: list[str], train: Train, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    words = [*tiny_options, "--max_train_steps", "100000", "--logging_steps", "1", "--output_dir", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llm.trainers.gpt", *words], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        outcome = train(*words, "--resume_from_checkpoint")
+        assert outcome.code == 1
+        assert f"process {process.pid}" in outcome.err
+    finally:
+        process.kill()
+        process.wait()
+    # A killed run leaves its lock; nobody holds it any more.
+    words[words.index("100000")] = "4"
+    assert train(*words, "--overwrite_output_dir").code == 0

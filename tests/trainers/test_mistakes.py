@@ -1,0 +1,202 @@
+"""Every mistake is one line that names the cause and the mend, before the model is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Outcome
+
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if a model is built."""
+    import llm.engine.run
+
+    def build(*_: object, **__: object) -> None:
+        pytest.fail("a model was built before the mistake was reported")
+
+    monkeypatch.setattr(llm.engine.run, "build_model", build)
+
+
+def one_line(outcome: Outcome, code: int) -> str:
+    """The mistake's only line."""
+    assert outcome.code == code, outcome.err
+    assert "Traceback" not in outcome.err
+    lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, outcome.err
+    return lines[0]
+
+
+def replaced(options: list[str], name: str, *values: str | Path) -> list[str]:
+    """The options with one of them given otherwise."""
+    at = options.index(name)
+    return [*options[:at], name, *map(str, values), *options[at + 2 :]]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--lerning_rate", "1"), "--learning_rate"),
+        (("--learning_rate", "fast"), "fast"),
+        (("--per_device_train_batch_size", "0"), ">= 1"),
+        (("--lr_scheduler_type", "cosin"), "cosine"),
+        (("--lr_scheduler_type", "greedy"), "greedy is refused"),
+        (("--lr_scheduler_type", "reduce_lr_on_plateau"), "reduce_lr_on_plateau is refused"),
+        (("--mixed_precision", "fp8"), "Conv1D"),
+        (("--kfac",), "--kfac is refused"),
+        (("--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"nonsense": 1}'), "nonsense"),
+    ],
+)
+def test_option_when_wrong_then_usage(
+    train: Train, tiny_options: list[str], words: tuple[str, ...], expected: str
+) -> None:
+    assert expected in one_line(train(*tiny_options, *words), 2)
+
+
+def test_toml_when_a_key_is_unknown_then_names_file_and_nearest(train: Train, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[optimizer]\nlerning_rate = 1e-3\n")
+    line = one_line(train("--config", path), 2)
+    for word in ("run.toml", "optimizer.lerning_rate", "learning_rate"):
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("empty.txt", b"", "empty"),
+        ("latin.txt", "caf\xe9 au lait".encode("latin-1"), "byte 3"),
+        ("binary.txt", b"text\0\1\2", "byte 4"),
+        ("table.csv", b"title,body\na,b\n", "body"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": \n', "line 2"),
+        ("array.json", b'[{"text": "a"},\n{"text": }]', "line 2"),
+        ("text.docx", b"x", "docx"),
+        ("broken.parquet", b"PAR1 not really", "parquet"),
+        ("broken.txt.gz", b"\x1f\x8b\x08 not really", "gz"),
+    ],
+)
+def test_file_when_unusable_then_says_where(
+    train: Train, tiny_options: list[str], tmp_path: Path, name: str, content: bytes, expected: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    line = one_line(train(*replaced(tiny_options, "--train_file", path)), 1)
+    assert expected in line
+    assert name in line
+
+
+def test_file_when_missing_then_names_the_nearest(train: Train, tiny_options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "shakespeare.txt").write_text("to be")
+    line = one_line(train(*replaced(tiny_options, "--train_file", tmp_path / "shakespear.txt")), 1)
+    assert "shakespeare.txt" in line
+
+
+def test_text_when_shorter_than_a_block_then_says_the_numbers(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("to be")
+    line = one_line(train(*replaced(tiny_options, "--train_file", path)), 1)
+    assert "33" in line
+
+
+def test_block_size_when_beyond_the_model_then_is_refused_before_the_text_is_read(
+    train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llm.engine.run
+
+    monkeypatch.setattr(llm.engine.run, "prepare_text", lambda _: pytest.fail("the text was read"))
+    line = one_line(train(*replaced(tiny_options, "--block_size", "65")), 1)
+    assert "64 tokens" in line
+
+
+def test_global_batch_when_it_does_not_divide_then_names_sizes_that_work(train: Train, tiny_options: list[str]) -> None:
+    line = one_line(train(*tiny_options, "--global_batch_size", "12"), 1)
+    assert "1, 2, 3, 4, 6, 12" in line
+
+
+def test_tokenizer_folder_when_without_tokenizer_then_is_refused(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    line = one_line(train(*replaced(tiny_options, "--tokenizer_name", tmp_path / "folder")), 1)
+    assert "no tokenizer" in line
+
+
+def test_vocabulary_when_it_is_another_than_the_weights_then_is_refused(
+    train: Train, tiny_text: Path, byte_tokenizer, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=2000, n_positions=64, n_embd=8, n_layer=1, n_head=1))
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    line = one_line(
+        train(
+            "--train_file",
+            tiny_text,
+            "--model_name_or_path",
+            tmp_path / "model",
+            "--tokenizer_name",
+            tmp_path / "tokenizer",
+        ),
+        1,
+    )
+    assert "2000" in line
+    assert "257" in line
+
+
+def test_model_when_unknown_then_names_the_nearest(train: Train, tiny_text: Path) -> None:
+    line = one_line(train("--train_file", tiny_text, "--model_name_or_path", "gtp2"), 1)
+    assert "gpt2" in line
+
+
+def test_fp16_when_on_a_cpu_then_is_refused(train: Train, tiny_options: list[str]) -> None:
+    assert "fp16" in one_line(train(*tiny_options, "--mixed_precision", "fp16"), 1)
+
+
+def test_output_dir_when_it_cannot_be_written_then_is_refused(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    # A file in the way: permissions would not stop root.
+    (tmp_path / "file").write_text("")
+    line = one_line(train(*tiny_options, "--output_dir", tmp_path / "file" / "run"), 1)
+    assert "cannot be written" in line
+
+
+def test_tracker_when_unknown_or_not_installed_then_says_which(
+    train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llm.engine.tracking
+
+    monkeypatch.setattr(llm.engine.tracking, "get_available_trackers", lambda: ["tensorboard", "wandb"])
+    monkeypatch.setattr(llm.engine.tracking, "_wandb_is_logged_in", lambda: False)
+    tracking = [*tiny_options, "--with_tracking", "--report_to"]
+    assert "no tracker" in one_line(train(*tracking, "wandbb"), 1)
+    assert "pip install mlflow" in one_line(train(*tracking, "mlflow"), 1)
+    assert "wandb login" in one_line(train(*tracking, "wandb"), 1)
+
+
+def test_processes_when_the_launcher_started_one_of_several_then_is_refused(
+    train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert "torchrun" in one_line(train(*tiny_options), 1)
+
+
+def test_failed_run_when_it_has_a_folder_then_status_says_why(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    options = replaced(tiny_options, "--block_size", "65")
+    assert train(*options, "--output_dir", tmp_path / "run").code == 1
+    status = (tmp_path / "run" / "status.json").read_text()
+    assert '"failed"' in status
+    assert "64 tokens" in status
+    assert not os.path.exists(tmp_path / "run" / "run.lock")
