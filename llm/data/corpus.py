@@ -69,14 +69,17 @@ class Corpus:
         else:
             yield from divide(self.train(skipped), self._cut)
 
-    def texts(self) -> Iterator[str]:
-        """The training text, in pieces of up to about a megabyte or a row, to train a tokenizer.
+    def texts(self, *, held_out: bool = False) -> Iterator[str]:
+        """The training text, in pieces of up to about a megabyte or a row, to make a tokenizer of.
+
+        Args:
+            held_out: give the validation text too, behind it.
 
         Raises:
             UserError: as `parts`.
         """
         for split, part in self.parts(Counter()):
-            if split == "validation":
+            if split == "validation" and not held_out:
                 return
             if part.text:
                 yield part.text

@@ -17,9 +17,9 @@ from llm.data.held_out import Split
 from llm.data.parts import Part
 
 # Characters. A batch keeps all cores busy; its encodings take some hundred bytes a token meanwhile.
-BATCH_LENGTH = 1 << 20
+BATCH_LENGTH = 4 << 20
 LONG_DOCUMENT = 4 << 20
-PIECE_LENGTH = 1 << 18
+PIECE_LENGTH = 1 << 16
 
 # How much of a long document is encoded whole and in pieces, to see whether that is the same.
 _TRIAL_LENGTH = 1 << 20

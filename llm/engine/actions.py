@@ -27,7 +27,6 @@ from llm.evaluation.perplexity import Evaluation, evaluate
 from llm.models.flops import flops_per_token, peak_flops
 from llm.models.language_model import LanguageModel
 from llm.models.sampling import sample
-from llm.models.tokenizers import bytes_of_tokens
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class Actions:
         self.text, self.blocks, self.validation, self.plan = text, blocks, validation, plan
         self.progress, self.updater = progress, updater
         self.language_model, self.tracking = language_model, tracking
-        self.token_bytes = torch.from_numpy(bytes_of_tokens(text.tokenizer)).to(self.world.device)
+        self.token_bytes, self.bytes_per_token = text.bytes_of_ids()
         self.flops_per_token = flops_per_token(self.model, plan.block_size)
         dtype = _DTYPES[machine.accelerator.mixed_precision]
         self.peak_flops = peak_flops(self.world.device, dtype)
@@ -113,8 +112,7 @@ class Actions:
             batches,
             device=self.world.device,
             token_bytes=self.token_bytes,
-            # Only where ids do not say their bytes, which is where the table holds a zero for all.
-            bytes_per_token=0.0,
+            bytes_per_token=self.bytes_per_token,
             sum_over_ranks=self.world.sum_,
         )
         self.progress.eval_loss = self.newest.loss

@@ -87,6 +87,7 @@ class Bar:
 def _silence_known_noise() -> None:
     """Lines of libraries that say nothing about this run."""
     warnings.filterwarnings("ignore", message=r".*pin_memory.*no accelerator.*")
+    warnings.filterwarnings("ignore", message=r".*`broadcast_buffers` is deprecated.*")
     warnings.filterwarnings("ignore", message=r".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*")
     for name in ("accelerate", "transformers", "datasets", "huggingface_hub", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -29,6 +30,16 @@ class Machine:
 
     accelerator: Accelerator
     world: World
+
+    def release(self) -> None:
+        """Frees the model and leaves the other processes; nothing may be trained here any more.
+
+        In this order: DDP's reducer, freed after the process group was given up, would be the last to hold
+        it, and join gloo's threads without letting go of the interpreter that they wait for.
+        """
+        self.accelerator.free_memory()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def __str__(self) -> str:
         """One line: device, processes, arithmetic."""

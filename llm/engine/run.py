@@ -6,8 +6,6 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch.distributed as dist
-
 from llm.config.options import Options
 from llm.data.blocks import cut_blocks, ledger
 from llm.data.loaders import training_batches
@@ -58,11 +56,11 @@ def train(options: Options, *, command: str) -> int:
             stop = stack.enter_context(listening())
             if folder is not None and not options.output.dry_run:
                 stack.enter_context(claimed(folder, options, machine.world))
-            return _run(options, command, machine, folder, stop)
+            code = _run(options, command, machine, folder, stop)
+        machine.release()
+        return code
     finally:
         stop_journal()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _run(options: Options, command: str, machine: Machine, folder: RunFolder | None, stop: StopRequest) -> int:
@@ -78,7 +76,7 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
     # Before the text is read: names, overrides and a block beyond the model are known from one small file.
     limit = context_limit(read_config(options.model))
     choose_block_size(options.data.block_size, limit, limit)
-    text = world.in_turn("the text", lambda: prepare_text(options))
+    text = world.in_turn("the text", lambda: prepare_text(options, world))
     config = load_config(options.model, text.tokenizer)
     block_size = choose_block_size(options.data.block_size, limit, context_limit(config, text.tokenizer))
     blocks, validation = cut_blocks(text.streams, block_size)

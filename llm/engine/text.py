@@ -6,17 +6,21 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
 from llm.config.options import Options
 from llm.data.corpus import open_corpus
 from llm.data.streams import Streams, tokenize
-from llm.models.tokenizers import is_character_level, load_tokenizer, tokenizer_hash
+from llm.models.tokenizers import CHARACTERS, bytes_of_tokens, is_character_level, load_tokenizer, tokenizer_hash
 from llm.world.network import go_offline, hub_is_reachable
 from llm.world.ranks import World
 
 log = logging.getLogger(__name__)
+
+_CHUNK_TOKENS = 1 << 22
 
 # Names that mean something of this package and not of the Hub.
 _OWN_NAMES = ("builtin:", "char", "train:bpe")
@@ -38,13 +42,33 @@ class Text:
     tokenizer_hash: str
     streams: Streams
 
+    def bytes_of_ids(self) -> tuple[torch.Tensor | None, float]:
+        """How many bytes of text an id stands for, checked on the validation text.
+
+        Returns:
+            int32 [vocabulary], and the mean over the validation text; the table is None where its sum over
+            that text is not the text's length (a tokenizer that changes text), so that the mean must do.
+        """
+        stream = self.streams.validation
+        if stream is None or not len(stream.tokens):
+            return None, 0.0
+        table = bytes_of_tokens(self.tokenizer)
+        chunks = np.array_split(stream.tokens, -(-len(stream.tokens) // _CHUNK_TOKENS))
+        if sum(int(table[chunk].sum()) for chunk in chunks) == stream.num_bytes:
+            return torch.from_numpy(table), stream.num_bytes / len(stream.tokens)
+        log.info("bits per byte: from the mean bytes of a token, since the tokenizer does not keep every byte")
+        return None, stream.num_bytes / len(stream.tokens)
+
     def identity(self) -> dict[str, str]:
         """What a checkpoint must share with the run that continues it."""
         return {"data_hash": self.streams.data_hash, "tokenizer_hash": self.tokenizer_hash}
 
 
-def prepare_text(options: Options) -> Text:
+def prepare_text(options: Options, world: World) -> Text:
     """Opens the corpus, loads or trains the tokenizer, and tokenizes what no cache holds yet.
+
+    Meant for `World.in_turn`: rank 0 fills the caches, the others find them full. So `--overwrite_cache` is
+    rank 0's alone.
 
     Raises:
         UserError: the text or the tokenizer is not what it was said to be.
@@ -54,7 +78,8 @@ def prepare_text(options: Options) -> Text:
     tokenizer = load_tokenizer(
         options.tokenizer,
         options.model,
-        texts=corpus.texts,
+        # Held-out characters too: a character that no id stands for could not be predicted, or measured.
+        texts=lambda: corpus.texts(held_out=options.tokenizer.tokenizer_name == CHARACTERS),
         corpus_fingerprint=corpus.fingerprint,
         cache_dir=cache_dir,
     )
@@ -63,7 +88,7 @@ def prepare_text(options: Options) -> Text:
         corpus,
         tokenizer,
         tokenizer_hash=identity,
-        options=options.data,
+        options=options.data if world.is_main else options.data.model_copy(update={"overwrite_cache": False}),
         cache_dir=cache_dir,
         eos_in_single_text=not is_character_level(tokenizer),
     )

@@ -1,0 +1,190 @@
+"""A checkpoint is finished and right to the byte, or it is not taken."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm.config.errors import UserError
+from llm.engine.checkpoints import (
+    find_checkpoint,
+    keep_newest,
+    open_checkpoint,
+    save_checkpoint,
+    saved_steps,
+)
+
+
+@pytest.fixture
+def save(tmp_path: Path, tiny_gpt2, byte_tokenizer):  # type: ignore[no-untyped-def]
+    """`save(step, eval_loss)` writes a checkpoint into tmp_path/checkpoints and gives its path."""
+
+    def write(step: int, eval_loss: float | None = None) -> Path:
+        state: dict[str, Any] = {"progress": {"step": step, "eval_loss": eval_loss}, "plan": {"seed": 7}}
+        tensors = {"wte.weight/exp_avg": torch.full((3, 2), float(step)), "wte.weight/step": torch.tensor(float(step))}
+        folder = tmp_path / "checkpoints"
+        return save_checkpoint(folder, step, model=tiny_gpt2, tokenizer=byte_tokenizer, tensors=tensors, state=state)
+
+    return write
+
+
+def damage_it(path: Path, name: str = "optimizer.safetensors") -> None:
+    """Flips the last bit of one of a checkpoint's files."""
+    data = bytearray((path / name).read_bytes())
+    data[-1] ^= 1
+    (path / name).write_bytes(data)
+
+
+def test_checkpoint_when_saved_then_gives_back_everything(save, tmp_path: Path, tiny_gpt2) -> None:  # type: ignore[no-untyped-def]
+    path = save(12, 1.5)
+    assert path == tmp_path / "checkpoints" / "step_12"
+    found = open_checkpoint(path)
+    assert (found.step, found.path) == (12, path)
+    assert found.state["progress"] == {"step": 12, "eval_loss": 1.5}
+    assert found.state["plan"] == {"seed": 7}
+    tensors = found.tensors()
+    assert torch.equal(tensors["wte.weight/exp_avg"], torch.full((3, 2), 12.0))
+    assert tensors["wte.weight/step"].shape == ()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), tiny_gpt2.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(path)("the")["input_ids"] != []
+
+
+def test_checkpoint_when_saved_then_holds_no_pickle_and_nothing_is_left_beside_it(save) -> None:  # type: ignore[no-untyped-def]
+    path = save(1)
+    assert os.listdir(path.parent) == ["step_1"]
+    assert {file.suffix for file in path.iterdir()} <= {".json", ".safetensors", ".txt", ".jinja"}
+    manifest = path / "manifest.json"
+    assert all(file.stat().st_mtime_ns <= manifest.stat().st_mtime_ns for file in path.iterdir())
+
+
+def test_checkpoint_when_saved_twice_then_the_newer_one_stands(save) -> None:  # type: ignore[no-untyped-def]
+    save(3, 2.0)
+    path = save(3, 1.0)
+    assert open_checkpoint(path).state["progress"]["eval_loss"] == 1.0
+    assert os.listdir(path.parent) == ["step_3"]
+
+
+def test_save_when_it_fails_then_there_is_no_checkpoint(
+    save,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import llm.engine.checkpoints
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(llm.engine.checkpoints, "write_manifest", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(1)
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
+def test_steps_when_listed_then_are_in_the_order_of_numbers_without_temporary_ones(tmp_path: Path) -> None:
+    for name in ("step_10", "step_9", "step_100", ".step_11.42.tmp", "step_", "step_9b", "best"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_12").touch()
+    assert [step for step, _ in saved_steps(tmp_path)] == [9, 10, 100]
+    assert saved_steps(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(("limit", "left"), [(None, [1, 2, 10]), (1, [10]), (2, [2, 10]), (5, [1, 2, 10])])
+def test_keep_when_there_are_more_then_removes_the_oldest(tmp_path: Path, limit: int | None, left: list[int]) -> None:
+    for step in (1, 2, 10):
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"step_{step}" / "file").touch()
+    keep_newest(tmp_path, limit)
+    assert [step for step, _ in saved_steps(tmp_path)] == left
+
+
+def test_find_when_bare_or_latest_then_is_the_newest(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for step in (9, 10):
+        save(step)
+    for asked in (True, "latest"):
+        found = find_checkpoint(asked, tmp_path / "checkpoints")
+        assert found is not None
+        assert found.step == 10
+    assert find_checkpoint(False, tmp_path / "checkpoints") is None
+
+
+def test_find_when_best_then_is_the_one_of_the_lowest_loss(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for step, loss in ((1, None), (2, 1.25), (3, 1.5), (4, None)):
+        save(step, loss)
+    found = find_checkpoint("best", tmp_path / "checkpoints")
+    assert found is not None
+    assert found.step == 2
+
+
+def test_find_when_best_and_a_loss_is_not_a_number_then_that_one_is_not_it(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for step, loss in ((1, 1.25), (2, float("nan")), (3, 1.5), (4, float("nan"))):
+        save(step, loss)
+    found = find_checkpoint("best", tmp_path / "checkpoints")
+    assert found is not None
+    assert found.step == 1
+
+
+def test_find_when_the_newest_is_damaged_then_says_so_and_takes_the_older(
+    save,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("llm"), "propagate", True)
+    for step in (1, 2, 3, 4):
+        save(step, 1.0 / step)
+    damage_it(tmp_path / "checkpoints" / "step_4")
+    (tmp_path / "checkpoints" / "step_3" / "manifest.json").unlink()
+    (tmp_path / "checkpoints" / "step_2" / "training_state.json").unlink()
+    for asked in (True, "latest", "best"):
+        caplog.clear()
+        found = find_checkpoint(asked, tmp_path / "checkpoints")
+        assert found is not None
+        assert found.step == 1
+        warned = [record.getMessage() for record in caplog.records]
+        assert len(warned) == 3
+        assert "step_4 is damaged: optimizer.safetensors has other content" in warned[0]
+        assert "step_3 is damaged: manifest.json is missing" in warned[1]
+        assert "step_2" in warned[2]
+
+
+def test_find_when_there_is_none_then_only_a_bare_flag_is_content(tmp_path: Path) -> None:
+    assert find_checkpoint(True, tmp_path / "checkpoints") is None
+    assert find_checkpoint(True, None) is None
+    for asked in ("latest", "best"):
+        with pytest.raises(UserError, match=f"{asked}: there is no such checkpoint in {tmp_path}"):
+            find_checkpoint(asked, tmp_path)
+        with pytest.raises(UserError, match=f"{asked} looks into --output_dir"):
+            find_checkpoint(asked, None)
+
+
+def test_find_when_a_path_is_named_then_only_that_one_will_do(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    first, second = save(1), save(2)
+    found = find_checkpoint(str(first), None)
+    assert found is not None
+    assert found.step == 1
+    damage_it(second, "model.safetensors")
+    with pytest.raises(UserError, match="step_2 is damaged: model.safetensors has other content"):
+        find_checkpoint(str(second), tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="is no checkpoint"):
+        find_checkpoint(str(tmp_path), None)
+
+
+def test_open_when_another_version_wrote_it_then_is_refused(
+    save,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import llm.engine.checkpoints
+
+    monkeypatch.setattr(llm.engine.checkpoints, "_VERSION", 99)
+    path = save(1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="has version 99; this program reads 1"):
+        open_checkpoint(path)

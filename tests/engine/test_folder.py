@@ -1,0 +1,141 @@
+"""A run's folder: whose it is, what is removed from it, and what its status says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.config.errors import UsageError, UserError
+from llm.config.options import HubOptions, Options, OutputOptions
+from llm.engine.folder import RunFolder, claimed
+from llm.engine.journal import stop_journal
+from llm.world.ranks import World
+
+MAIN = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def status(folder: RunFolder) -> dict[str, object]:
+    facts: dict[str, object] = json.loads(folder.status.read_text())
+    return facts
+
+
+def output(**options: object) -> OutputOptions:
+    return OutputOptions.model_validate(options)
+
+
+def test_check_when_the_folder_is_new_then_makes_it_and_leaves_it_empty(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "mine")
+    folder.check(output())
+    assert os.listdir(folder.path) == []
+    assert str(folder) == f"output: {tmp_path / 'runs' / 'mine'}"
+
+
+@pytest.mark.parametrize(
+    "sign", ["metrics.jsonl", "checkpoints", "model.safetensors", "model.safetensors.index.json"]
+)
+def test_check_when_another_run_got_as_far_as_training_then_is_refused(tmp_path: Path, sign: str) -> None:
+    (tmp_path / sign).touch()
+    folder = RunFolder(tmp_path)
+    with pytest.raises(UserError, match="holds another run.*--resume_from_checkpoint.*--overwrite_output_dir"):
+        folder.check(output())
+    folder.check(output(overwrite_output_dir=True))
+    folder.check(output(resume_from_checkpoint=True))
+    folder.check(output(resume_from_checkpoint="latest"))
+    assert os.listdir(tmp_path) == [sign]
+
+
+def test_check_when_there_are_only_a_users_files_or_a_failed_start_then_is_free(tmp_path: Path) -> None:
+    for name in ("notes.txt", "config.toml", "status.json", "log.txt"):
+        (tmp_path / name).touch()
+    RunFolder(tmp_path).check(output())
+
+
+def test_check_when_a_file_is_in_the_way_then_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="cannot be written.*choose another folder") as refusal:
+            RunFolder(path).check(output())
+        assert "\n" not in str(refusal.value)
+
+
+def test_empty_when_asked_then_removes_a_runs_files_and_no_others(tmp_path: Path) -> None:
+    for name in ("checkpoints/step_1/model.safetensors", "tensorboard/events", "data/README.md"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    written = ("model.safetensors", "model-00001-of-00002.safetensors", "config.json", "README.md", "curves.png",
+               "tokenizer.json", "config.toml", "status.json", "metrics.jsonl", "log.txt", "all_results.json")  # fmt: skip
+    mine = ("notes.txt", "model.py", "data.jsonl", "my_model.safetensors", "README.txt")
+    for name in (*written, *mine):
+        (tmp_path / name).touch()
+    RunFolder(tmp_path).empty()
+    assert set(os.listdir(tmp_path)) == {*mine, "data"}
+    assert (tmp_path / "data" / "README.md").exists()
+
+
+def test_empty_when_checkpoints_is_a_link_then_what_it_points_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "step_1").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
+    RunFolder(tmp_path / "run").empty()
+    assert os.listdir(tmp_path / "run") == []
+    assert (tmp_path / "scratch" / "step_1").exists()
+
+
+def test_claim_when_it_holds_then_the_folder_is_locked_and_described(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    options = Options(
+        output=OutputOptions(output_dir=str(folder.path), logging_steps=3), hub=HubOptions(hub_token="hf_secret")
+    )
+    with claimed(folder, options, MAIN):
+        assert status(folder)["state"] == "running"
+        assert status(folder)["pid"] == os.getpid()
+        assert "logging_steps = 3" in folder.config.read_text()
+        assert "hf_secret" not in folder.config.read_text()
+        with pytest.raises(UserError, match="used by another run"), claimed(folder, options, MAIN):
+            pytest.fail("two holders")
+        assert status(folder)["state"] == "running"  # the refused one wrote nothing
+        folder.write_status("done", step=7, exit_code=0)
+    stop_journal()
+    assert not folder.lock.exists()
+    assert (status(folder)["state"], status(folder)["step"]) == ("done", 7)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("no text"), 1), (UsageError("no such"), 2), (ZeroDivisionError("bug"), 1)]
+)
+def test_claim_when_the_run_fails_then_status_says_why(tmp_path: Path, error: Exception, code: int) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(type(error)), claimed(folder, Options(), MAIN):
+        raise error
+    stop_journal()
+    assert not folder.lock.exists()
+    facts = status(folder)
+    assert (facts["state"], facts["exit_code"]) == ("failed", code)
+    assert facts["reason"] == f"{type(error).__name__}: {error}"
+
+
+def test_claim_when_overwriting_then_empties_but_not_when_resuming(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for resume, left in ((True, True), (False, False)):
+        folder.metrics.touch()
+        options = Options(output=output(overwrite_output_dir=True, resume_from_checkpoint=resume))
+        with claimed(folder, options, MAIN):
+            assert folder.metrics.exists() is left
+        stop_journal()
+
+
+def test_claim_when_this_is_another_rank_then_writes_nothing(tmp_path: Path) -> None:
+    class OtherRank(World):
+        def share(self, value):  # type: ignore[no-untyped-def]
+            return None, None  # rank 0 succeeded
+
+    folder = RunFolder(tmp_path / "run")
+    other = OtherRank(rank=1, size=2, local_rank=1, device=torch.device("cpu"))
+    with pytest.raises(UserError), claimed(folder, Options(), other):
+        raise UserError("no text")
+    assert not folder.path.exists()

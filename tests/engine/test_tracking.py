@@ -1,0 +1,155 @@
+"""Records of a run: where they go, and that a resumed run writes none twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llm.engine.tracking as tracking
+from llm.config.errors import UserError
+from llm.config.options import HubOptions, Options, TrackingOptions, TrainingOptions
+from llm.engine.folder import RunFolder
+from llm.engine.machine import start_machine
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard, wandb (logged in) and trackio are installed, as far as anybody can see."""
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard", "wandb", "trackio"])
+    monkeypatch.setattr(tracking, "_wandb_is_logged_in", lambda: True)
+
+
+def chosen(report_to: str, *, with_tracking: bool = True) -> list[str]:
+    return tracking.choose_trackers(TrackingOptions(with_tracking=with_tracking, report_to=report_to))
+
+
+@pytest.mark.parametrize(
+    ("report_to", "expected"),
+    [
+        ("wandb", ["tensorboard", "wandb"]),
+        ("tensorboard", ["tensorboard"]),
+        (" trackio , wandb,", ["tensorboard", "trackio", "wandb"]),
+        ("wandb,wandb", ["tensorboard", "wandb"]),
+        ("none", ["tensorboard"]),
+        ("all", ["tensorboard", "trackio", "wandb"]),
+        ("wandb,all", ["tensorboard", "wandb", "trackio"]),
+    ],
+)
+@pytest.mark.usefixtures("installed")
+def test_trackers_when_chosen_then_are_these_and_tensorboard_first(report_to: str, expected: list[str]) -> None:
+    assert chosen(report_to) == expected
+
+
+@pytest.mark.usefixtures("installed")
+def test_trackers_when_tracking_is_off_then_only_tensorboard_and_nothing_is_checked() -> None:
+    assert chosen("nonsense", with_tracking=False) == ["tensorboard"]
+
+
+@pytest.mark.parametrize(
+    ("report_to", "mend"), [("wandbb", "known are all, .*wandb"), ("mlflow", "pip install mlflow")]
+)
+@pytest.mark.usefixtures("installed")
+def test_trackers_when_one_is_not_there_then_is_refused(report_to: str, mend: str) -> None:
+    with pytest.raises(UserError, match=mend):
+        chosen(f"wandb,{report_to}")
+
+
+@pytest.mark.usefixtures("installed")
+def test_wandb_when_not_logged_in_then_is_refused_by_name_and_left_out_of_all(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("llm"), "propagate", True)
+    monkeypatch.setattr(tracking, "_wandb_is_logged_in", lambda: False)
+    with pytest.raises(UserError, match="run wandb login"):
+        chosen("wandb")
+    assert chosen("all") == ["tensorboard", "trackio"]
+    assert "wandb is installed but not logged in" in caplog.text
+
+
+def test_wandb_when_the_environment_says_so_then_counts_as_logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert tracking._wandb_is_logged_in()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    assert tracking._wandb_is_logged_in()
+
+
+def opened(path: Path, first_step: int, options: Options | None = None) -> tracking.Tracking:
+    machine = start_machine(TrainingOptions(use_cpu=True))
+    made = tracking.Tracking(machine.accelerator, RunFolder(path))
+    made.start(["tensorboard"], options or Options(), first_step=first_step)
+    return made
+
+
+def test_records_when_written_then_are_lines_of_json_with_text_in_them_too(tmp_path: Path) -> None:
+    records = opened(tmp_path, 0)
+    records.record(1, {"loss": 1.5, "num_skipped": 0})
+    records.record(1, {"samples": ["a\nb", "é"]})
+    records.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 1.5, "num_skipped": 0},
+        {"step": 1, "samples": ["a\nb", "é"]},
+    ]
+
+
+def test_records_when_resumed_then_are_cut_back_to_the_step_and_the_torn_line_goes(tmp_path: Path) -> None:
+    records = opened(tmp_path, 0)
+    for step in range(1, 6):
+        records.record(step, {"loss": float(step)})
+    records.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # as a kill leaves it
+    records = opened(tmp_path, 3)
+    records.record(4, {"loss": 40.0})
+    records.close()
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["loss"]) for record in found] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_tensorboard_when_resumed_then_shows_each_step_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first_step, value in ((0, 1.0), (2, 2.0)):
+        records = opened(tmp_path, first_step)
+        for step in range(first_step + 1, 5):
+            records.record(step, {"loss": value})
+        records.close()
+    assert (tmp_path / "tensorboard").is_dir()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+
+
+def test_tracking_when_there_is_no_folder_then_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    nothing = tracking.Tracking(start_machine(TrainingOptions(use_cpu=True)).accelerator, None)
+    nothing.start(["tensorboard"], Options(), first_step=0)
+    nothing.record(1, {"loss": 1.0})
+    nothing.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_when_given_to_trackers_then_are_flat_without_secrets() -> None:
+    flat: dict[str, Any] = tracking._flat(Options(hub=HubOptions(hub_token="hf_secret", hub_model_id="me/gpt")))
+    assert flat["learning_rate"] == 5e-5
+    assert flat["hub_model_id"] == "me/gpt"
+    assert "hf_secret" not in str(flat)
+    assert all(isinstance(value, (bool, int, float, str)) for value in flat.values())
+
+
+def test_tracker_when_it_does_not_start_then_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = start_machine(TrainingOptions(use_cpu=True))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no server\nand a long story")
+
+    monkeypatch.setattr(machine.accelerator, "init_trackers", refuse)
+    with pytest.raises(UserError, match="tensorboard, wandb does not start: no server$"):
+        tracking.Tracking(machine.accelerator, RunFolder(tmp_path)).start(
+            ["tensorboard", "wandb"], Options(), first_step=0
+        )
