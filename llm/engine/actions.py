@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -41,7 +40,6 @@ class Actions:
 
     Attributes:
         newest: the last evaluation; None before the first.
-        train_loss: nats a token of the last record; nan before the first.
     """
 
     def __init__(
@@ -67,7 +65,6 @@ class Actions:
         dtype = _DTYPES[machine.accelerator.mixed_precision]
         self.peak_flops = peak_flops(self.world.device, dtype)
         self.newest: Evaluation | None = None
-        self.train_loss = math.nan
         self._saved_step: int | None = None
 
     @property
@@ -79,9 +76,12 @@ class Actions:
         """One training record: means since the last one."""
         window, self.progress.window = self.progress.window, Window()
         step = self.progress.step
+        loss = window.loss / window.num_losses if window.num_losses else None
+        if loss is not None:
+            self.progress.train_loss = loss
         speed = window.num_steps * self.plan.tokens_per_step / max(window.seconds, 1e-9)
         values: dict[str, Any] = {
-            "loss": window.loss / window.num_losses if window.num_losses else math.nan,
+            "loss": loss,
             "lr": report.lr,
             "grad_norm": float(report.grad_norm),
             "epoch": step * self.plan.global_batch / self.plan.num_blocks,
@@ -92,7 +92,6 @@ class Actions:
         if self.peak_flops:
             values["mfu"] = speed * self.flops_per_token / (self.peak_flops * self.world.size)
         eta = self.progress.train_seconds / step * (self.plan.num_steps - step)
-        self.train_loss = values["loss"]
         log.info(training_line(step, self.plan.num_steps, values, eta_seconds=eta))
         self.tracking.record(step, values)
 

@@ -106,14 +106,20 @@ class CentralUpdater:
             if isinstance(value, Tensor)
         }
         scaler = self.accelerator.scaler
-        return tensors, {"scaler": scaler.state_dict() if scaler is not None else None}
+        return tensors, {
+            "optimizer": type(self.optimizer).__name__,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
 
     def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Takes back what `state` gave.
 
         Raises:
-            KeyError: the tensors are those of another model or optimizer.
+            KeyError: the tensors are those of another model.
+            ValueError: they are those of another optimizer.
         """
+        if numbers["optimizer"] != type(self.optimizer).__name__:
+            raise ValueError(f"it was {numbers['optimizer']}")
         state: dict[int, dict[str, Tensor]] = {}
         indices = {name: index for index, (name, _) in enumerate(self._named_parameters())}
         for path, tensor in tensors.items():

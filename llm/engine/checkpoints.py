@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -122,8 +123,9 @@ def find_checkpoint(asked: bool | str, folder: Path | None) -> Checkpoint | None
         raise UserError(f"--resume_from_checkpoint {asked} looks into --output_dir, and none was given")
     good = _good_ones(folder, all_of_them=asked == "best")
     if asked == "best":
-        measured = [c for c in good if c.state["progress"]["eval_loss"] is not None]
-        good = sorted(measured, key=lambda c: float(c.state["progress"]["eval_loss"]))
+        losses = {c.step: c.state["progress"]["eval_loss"] for c in good}
+        measured = [c for c in good if losses[c.step] is not None and math.isfinite(losses[c.step])]
+        good = sorted(measured, key=lambda c: float(losses[c.step]))
     if not good and asked is not True:
         raise UserError(f"--resume_from_checkpoint {asked}: there is no such checkpoint in {folder}")
     return good[0] if good else None

@@ -20,6 +20,11 @@ def at_end(last_step: int) -> Due:
     return lambda step: step == last_step
 
 
+def before(last_step: int) -> Due:
+    """True until the last update, which has its own."""
+    return lambda step: step < last_step
+
+
 def every_epoch(num_blocks: int, global_batch: int) -> Due:
     """True after the update in which the last block of an epoch was read.
 
@@ -35,3 +40,8 @@ def every_epoch(num_blocks: int, global_batch: int) -> Due:
 def any_of(*dues: Due) -> Due:
     """True when one of them is."""
     return lambda step: any(due(step) for due in dues)
+
+
+def all_of(*dues: Due) -> Due:
+    """True when all of them are."""
+    return lambda step: all(due(step) for due in dues)

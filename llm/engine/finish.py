@@ -46,6 +46,8 @@ def finish(actions: Actions, *, command: str) -> None:
         UserError: on every rank, when the export does not give back the model or the push failed (the
             finished folder is then whole).
     """
+    if actions.newest is None:
+        actions.evaluate()  # resumed at the very end
     if actions.options.evaluation.sample_steps is not None:
         actions.sample(num_samples=_NUM_FINAL_SAMPLES)
     actions.world.on_main(lambda: _finish(actions, command) if actions.folder else None)
@@ -104,7 +106,7 @@ def _results(actions: Actions) -> dict[str, Any]:
     progress, newest = actions.progress, actions.newest
     results: dict[str, Any] = {
         "step": progress.step,
-        "train_loss": actions.train_loss,
+        "train_loss": progress.train_loss,
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / max(progress.train_seconds, 1e-9),
         "train_seconds": progress.train_seconds,

@@ -101,6 +101,7 @@ def claimed(folder: RunFolder, options: Options, world: World) -> Iterator[None]
             folder.check(options.output)
             stack.enter_context(locked(folder.lock))
             if options.output.overwrite_output_dir and not options.output.resume_from_checkpoint:
+                _refuse_to_remove_what_is_read(folder, options)
                 folder.empty()
             write_text(folder.config, to_toml(options))
             folder.write_status("running")
@@ -114,3 +115,16 @@ def claimed(folder: RunFolder, options: Options, world: World) -> Iterator[None]
                 code = getattr(error, "exit_code", 1)
                 folder.write_status("failed", reason=f"{type(error).__name__}: {error}", exit_code=code)
             raise
+
+
+def _refuse_to_remove_what_is_read(folder: RunFolder, options: Options) -> None:
+    named = {
+        "--model_name_or_path": options.model.model_name_or_path,
+        "--config_name": options.model.config_name,
+        "--tokenizer_name": options.tokenizer.tokenizer_name,
+    }
+    for flag, name in named.items():
+        if name and Path(name).exists() and Path(name).resolve().is_relative_to(folder.path.resolve()):
+            raise UserError(
+                f"--overwrite_output_dir would remove {flag} {name} before it is read; choose another --output_dir"
+            )

@@ -32,10 +32,12 @@ class ConsoleHandler(logging.Handler):
 
 
 def start_journal(*, is_main: bool, rank: int) -> None:
-    """Sends the package's lines to the console: all of rank 0's, the warnings of others with their rank."""
+    """Sends the package's lines to the console: all of rank 0's; of the others', what they wait for."""
     stop_journal()
     console = ConsoleHandler(to_stderr=not is_main)
-    console.setLevel(logging.INFO if is_main else logging.WARNING)
+    if not is_main:
+        # What they say of options and text, rank 0 says too.
+        console.addFilter(logging.Filter("llm.world"))
     console.setFormatter(logging.Formatter("%(message)s" if is_main else f"[rank {rank}] %(message)s"))
     _LOGGER.addHandler(console)
     _LOGGER.setLevel(logging.INFO)

@@ -11,7 +11,7 @@ def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seco
     """Such as `step 120/2000 | loss 3.512 | lr 5.8e-04 | grad_norm 0.91 | 48.2k tok/s | eta 0:12:31`."""
     parts = [
         f"step {step}/{num_steps}",
-        f"loss {record['loss']:.3f}",
+        f"loss {record['loss']:.3f}" if record["loss"] is not None else "loss not finite",
         f"lr {record['lr']:.1e}",
         f"grad_norm {record['grad_norm']:.2f}",
         f"{quantity(record['tokens_per_second'])} tok/s",
@@ -41,9 +41,9 @@ def ledger_line(ledger: Ledger) -> str:
 
 
 def quantity(value: float) -> str:
-    """Such as `950`, `48.2k`, `1.31M`, `5.20G`."""
-    for bound, divisor, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "G")):
-        if value < bound:
+    """Such as `950`, `48.2k`, `1.31M`, `5.2G`."""
+    for divisor, unit in ((1, ""), (1e3, "k"), (1e6, "M"), (1e9, "G")):
+        if value / divisor < 999.5:  # beyond, three digits would round to the next unit
             return f"{value / divisor:.3g}{unit}"
     return f"{value / 1e12:.3g}T"
 

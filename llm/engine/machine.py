@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ class Machine:
         it, and join gloo's threads without letting go of the interpreter that they wait for.
         """
         self.accelerator.free_memory()
+        gc.collect()  # DDP stands in a circle of references, which only this breaks
         if dist.is_initialized():
             dist.destroy_process_group()
 

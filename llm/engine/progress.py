@@ -28,6 +28,7 @@ class Progress:
         tokens: tokens predicted in them.
         num_skipped: updates whose gradient was not finite.
         train_seconds: time spent in updates (not in evaluation or saving), over all starts of the run.
+        train_loss: nats a token over the updates of the newest record; None before the first.
         eval_loss: nats a token of the newest evaluation; None before the first.
         window: sums since the last record.
     """
@@ -36,6 +37,7 @@ class Progress:
     tokens: int = 0
     num_skipped: int = 0
     train_seconds: float = 0.0
+    train_loss: float | None = None
     eval_loss: float | None = None
     window: Window = field(default_factory=Window)
 

@@ -12,7 +12,7 @@ from llm.data.loaders import training_batches
 from llm.engine.actions import Actions
 from llm.engine.central import CentralUpdater
 from llm.engine.dry_run import dry_run_lines
-from llm.engine.due import any_of, at_end, every, every_epoch
+from llm.engine.due import all_of, any_of, at_end, before, every, every_epoch
 from llm.engine.finish import finish
 from llm.engine.folder import RunFolder, claimed
 from llm.engine.hub import check_hub_access
@@ -23,12 +23,13 @@ from llm.engine.machine import Machine, start_machine
 from llm.engine.plan import Plan, choose_block_size, learning_rates, plan_run
 from llm.engine.randomness import seed_weights
 from llm.engine.resume import choose_start
-from llm.engine.signals import StopRequest, listening
+from llm.engine.signals import listening
 from llm.engine.text import meet_the_hub, prepare_text
 from llm.engine.tracking import Tracking, choose_trackers
 from llm.models.build import build_model, context_limit, load_config, read_config
 from llm.models.language_model import LanguageModel
 from llm.optim.build import build_optimizer
+from llm.world.network import come_online
 
 log = logging.getLogger(__name__)
 
@@ -53,17 +54,18 @@ def train(options: Options, *, command: str) -> int:
     folder = RunFolder(Path(options.output.output_dir)) if options.output.output_dir else None
     try:
         with ExitStack() as stack:
-            stop = stack.enter_context(listening())
             if folder is not None and not options.output.dry_run:
                 stack.enter_context(claimed(folder, options, machine.world))
-            code = _run(options, command, machine, folder, stop)
+            code = _run(options, command, machine, folder)
         machine.release()
         return code
     finally:
+        # The process as it was found: a notebook, or the next run in it, may need the Hub.
+        come_online()
         stop_journal()
 
 
-def _run(options: Options, command: str, machine: Machine, folder: RunFolder | None, stop: StopRequest) -> int:
+def _run(options: Options, command: str, machine: Machine, folder: RunFolder | None) -> int:
     """The story itself, in its order."""
     world = machine.world
     log.info("%s", folder or "output: none, nothing is kept (give --output_dir to keep it)")
@@ -110,7 +112,8 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
         options, machine, folder, text, blocks, validation, plan, progress, updater, language_model, tracking
     )
     tracking.start(trackers, options, first_step=progress.step)
-    with Bar(progress.step, plan.num_steps, is_main=world.is_main) as bar:
+    # Before this nothing can be lost, so that a signal simply ends the process.
+    with listening() as stop, Bar(progress.step, plan.num_steps, is_main=world.is_main) as bar:
         done = run_updates(
             updater,
             training_batches(
@@ -131,10 +134,11 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
             tokens_per_step=plan.tokens_per_step,
             should_stop=stop,
         )
-    if not done:
-        actions.save()
-        actions.say_stopped(stop.reason)
-        return EXIT_STOPPED
+        if not done:
+            # Still listening: a rank that heard of the stop from another one may get its own signal now.
+            actions.save()
+            actions.say_stopped(stop.reason)
+            return EXIT_STOPPED
     finish(actions, command=command)
     return EXIT_DONE
 
@@ -149,6 +153,6 @@ def _events(options: Options, plan: Plan, actions: Actions) -> list[Event]:
     return [
         Event(any_of(every(output.logging_steps), last), actions.record),
         Event(any_of(evaluating, last), actions.evaluate),
-        Event(every(evaluation.sample_steps), actions.sample),
+        Event(all_of(every(evaluation.sample_steps), before(plan.num_steps)), actions.sample),
         Event(saving, actions.save),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from llm.config.errors import UserError
 from llm.config.flags import flags_of
 from llm.config.options import Options, TrackingOptions
 from llm.engine.folder import RunFolder
+from llm.files.atomic import write_text
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ def choose_trackers(options: TrackingOptions) -> list[str]:
     """
     chosen = ["tensorboard"]
     if not options.with_tracking:
+        if options.report_to != "all":
+            log.info("--report_to %s needs --with_tracking; records go to TensorBoard alone", options.report_to)
         return chosen
     available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
@@ -104,9 +108,10 @@ class Tracking:
             raise UserError(f"one of the trackers {names} does not start: {reason}") from error
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Writes one record: finite numbers go to the trackers, everything to metrics.jsonl."""
+        """Writes one record: finite numbers go to the trackers, everything to metrics.jsonl (JSON has no nan)."""
         if self.metrics is None or not self.accelerator.is_main_process:
             return
+        values = {key: None if _is_nan_or_inf(value) else value for key, value in values.items()}
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
@@ -114,8 +119,13 @@ class Tracking:
             self.accelerator.log(numbers, step=step)
 
     def close(self) -> None:
-        """Ends the trackers."""
-        self.accelerator.end_training()
+        """Ends the trackers (Accelerate's `end_training` would give up the process group too)."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def _is_nan_or_inf(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _flat(options: Options) -> dict[str, Any]:
@@ -140,4 +150,4 @@ def _cut_back(metrics: Path, last_step: int) -> None:
             continue  # torn by the kill that made the resume necessary
         if record["step"] <= last_step:
             kept.append(line + "\n")
-    metrics.write_text("".join(kept), encoding="utf-8")
+    write_text(metrics, "".join(kept))

@@ -22,20 +22,27 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         UserError: another run holds it.
     """
-    while True:
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        except FileExistsError:
+    own = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    own.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    try:
+        # A link appears whole or not at all: nobody ever reads a lock that does not name its holder yet.
+        while not _linked(own, path):
             _refuse_a_live_holder(path)
             path.unlink(missing_ok=True)
-            continue
-        break
-    with os.fdopen(descriptor, "w") as file:
-        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+    finally:
+        own.unlink()
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def _linked(own: Path, path: Path) -> bool:
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _refuse_a_live_holder(path: Path) -> None:
@@ -43,7 +50,7 @@ def _refuse_a_live_holder(path: Path) -> None:
         holder = json.loads(path.read_text())
         host, pid = str(holder["host"]), int(holder["pid"])
     except (OSError, ValueError, KeyError, TypeError):
-        return  # half written by a process that was killed while it took the lock
+        return  # gone in the meantime, or no lock of ours
     if host == socket.gethostname() and not _is_alive(pid):
         return
     raise UserError(

@@ -91,11 +91,12 @@ class World:
         if self.size == 1:
             return work()
         first_of_node = self.rank - self.local_rank
-        if self.rank != 0:
-            waits_for = 0 if self.local_rank == 0 else first_of_node
-            _wait_for(f"llm/{name}/{waits_for}", f"rank {self.rank} waits for rank {waits_for}: {name}")
         outcome = "failed"
         try:
+            # In here, so that whoever waits for this rank hears of an error that it only waited for.
+            if self.rank != 0:
+                waits_for = 0 if self.local_rank == 0 else first_of_node
+                _wait_for(f"llm/{name}/{waits_for}", f"rank {self.rank} waits for rank {waits_for}: {name}")
             result = work()
             outcome = "done"
             return result

@@ -171,7 +171,7 @@ def test_find_when_a_path_is_named_then_only_that_one_will_do(save, tmp_path: Pa
     assert found is not None
     assert found.step == 1
     damage_it(second, "model.safetensors")
-    with pytest.raises(UserError, match="step_2 is damaged: model.safetensors has other content"):
+    with pytest.raises(UserError, match=r"step_2 is damaged: model\.safetensors has other content"):
         find_checkpoint(str(second), tmp_path / "checkpoints")
     with pytest.raises(UserError, match="is no checkpoint"):
         find_checkpoint(str(tmp_path), None)

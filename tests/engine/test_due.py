@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm.engine.due import Due, any_of, at_end, every, every_epoch
+from llm.engine.due import Due, all_of, any_of, at_end, before, every, every_epoch
 
 
 def steps(due: Due, num_steps: int = 12) -> list[int]:
@@ -45,3 +45,12 @@ def test_epoch_when_an_update_reads_its_last_block_then_due(
 def test_any_when_several_meet_then_due_once() -> None:
     assert steps(any_of(every(4), every(6), at_end(11))) == [4, 6, 8, 11, 12]
     assert steps(any_of()) == []
+
+
+def test_all_when_one_is_not_due_then_is_not() -> None:
+    assert steps(all_of(every(4), before(12))) == [4, 8]
+    assert steps(all_of(every(4), every(6))) == [12]
+
+
+def test_before_when_the_last_update_is_reached_then_no_more() -> None:
+    assert steps(before(4)) == [1, 2, 3]

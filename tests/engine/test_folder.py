@@ -34,13 +34,11 @@ def test_check_when_the_folder_is_new_then_makes_it_and_leaves_it_empty(tmp_path
     assert str(folder) == f"output: {tmp_path / 'runs' / 'mine'}"
 
 
-@pytest.mark.parametrize(
-    "sign", ["metrics.jsonl", "checkpoints", "model.safetensors", "model.safetensors.index.json"]
-)
+@pytest.mark.parametrize("sign", ["metrics.jsonl", "checkpoints", "model.safetensors", "model.safetensors.index.json"])
 def test_check_when_another_run_got_as_far_as_training_then_is_refused(tmp_path: Path, sign: str) -> None:
     (tmp_path / sign).touch()
     folder = RunFolder(tmp_path)
-    with pytest.raises(UserError, match="holds another run.*--resume_from_checkpoint.*--overwrite_output_dir"):
+    with pytest.raises(UserError, match=r"holds another run.*--resume_from_checkpoint.*--overwrite_output_dir"):
         folder.check(output())
     folder.check(output(overwrite_output_dir=True))
     folder.check(output(resume_from_checkpoint=True))
@@ -57,7 +55,7 @@ def test_check_when_there_are_only_a_users_files_or_a_failed_start_then_is_free(
 def test_check_when_a_file_is_in_the_way_then_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match="cannot be written.*choose another folder") as refusal:
+        with pytest.raises(UserError, match=r"cannot be written.*choose another folder") as refusal:
             RunFolder(path).check(output())
         assert "\n" not in str(refusal.value)
 
@@ -66,8 +64,8 @@ def test_empty_when_asked_then_removes_a_runs_files_and_no_others(tmp_path: Path
     for name in ("checkpoints/step_1/model.safetensors", "tensorboard/events", "data/README.md"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
-    written = ("model.safetensors", "model-00001-of-00002.safetensors", "config.json", "README.md", "curves.png",
-               "tokenizer.json", "config.toml", "status.json", "metrics.jsonl", "log.txt", "all_results.json")  # fmt: skip
+    written = """model.safetensors model-00001-of-00002.safetensors config.json generation_config.json tokenizer.json
+    README.md curves.png all_results.json config.toml status.json metrics.jsonl log.txt""".split()
     mine = ("notes.txt", "model.py", "data.jsonl", "my_model.safetensors", "README.txt")
     for name in (*written, *mine):
         (tmp_path / name).touch()

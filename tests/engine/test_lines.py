@@ -26,8 +26,8 @@ def test_training_line_when_mfu_and_skips_are_known_then_shows_them() -> None:
     assert "| 48.2k tok/s | mfu 41.3% | skipped 3 | eta 0:00:00" in line
 
 
-def test_training_line_when_no_loss_was_finite_then_says_nan() -> None:
-    assert "| loss nan |" in training_line(1, 2, RECORD | {"loss": float("nan")}, eta_seconds=0)
+def test_training_line_when_no_loss_was_finite_then_says_so() -> None:
+    assert "| loss not finite |" in training_line(1, 2, RECORD | {"loss": None}, eta_seconds=0)
 
 
 def test_evaluation_line_when_written_then_is_the_documented_one() -> None:

@@ -83,14 +83,12 @@ def test_block_size_when_not_given_then_is_the_smallest_limit() -> None:
 
 def test_block_size_when_given_then_only_the_model_bounds_it() -> None:
     assert choose_block_size(2048, 2048, 512) == 2048
-    with pytest.raises(UserError, match="--block_size 65 .* 64 tokens .*--block_size 64 or less"):
+    with pytest.raises(UserError, match=r"--block_size 65 .* 64 tokens .*--block_size 64 or less"):
         choose_block_size(65, 64, 64)
 
 
 def test_learning_rate_when_asked_again_then_is_the_same_function_of_the_update() -> None:
-    options = Options(
-        optimizer=OptimizerOptions(learning_rate=0.5), schedule=ScheduleOptions(num_warmup_steps=2)
-    )
+    options = Options(optimizer=OptimizerOptions(learning_rate=0.5), schedule=ScheduleOptions(num_warmup_steps=2))
     rate = learning_rates(options, planned(max_train_steps=10))
     backwards = [rate(step) for step in range(10, -1, -1)]
     assert backwards[::-1] == pytest.approx([0, 0.25, *(0.5 * left / 8 for left in range(8, -1, -1))])

@@ -149,7 +149,19 @@ def test_tracker_when_it_does_not_start_then_is_one_line(tmp_path: Path, monkeyp
         raise RuntimeError("no server\nand a long story")
 
     monkeypatch.setattr(machine.accelerator, "init_trackers", refuse)
-    with pytest.raises(UserError, match="tensorboard, wandb does not start: no server$"):
+    with pytest.raises(UserError, match=r"tensorboard, wandb does not start: no server$"):
         tracking.Tracking(machine.accelerator, RunFolder(tmp_path)).start(
             ["tensorboard", "wandb"], Options(), first_step=0
         )
+
+
+def test_records_when_a_number_is_not_finite_then_are_json_all_the_same(tmp_path: Path) -> None:
+    records = opened(tmp_path, 0)
+    records.record(1, {"loss": None, "grad_norm": float("nan"), "lr": 1e-3})
+    records.close()
+
+    def refuse(word: str) -> None:
+        pytest.fail(f"{word} is no JSON: jq, JavaScript and pandas do not read it")
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "loss": None, "grad_norm": None, "lr": 1e-3}

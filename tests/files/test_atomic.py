@@ -78,9 +78,14 @@ def test_folder_when_the_block_fails_then_the_old_one_stands_and_nothing_else(tm
     path = tmp_path / "step_1"
     with whole_folder(path) as temporary:
         (temporary / "old").write_text("old")
-    with pytest.raises(KeyboardInterrupt), whole_folder(path) as temporary:
-        (temporary / "half").write_text("ha")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with whole_folder(path) as temporary:
+            (temporary / "half").write_text("ha")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert os.listdir(path) == ["old"]
     assert os.listdir(tmp_path) == ["step_1"]
 

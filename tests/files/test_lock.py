@@ -40,7 +40,7 @@ def test_lock_when_the_block_fails_then_is_released(tmp_path: Path) -> None:
     assert not (tmp_path / "run.lock").exists()
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), os.getppid(), 1])
+@pytest.mark.parametrize("pid", [os.getpid(), os.getppid(), 1], ids=["this process", "its parent", "init"])
 def test_lock_when_its_holder_lives_then_is_refused_and_kept(tmp_path: Path, pid: int) -> None:
     path = tmp_path / "run.lock"
     hold(path, pid=pid)

@@ -1,0 +1,255 @@
+"""README.md is true: its commands run (shortened, with local stand-ins), and what it names is there."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from llm.config.flags import flags_of
+from llm.config.generate import GenerateOptions
+from llm.config.names import BUILT_IN
+from llm.config.options import Options
+from llm.config.plot import PlotOptions
+from llm.config.reader import read_options
+from llm.data.blocks import Ledger
+from llm.engine.lines import ledger_line
+from llm.generate import main as generate
+from llm.plot import main as plot
+from llm.trainers.gpt import main as train
+from llm.world.network import come_online
+from tests.hub_cache import plant_model
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+# Put behind a command so that it takes a second; what the README says stands otherwise.
+SHORTER = {
+    "llm.trainers.gpt": ["--max_train_steps", "2", "--max_eval_batches", "1", "--block_size", "32", "--use_cpu"],
+    "llm.generate": ["--max_new_tokens", "4", "--use_cpu"],
+    "llm.plot": [],
+}
+# Files that the README's reader brings along.
+TEXTS = ("my.txt", "shakespeare.txt")
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone"],
+    "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+}
+LAUNCHER_FLAGS = {"nproc_per_node", "num_processes"}
+
+
+def blocks() -> list[str]:
+    """The fenced blocks."""
+    return re.findall(r"^```\w*\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def is_folder(block: str) -> bool:
+    return block.startswith("OUTPUT_DIR/")
+
+
+def is_output(block: str) -> bool:
+    return block.startswith("tokens: ")
+
+
+def commands() -> list[str]:
+    """Every line of every block that is neither a folder nor the output of a run."""
+    lines = [
+        line
+        for block in blocks()
+        if not is_folder(block) and not is_output(block)
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def of_this_package(line: str) -> bool:
+    """Whether a command runs a module of the package."""
+    return bool(re.search(r"-m llm\.", line))
+
+
+def inline_commands() -> list[str]:
+    """Whole commands inside sentences."""
+    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", README)
+    return [" ".join(span.split()) for span in spans if of_this_package(span)]
+
+
+def module_and_words(line: str) -> tuple[str, list[str]]:
+    """Such as `("llm.plot", ["runs/demo"])`."""
+    words = shlex.split(line)
+    at = next(i for i, word in enumerate(words) if word.startswith("llm."))
+    return words[at], words[at + 1 :]
+
+
+def shortened(module: str, words: list[str]) -> list[str]:
+    """The words with what makes them quick: few updates, and a narrow model where one is built by default."""
+    words = [*words, *SHORTER[module]]
+    if module == "llm.trainers.gpt" and not {"--config", "--config_name", "--model_name_or_path"} & set(words):
+        words += ["--config_overrides", "n_layer=1,n_embd=32,n_head=2"]
+    return words
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path, tiny_gpt2_dir: Path) -> Iterator[Path]:
+    """A folder with a reader's texts, the examples, and a small run in runs/demo; gpt2 is in the Hub's cache."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in TEXTS:
+        (folder / name).write_text(tiny_text.read_text()[:30_000])
+    (folder / "examples").symlink_to(ROOT / "examples")
+    plant_model(Path(constants.HF_HUB_CACHE), "gpt2", tiny_gpt2_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        words = "--train_file my.txt --config_name gpt2 --tokenizer_name gpt2 --output_dir runs/demo --logging_steps 1"
+        code = train([*words.split(), "--eval_steps", "2", "--checkpointing_steps", "2", *SHORTER["llm.trainers.gpt"]])
+        assert code == 0
+        yield folder
+    come_online()
+
+
+def launch(launcher: str, words: list[str]) -> None:
+    """Runs a launcher's command in processes of its own."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
+        "HF_HUB_CACHE": constants.HF_HUB_CACHE,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    command = [sys.executable, *LAUNCHERS[launcher], *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    asked = re.search(r"--(?:nproc_per_node|num_processes) (\d+)", " ".join(words))
+    if asked:
+        assert f"{asked[1]} processes" in done.stdout
+    assert "done: " in done.stdout
+
+
+def check_without_running(line: str) -> None:
+    """A command that installs or builds: what it names is there."""
+    words = shlex.split(line)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1:]
+        assert set(words[1:]) <= set(targets)
+    elif words[:4] == ["python", "-m", "pip", "install"]:
+        assert (ROOT / words[words.index("-c") + 1]).is_file()
+        assert set(re.findall(r"\w+", words[words.index("-e") + 1])) <= extras()
+    else:
+        assert line in ("python3 -m venv .venv", ". .venv/bin/activate"), f"no stand-in for: {line}"
+
+
+def extras() -> set[str]:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return set(setup["options.extras_require"])
+
+
+@pytest.mark.parametrize("line", commands(), ids=lambda line: line[:40])
+def test_command_when_typed_as_it_stands_then_works(
+    line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if not of_this_package(line):
+        check_without_running(line)
+        return
+    monkeypatch.chdir(workplace)
+    module, words = module_and_words(line)
+    assert module in SHORTER, f"no stand-in for: {line}"
+    launcher = shlex.split(line)[0]
+    if module == "llm.trainers.gpt" and "--output_dir" not in words:
+        words += ["--output_dir", f"runs/of {launcher}"]
+    if launcher in LAUNCHERS:
+        before = shlex.split(line)[1:]
+        before = before[: before.index(module) + 1]
+        launch(launcher, [*before, *shortened(module, words)])
+        return
+    assert launcher == "python", f"no stand-in for: {line}"
+    program = {"llm.trainers.gpt": train, "llm.generate": generate, "llm.plot": plot}[module]
+    assert program(shortened(module, words)) == 0, capfd.readouterr().err
+    check_result(module, words, capfd.readouterr().out)
+
+
+def check_result(module: str, words: list[str], out: str) -> None:
+    """What the command said it would leave behind."""
+    if module == "llm.generate":
+        num_samples = words[words.index("--num_samples") + 1] if "--num_samples" in words else "1"
+        assert num_samples == "1" or f"--- sample {num_samples} of {num_samples} -" in out
+    elif module == "llm.plot":
+        assert Path(words[words.index("--output") + 1]).read_bytes().startswith(b"\x89PNG")
+    else:
+        folder = Path(words[words.index("--output_dir") + 1])
+        assert (folder / "model.safetensors").is_file()
+        name = words[words.index("--model_name_or_path") + 1] if "--model_name_or_path" in words else None
+        assert f"weights: {f'loaded from {name}' if name else 'random'}" in out
+
+
+@pytest.mark.parametrize("line", inline_commands(), ids=lambda line: line[:40])
+def test_command_when_inside_a_sentence_then_its_options_are_read(line: str) -> None:
+    module, words = module_and_words(line)
+    table = {"llm.trainers.gpt": Options, "llm.generate": GenerateOptions, "llm.plot": PlotOptions}[module]
+    if "--help" in words:
+        with pytest.raises(SystemExit) as end:
+            read_options(table, words, prog=module, description="")
+        assert end.value.code == 0
+    else:
+        assert isinstance(read_options(table, words, prog=module, description=""), table)
+
+
+def test_commands_when_listed_then_are_those_that_a_reader_sees() -> None:
+    # If the pattern of blocks failed, everything above would pass.
+    assert README.count("```") == 2 * len(blocks())
+    assert "make demo" in commands()
+    assert any(line.startswith("torchrun ") for line in commands())
+    assert sum(of_this_package(line) for line in commands()) >= 5
+    assert any(line.startswith("accelerate launch ") for line in commands() + inline_commands())
+
+
+def test_folder_when_described_then_every_name_is_of_something_that_a_run_writes(workplace: Path) -> None:
+    (block,) = [block for block in blocks() if is_folder(block)]
+    block = block.replace("OUTPUT_DIR/", "").replace("step_N", "step_2")
+    described = re.sub(r"\(.*?\)", "", block).replace("state, step, reason, exit code", "")
+    described = re.sub(r"resolved options|one record a line|a complete .*", "", described)
+    names = described.split()
+    assert len(names) > 10
+    for name in [*names, "checkpoints/step_2/manifest.json"]:
+        assert list((workplace / "runs" / "demo").glob(name.rstrip("/"))), name
+    whole = {path.name for path in (workplace / "runs" / "demo").iterdir()}
+    assert not [name for name in whole if not any(Path(name).match(shown.split("/")[0]) for shown in names)]
+
+
+def test_ledger_when_shown_then_is_a_line_that_a_run_prints_and_adds_up() -> None:
+    (block,) = [block for block in blocks() if is_output(block)]
+    train_tokens, held_out, dropped, total = (int(n.replace(",", "")) for n in re.findall(r"[\d,]+", block))
+    counted = Ledger(train_tokens, held_out, dropped, 0)
+    assert block.strip() == ledger_line(counted)
+    assert counted.total == total
+
+
+def test_flags_when_mentioned_then_are_options() -> None:
+    known = {name for table in (Options, GenerateOptions, PlotOptions) for name in flags_of(table)}
+    mentioned = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)}
+    assert len(mentioned) > 10
+    assert mentioned - known - set(BUILT_IN) - LAUNCHER_FLAGS == set()
+
+
+def test_paths_when_named_then_are_there() -> None:
+    spans = re.findall(r"(?<!`)`([^`\s]+)`(?!`)", README)
+    paths = [span for span in spans if re.fullmatch(r"[A-Za-z]+\.(md|txt|toml|cfg)|(?:\w+/)+(?:\w+\.\w+)?", span)]
+    assert "CONTRIBUTING.md" in paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_examples_when_listed_then_are_all_of_them() -> None:
+    listed = re.findall(r"^\| `(examples/\w+\.toml)` \|", README, re.MULTILINE)
+    assert sorted(listed) == sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.toml"))
+
+
+def test_extras_when_listed_then_are_all_of_them() -> None:
+    (sentence,) = re.findall(r"Extras: (.*?)\.\n", README, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", sentence)) == extras()
