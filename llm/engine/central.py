@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from llm.data.loaders import Batch
 from llm.engine.machine import Machine
 from llm.engine.randomness import seed_micro_batch
-
-IGNORED = -100  # torch's cross_entropy and transformers agree on this target that counts for nothing
+from llm.models.language_model import IGNORED
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,12 @@ class CentralUpdater:
 
     def update(self, micro_batches: Sequence[Batch], step: int, *, stop: bool = False) -> StepReport:
         """One update from this rank's micro-batches; `stop` is this rank's wish, heard by all."""
-        batches = [(b.ids.to(self.world.device), b.targets.to(self.world.device)) for b in micro_batches]
+        device = self.world.device
+        batches = [
+            (b.ids.to(device, non_blocking=True), b.targets.to(device, non_blocking=True)) for b in micro_batches
+        ]
         num_tokens = self.world.sum_(torch.stack([(t != IGNORED).sum() for _, t in batches]).sum())
-        loss = torch.zeros((), device=self.world.device)
+        loss = torch.zeros((), device=device)
         for index, (ids, targets) in enumerate(batches):
             seed_micro_batch(self.seed, step, index, self.world.rank)
             last = index == len(batches) - 1

@@ -97,6 +97,20 @@ def saved_steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Moves what lies beyond update `step` into `folder/abandoned`: the run goes on from there, on a branch of its own.
+
+    Left in place, they would be taken for newer than what this start saves, by a resume and by `keep_newest`.
+    """
+    for beyond, path in saved_steps(folder):
+        if beyond > step:
+            aside = folder / "abandoned" / path.name
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("checkpoint %s is beyond step %d, where this run goes on: moved to %s", path.name, step, aside)
+
+
 def keep_newest(folder: Path, limit: int | None) -> None:
     """Removes the oldest checkpoints beyond `limit`."""
     if limit is not None:

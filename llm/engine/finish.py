@@ -5,32 +5,24 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
 import platform
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-
 from llm.config.errors import UserError
 from llm.config.options import Options
 from llm.data.blocks import ledger
-from llm.data.loaders import Batch, evaluation_batches
+from llm.data.loaders import evaluation_batches
 from llm.engine.actions import Actions
+from llm.engine.export import export_model
 from llm.engine.folder import RunFolder
 from llm.engine.hub import push_folder
-from llm.files.atomic import sync_tree, write_text
-from llm.models.language_model import LanguageModel
+from llm.files.atomic import write_text
 from llm.report.card import RunFacts, model_card
 from llm.report.curves import draw_curves
 
 log = logging.getLogger(__name__)
-
-# Both losses are sums of the same products in the same order; only a wrong weight moves them further.
-_LOSS_TOLERANCE = 1e-4
 
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
@@ -51,7 +43,6 @@ def finish(actions: Actions, *, command: str) -> None:
     if actions.options.evaluation.sample_steps is not None:
         actions.sample(num_samples=_NUM_FINAL_SAMPLES)
     actions.world.on_main(lambda: _finish(actions, command) if actions.folder else None)
-    actions.tracking.close()
 
 
 def _finish(actions: Actions, command: str) -> None:
@@ -60,7 +51,13 @@ def _finish(actions: Actions, command: str) -> None:
     probe = next(
         evaluation_batches(actions.validation or actions.blocks, batch_size=1, rank=0, num_ranks=1, max_batches=1)
     )
-    export_model(folder.path, actions.model, actions.text.tokenizer, probe)
+    export_model(
+        folder.path,
+        actions.model,
+        actions.text.tokenizer,
+        probe,
+        trust_remote_code=options.model.trust_remote_code,
+    )
     results = _results(actions)
     write_text(folder.results, json.dumps(results, indent=1) + "\n")
     write_text(folder.path / "README.md", model_card(_facts(actions, results, command)))
@@ -74,31 +71,6 @@ def _finish(actions: Actions, command: str) -> None:
     folder.write_status("done", step=actions.progress.step, exit_code=0)
     for line in _what_next(folder):
         log.info("%s", line)
-
-
-def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Batch) -> None:
-    """Writes the model and tokenizer into `folder`, after a strict reload gave the same loss.
-
-    Args:
-        folder: the run's folder.
-        model: the trained model.
-        tokenizer: its tokenizer.
-        probe: a batch whose loss is compared.
-
-    Raises:
-        UserError: the written files do not give back the model.
-    """
-    temporary = folder / f".export.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        _verify(temporary, model, probe)
-        sync_tree(temporary)
-        for path in temporary.iterdir():
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _results(actions: Actions) -> dict[str, Any]:
@@ -188,27 +160,3 @@ def _what_next(folder: RunFolder) -> list[str]:
         f"  python -m llm.trainers.gpt --model_name_or_path {folder.path} --train_file YOUR.txt "
         "--output_dir runs/fine-tuned",
     ]
-
-
-def _verify(folder: Path, model: PreTrainedModel, probe: Batch) -> None:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
-    reloaded, report = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in report[kind]):
-            raise UserError(f"the written model does not load back: {kind} {', '.join(names[:3])}")
-    expected = _loss(model, probe)
-    found = _loss(reloaded.to(model.device), probe)
-    if abs(found - expected) > _LOSS_TOLERANCE * max(1.0, abs(expected)):
-        raise UserError(f"the written model has loss {found:.6f} on a batch where the trained one has {expected:.6f}")
-
-
-def _loss(model: PreTrainedModel, probe: Batch) -> float:
-    """Mean nats a token of one batch, in fp32, without dropout."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        loss_sum, num_tokens = LanguageModel(model)(probe.ids.to(model.device), probe.targets.to(model.device))
-    model.train(was_training)
-    return float(loss_sum) / max(int(num_tokens), 1)

@@ -24,7 +24,7 @@ from llm.world.ranks import World
 # Everything that a run writes, by name: --overwrite_output_dir removes these and nothing else.
 _WRITTEN = (
     *FINISHED_FILES,
-    *("config.toml", "status.json", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints"),
+    *("config.toml", "status.json", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints", "unverified"),
 )
 # Any of these means that a run got as far as training here.
 _SIGNS_OF_A_RUN = ("metrics.jsonl", "checkpoints", "model.safetensors", "model.safetensors.index.json")
@@ -79,6 +79,16 @@ class RunFolder:
                 else:
                     entry.unlink()
 
+    def remove_leftovers(self) -> None:
+        """Removes what a killed run left half written; called under the lock."""
+        for parent, pattern in ((self.path, ".export.*"), (self.checkpoints, ".step_*")):
+            for leftover in parent.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def write_config(self, options: Options) -> None:
+        """Writes the options as they were resolved, in a form that `--config` takes back."""
+        write_text(self.config, to_toml(options))
+
     def write_status(self, state: str, **facts: Any) -> None:
         """Replaces status.json: `state` is running, done, stopped or failed."""
         status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), **facts}
@@ -103,7 +113,7 @@ def claimed(folder: RunFolder, options: Options, world: World) -> Iterator[None]
             if options.output.overwrite_output_dir and not options.output.resume_from_checkpoint:
                 _refuse_to_remove_what_is_read(folder, options)
                 folder.empty()
-            write_text(folder.config, to_toml(options))
+            folder.remove_leftovers()
             folder.write_status("running")
             keep_journal(folder.log)
 

@@ -42,12 +42,8 @@ FINISHED_FILES = (
     "curves.png",
 )
 RUN_FILES = (
-    "checkpoints/*",
-    "tensorboard/*",
-    "config.toml",
-    "status.json",
-    "metrics.jsonl",
-    "log.txt",
+    *("checkpoints/*", "tensorboard/*", "unverified/*", "config.toml", "status.json", "metrics.jsonl", "log.txt"),
+    *("run.lock", ".*"),
 )
 
 _LOGIN = "set HF_TOKEN, pass --hub_token, or run `hf auth login`"

@@ -23,11 +23,14 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one record as one line; the stream is looked up now, since tests and notebooks swap it."""
         stream = sys.stderr if self.to_stderr or record.levelno >= logging.WARNING else sys.stdout
+        text = self.format(record)
         try:
-            tqdm.write(self.format(record), file=stream)
+            # A terminal of another encoding gets \u2013 where it has no dash.
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
             stream.flush()
-        except BrokenPipeError:
-            # The reader of a pipe (head, less) went away; the run goes on and log.txt has the lines.
+        except (OSError, ValueError):
+            # The terminal, or the reader of a pipe, went away; the run goes on and log.txt has the lines.
             pass
 
 
@@ -57,6 +60,7 @@ def stop_journal() -> None:
     for handler in list(_LOGGER.handlers):
         _LOGGER.removeHandler(handler)
         handler.close()
+    _LOGGER.propagate = True
 
 
 class Bar:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from llm.config.errors import UserError
 from llm.config.options import TrainingOptions
@@ -62,6 +62,7 @@ def start_machine(options: TrainingOptions) -> Machine:
             arithmetic that was asked for.
     """
     _refuse_a_lone_process()
+    _refuse_other_engines()
     # A process may hold the state of an earlier run (a notebook, a test); this run starts its own.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -75,6 +76,8 @@ def start_machine(options: TrainingOptions) -> Machine:
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,
+        # Accumulation is the updater's; a number in the launcher's environment would divide gradients by it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         # Buffers of these models never change, so they are not sent again at every forward pass.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
@@ -112,6 +115,17 @@ def _precision(options: TrainingOptions, on_cpu: bool) -> str:
     if precision == "bf16" and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise UserError(f"--mixed_precision bf16 is not there on {torch.cuda.get_device_name()}; use fp16 or no")
     return precision
+
+
+def _refuse_other_engines() -> None:
+    """What `accelerate launch` was asked for and the updater here does not do: say it instead of ignoring it."""
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UserError(
+                f"accelerate launch asks for {name}, which is not here yet; launch with --multi_gpu or torchrun"
+            )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+        raise UserError("accelerate launch asks for fp8, which changes nothing in GPT-2's Conv1D blocks; use bf16")
 
 
 def _refuse_a_lone_process() -> None:

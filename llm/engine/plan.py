@@ -116,6 +116,16 @@ def learning_rates(options: Options, plan: Plan) -> Callable[[int], float]:
     return lambda step: peak * factor(step)
 
 
+def resolved(options: Options, plan: Plan) -> Options:
+    """The options with what the run chose itself: the seed, and the block size."""
+    return options.model_copy(
+        update={
+            "training": options.training.model_copy(update={"seed": plan.seed}),
+            "data": options.data.model_copy(update={"block_size": plan.block_size}),
+        }
+    )
+
+
 def choose_seed(asked: int | None) -> int:
     """The seed of the run: the asked one, or one drawn from the system, which the run then records."""
     return secrets.randbelow(2**31) if asked is None else asked

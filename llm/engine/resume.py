@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from llm.config.errors import UserError
-from llm.config.options import Options
+from llm.config.options import ModelOptions, Options
 from llm.engine.central import CentralUpdater
 from llm.engine.checkpoints import Checkpoint, find_checkpoint
 from llm.engine.folder import RunFolder
@@ -28,15 +28,12 @@ class Start:
     Attributes:
         checkpoint: verified, or None for a fresh run.
         seed: of the order and of everything random.
+        model: the model's options; of a resumed run, pointed at the checkpoint, which is a model's folder.
     """
 
     checkpoint: Checkpoint | None
     seed: int
-
-    @property
-    def weights(self) -> str | None:
-        """Folder whose weights are loaded instead of those that the options name."""
-        return str(self.checkpoint.path) if self.checkpoint else None
+    model: ModelOptions
 
     def resume(self, updater: CentralUpdater, plan: Plan, text: Text) -> Progress:
         """Gives the updater its state back, and the run its counters.
@@ -68,9 +65,13 @@ def choose_start(options: Options, folder: RunFolder | None) -> Start:
     if checkpoint is None:
         if asked:
             log.info("resume: no checkpoint yet, a fresh run")
-        return Start(None, choose_seed(options.training.seed))
+        return Start(None, choose_seed(options.training.seed), options.model)
     seed = options.training.seed
-    return Start(checkpoint, int(checkpoint.state["plan"]["seed"]) if seed is None else seed)
+    if seed is None:
+        seed = int(checkpoint.state["plan"]["seed"])
+    # Its own configuration too: the table of embeddings may have been fitted to the tokenizer since.
+    named = {"model_name_or_path": str(checkpoint.path), "config_name": None, "config_overrides": None}
+    return Start(checkpoint, seed, options.model.model_copy(update=named))
 
 
 def _check_identity(checkpoint: Checkpoint, plan: Plan, text: Text) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
+from llm.config.errors import UserError
 from llm.config.options import Options
 from llm.data.blocks import cut_blocks, ledger
 from llm.data.loaders import training_batches
 from llm.engine.actions import Actions
 from llm.engine.central import CentralUpdater
+from llm.engine.checkpoints import set_aside
 from llm.engine.dry_run import dry_run_lines
 from llm.engine.due import all_of, any_of, at_end, before, every, every_epoch
 from llm.engine.finish import finish
@@ -20,7 +22,7 @@ from llm.engine.journal import Bar, start_journal, stop_journal
 from llm.engine.lines import ledger_line
 from llm.engine.loop import Event, run_updates
 from llm.engine.machine import Machine, start_machine
-from llm.engine.plan import Plan, choose_block_size, learning_rates, plan_run
+from llm.engine.plan import Plan, choose_block_size, learning_rates, plan_run, resolved
 from llm.engine.randomness import seed_weights
 from llm.engine.resume import choose_start
 from llm.engine.signals import listening
@@ -76,12 +78,17 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
         world.on_main(lambda: check_hub_access(options.hub.hub_model_id, folder.path, options.hub.hub_token))
     start = world.on_main(lambda: choose_start(options, folder))
     # Before the text is read: names, overrides and a block beyond the model are known from one small file.
-    limit = context_limit(read_config(options.model))
+    limit = context_limit(read_config(start.model))
     choose_block_size(options.data.block_size, limit, limit)
     text = world.in_turn("the text", lambda: prepare_text(options, world))
-    config = load_config(options.model, text.tokenizer)
+    config = load_config(start.model, text.tokenizer)
     block_size = choose_block_size(options.data.block_size, limit, context_limit(config, text.tokenizer))
     blocks, validation = cut_blocks(text.streams, block_size)
+    if world.share(text.identity()) != text.identity():
+        raise UserError(
+            f"rank {world.rank} has another text or tokenizer than rank 0: give every node the same files, or one "
+            "HF_HOME that all can see"
+        )
     plan = plan_run(options.training, blocks, num_ranks=world.size, seed=start.seed)
     learning_rate = learning_rates(options, plan)
     log.info("%s", ledger_line(ledger(text.streams, block_size)))
@@ -91,8 +98,10 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
             log.info("%s", line)
         return EXIT_DONE
 
+    if folder is not None and world.is_main:
+        folder.write_config(resolved(options, plan))
     seed_weights(start.seed)
-    model, origin = build_model(options.model, config, text.tokenizer, checkpoint=start.weights)
+    model, origin = build_model(start.model, config, text.tokenizer)
     log.info("weights: %s (%s parameters)", origin, f"{model.num_parameters():,}")
     language_model = LanguageModel(model)
     if options.training.torch_compile:
@@ -107,13 +116,15 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
         seed=start.seed,
     )
     progress = start.resume(updater, plan, text)
+    if folder is not None and world.is_main:
+        set_aside(folder.checkpoints, progress.step)
     tracking = Tracking(machine.accelerator, folder)
     actions = Actions(
         options, machine, folder, text, blocks, validation, plan, progress, updater, language_model, tracking
     )
     tracking.start(trackers, options, first_step=progress.step)
     # Before this nothing can be lost, so that a signal simply ends the process.
-    with listening() as stop, Bar(progress.step, plan.num_steps, is_main=world.is_main) as bar:
+    with closing(tracking), listening() as stop, Bar(progress.step, plan.num_steps, is_main=world.is_main) as bar:
         done = run_updates(
             updater,
             training_batches(
@@ -139,7 +150,7 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
             actions.save()
             actions.say_stopped(stop.reason)
             return EXIT_STOPPED
-    finish(actions, command=command)
+        finish(actions, command=command)
     return EXIT_DONE
 
 

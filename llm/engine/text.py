@@ -14,16 +14,20 @@ from transformers import PreTrainedTokenizerBase
 from llm.config.options import Options
 from llm.data.corpus import open_corpus
 from llm.data.streams import Streams, tokenize
-from llm.models.tokenizers import CHARACTERS, bytes_of_tokens, is_character_level, load_tokenizer, tokenizer_hash
+from llm.models.tokenizers import (
+    CHARACTERS,
+    TRAINED,
+    bytes_of_tokens,
+    is_character_level,
+    load_tokenizer,
+    tokenizer_hash,
+)
 from llm.world.network import go_offline, hub_is_reachable
 from llm.world.ranks import World
 
 log = logging.getLogger(__name__)
 
 _CHUNK_TOKENS = 1 << 22
-
-# Names that mean something of this package and not of the Hub.
-_OWN_NAMES = ("builtin:", "char", "train:bpe")
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,14 @@ def meet_the_hub(options: Options, world: World) -> None:
     Libraries that are not told so retry for half a minute a name. With nothing on the Hub there is nothing
     to ask, and no library has a reason to.
     """
+    data, tokenizer = options.data.dataset_name, options.tokenizer.tokenizer_name
     names = (
-        options.data.dataset_name,
-        options.tokenizer.tokenizer_name,
+        None if data is None or data.startswith("builtin:") else data,
+        None if tokenizer in (CHARACTERS, TRAINED) else tokenizer,
         options.model.model_name_or_path,
         options.model.config_name,
     )
-    on_the_hub = [n for n in names if n and not n.startswith(_OWN_NAMES) and not Path(n).exists()]
+    on_the_hub = [name for name in names if name and not Path(name).exists()]
     wanted = bool(on_the_hub) or options.hub.push_to_hub
     if not world.on_main(lambda: wanted and hub_is_reachable()):
         if on_the_hub:

@@ -21,9 +21,6 @@ from llm.files.atomic import write_text
 
 log = logging.getLogger(__name__)
 
-# Trackers whose package is not called as they are.
-_PACKAGES = {"comet_ml": "comet_ml", "clearml": "clearml", "dvclive": "dvclive"}
-
 
 def choose_trackers(options: TrackingOptions) -> list[str]:
     """The trackers that this run reports to, TensorBoard first, checked before any work.
@@ -53,8 +50,7 @@ def _check_tracker(name: str, known: list[str], available: set[str]) -> None:
     if name not in known:
         raise UserError(f"--report_to {name} is no tracker that is known here; known are all, {', '.join(known)}")
     if name not in available:
-        package = _PACKAGES.get(name, name)
-        raise UserError(f"--report_to {name} needs a package that is not installed: pip install {package}")
+        raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}")
     if name == "wandb" and not _wandb_is_logged_in():
         raise UserError(
             "--report_to wandb is not logged in: run wandb login, or set WANDB_API_KEY or WANDB_MODE=offline"

@@ -27,8 +27,8 @@ UNLIMITED = 2**31 - 1
 # Tokenizers without a limit of their own carry a huge number instead.
 _LARGEST_SANE_LENGTH = 1_000_000
 
-# Tables of embeddings are padded to a multiple of 64 or 128 at most 512; a larger gap is another
-# vocabulary.
+# Tables of embeddings are padded to a multiple of 64 or 128, at most 512, and a few tokens may be added; a larger gap,
+# or one of more than a twentieth, is another vocabulary.
 LARGEST_PADDING = 512
 
 _DROPOUT = re.compile(r"dropout|pdrop$|_drop$")
@@ -262,7 +262,11 @@ def _asked_vocab_size(options: ModelOptions, config: PretrainedConfig) -> int | 
 def _require_same_vocabulary(name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a tokenizer from elsewhere whose length is not that of the weights."""
     own = getattr(config.get_text_config(decoder=True), "vocab_size", None)
-    if own is None or tokenizer.name_or_path == name or abs(own - len(tokenizer)) <= LARGEST_PADDING:
+    if own is None or tokenizer.name_or_path == name:
+        return
+    gap = own - len(tokenizer)
+    is_padding = 0 <= gap <= LARGEST_PADDING and own % 64 == 0
+    if is_padding or abs(gap) <= min(LARGEST_PADDING, own // 20):
         return
     raise UserError(
         f"vocabulary mismatch: the weights of {name} know {own} tokens, the tokenizer has "

@@ -6,6 +6,7 @@ Run it as `python -m llm.trainers.gpt`, `accelerate launch -m llm.trainers.gpt` 
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> int:
     options = read_options(Options, argv, prog=PROGRAM, description="Pre-train or fine-tune a GPT-like model on text.")
+    # Trackers store and upload the command line of the process: it keeps no secret.
+    sys.argv[1:] = shlex.split(command_line(argv))
     # Imported after the options are read, so that --help and mistakes cost no import of torch.
     from llm.engine.run import train
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from llm.config.errors import UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+# Every rank asks for the same things in the same order, so that this numbers them alike on all.
+_calls = itertools.count()
 
 _POLL_SECONDS = 0.2
 _HEARTBEAT_SECONDS = 60.0
@@ -63,70 +67,85 @@ class World:
             dist.barrier()
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Runs `work` on rank 0 and gives its (small) result to all; its `UserError` is raised on all."""
-        outcome: tuple[Any, UserError | None] = (None, None)
-        if self.is_main:
-            try:
-                outcome = (work(), None)
-            except UserError as error:
-                outcome = (None, error)
-        result, mistake = self.share(outcome)
-        if mistake is not None:
-            mistake.is_echo = not self.is_main
-            raise mistake
-        value: T = result
-        return value
-
-    def in_turn(self, name: str, work: Callable[[], T]) -> T:
-        """Runs `work` on every rank: rank 0 first, then one process a node, then the others.
-
-        Meant for work that leaves a cache on disk: rank 0 does it, a node that cannot see the cache does
-        its own, and everybody else finds it done. Nobody waits in a collective, which would time out
-        under hours of tokenizing: the others look for a key of the process group's store and say once a
-        minute what they wait for.
+        """Runs `work` on rank 0, however long it takes, and gives its (small) result to all.
 
         Raises:
-            UserError: `work` raised it, here or on the rank that was waited for.
+            UserError: on every rank, when `work` raised it; on the others also when it raised anything else.
         """
         if self.size == 1:
             return work()
-        first_of_node = self.rank - self.local_rank
-        outcome = "failed"
+        key = f"llm/on_main/{next(_calls)}"
+        if not self.is_main:
+            _wait_for([key], "what rank 0 does", self.rank)
+            heard = cast(tuple[T, UserError | None], self.share(None))
+            if heard[1] is not None:
+                heard[1].is_echo = True
+                raise heard[1]
+            return heard[0]
+        outcome: tuple[T | None, UserError | None] = (None, None)
         try:
-            # In here, so that whoever waits for this rank hears of an error that it only waited for.
-            if self.rank != 0:
-                waits_for = 0 if self.local_rank == 0 else first_of_node
-                _wait_for(f"llm/{name}/{waits_for}", f"rank {self.rank} waits for rank {waits_for}: {name}")
-            result = work()
-            outcome = "done"
-            return result
+            outcome = (work(), None)
+            return outcome[0]
         except UserError as error:
-            outcome = f"error {error.exit_code} {error}"
+            outcome = (None, error)
+            raise
+        except BaseException as error:
+            outcome = (None, UserError(f"rank 0 failed: {type(error).__name__}: {error}"))
             raise
         finally:
-            if self.local_rank == 0:
-                dist.distributed_c10d._get_default_store().set(f"llm/{name}/{self.rank}", outcome)
+            _store().set(key, "")
+            self.share(outcome)
+
+    def in_turn(self, name: str, work: Callable[[], T]) -> T:
+        """Runs `work` on every rank: rank 0 first, then one process a node, then the others; returns when all have.
+
+        Meant for work that leaves a cache on disk: rank 0 does it, a node that cannot see the cache does
+        its own, and everybody else finds it done. Nobody waits in a collective, which would time out
+        under hours of tokenizing: the others look for keys of the process group's store and say once a
+        minute what they wait for.
+
+        Raises:
+            UserError: `work` raised it, on whichever rank.
+        """
+        if self.size == 1:
+            return work()
+        turn = f"llm/in_turn/{next(_calls)}"
+        error_key = f"{turn}/error"
+        try:
+            if self.rank != 0:
+                first = 0 if self.local_rank == 0 else self.rank - self.local_rank
+                _wait_for([f"{turn}/{first}"], name, self.rank, error_key)
+            result = work()
+            _store().set(f"{turn}/{self.rank}", "")
+            _wait_for([f"{turn}/{rank}" for rank in range(self.size)], name, self.rank, error_key)
+            return result
+        except BaseException as error:
+            if not getattr(error, "is_echo", False):
+                known = isinstance(error, UserError)
+                text = str(error) if known else f"rank {self.rank} failed: {type(error).__name__}: {error}"
+                _store().set(error_key, f"{getattr(error, 'exit_code', 1)} {text}")
+            raise
 
 
-def _wait_for(key: str, sentence: str) -> None:
-    """Returns when another rank has set the key to `done`; raises what it reports otherwise."""
-    store = dist.distributed_c10d._get_default_store()
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _wait_for(keys: list[str], what: str, rank: int, error_key: str | None = None) -> None:
+    """Returns when other ranks have set all the keys; raises what one of them reports instead."""
+    store = _store()
     started = said = time.monotonic()
-    while not store.check([key]):
+    while not store.check(keys):
+        if error_key is not None and store.check([error_key]):
+            code, message = store.get(error_key).decode().split(" ", 1)
+            mistake = UserError(message)
+            mistake.exit_code, mistake.is_echo = int(code), True
+            raise mistake
         time.sleep(_POLL_SECONDS)
         now = time.monotonic()
         if now - said >= _HEARTBEAT_SECONDS:
             said = now
-            log.warning("%s (%d min)", sentence, (now - started) // 60)
-    outcome = store.get(key).decode()
-    if outcome == "done":
-        return
-    if outcome.startswith("error "):
-        _, code, message = outcome.split(" ", 2)
-        mistake = UserError(message)
-        mistake.exit_code, mistake.is_echo = int(code), True
-        raise mistake
-    raise UserError(f"{sentence}; it failed (see its own message)")
+            log.warning("rank %d waits for %s (%d min)", rank, what, (now - started) // 60)
 
 
 def launched_size() -> int:

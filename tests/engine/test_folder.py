@@ -92,6 +92,7 @@ def test_claim_when_it_holds_then_the_folder_is_locked_and_described(tmp_path: P
     with claimed(folder, options, MAIN):
         assert status(folder)["state"] == "running"
         assert status(folder)["pid"] == os.getpid()
+        folder.write_config(options)
         assert "logging_steps = 3" in folder.config.read_text()
         assert "hf_secret" not in folder.config.read_text()
         with pytest.raises(UserError, match="used by another run"), claimed(folder, options, MAIN):
@@ -129,8 +130,8 @@ def test_claim_when_overwriting_then_empties_but_not_when_resuming(tmp_path: Pat
 
 def test_claim_when_this_is_another_rank_then_writes_nothing(tmp_path: Path) -> None:
     class OtherRank(World):
-        def share(self, value):  # type: ignore[no-untyped-def]
-            return None, None  # rank 0 succeeded
+        def on_main(self, work):  # type: ignore[no-untyped-def]
+            return None  # rank 0 succeeded
 
     folder = RunFolder(tmp_path / "run")
     other = OtherRank(rank=1, size=2, local_rank=1, device=torch.device("cpu"))

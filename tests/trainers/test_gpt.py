@@ -352,3 +352,97 @@ def test_second_run_in_one_folder_when_the_first_lives_then_is_refused(
     # A killed run leaves its lock; nobody holds it any more.
     words[words.index("100000")] = "4"
     assert train(*words, "--overwrite_output_dir").code == 0
+
+
+def test_resume_when_the_vocabulary_was_fitted_then_takes_the_checkpoints_model(
+    train: Train, tiny_text: Path, byte_tokenizer, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    padded = GPT2LMHeadModel(GPT2Config(vocab_size=264, n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    padded.save_pretrained(tmp_path / "padded")
+    byte_tokenizer.save_pretrained(tmp_path / "padded")
+    words = ["--model_name_or_path", tmp_path / "padded", "--train_file", tiny_text, "--block_size", "32", "--use_cpu"]
+    words += ["--seed", "1", "--checkpointing_steps", "2", "--output_dir", tmp_path / "run", "--max_train_steps"]
+    outcome = train(*words, "4")
+    assert outcome.code == 0, outcome.err
+    assert weights(tmp_path / "run")["transformer.wte.weight"].shape == (257, 16)
+    outcome = train(*words, "6", "--resume_from_checkpoint")
+    assert outcome.code == 0, outcome.err
+    assert "resumed from step 4" in outcome.out
+
+
+def test_checkpoints_when_resumed_from_an_older_one_then_later_ones_are_set_aside(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    words = [*tiny_options, "--checkpointing_steps", "5", "--save_total_limit", "2", "--output_dir", tmp_path / "run"]
+    assert train(*words).code == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["step_15", "step_20"]
+    words[words.index("20")] = "18"
+    outcome = train(*words, "--resume_from_checkpoint", folder / "step_15")
+    assert outcome.code == 0, outcome.err
+    assert sorted(path.name for path in folder.iterdir()) == ["abandoned", "step_15"]
+    assert [path.name for path in (folder / "abandoned").iterdir()] == ["step_20"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--mixed_precision", "bf16"),
+        ("--gradient_checkpointing", "--gradient_accumulation_steps", "2"),
+        ("--dataloader_num_workers", "2"),
+        ("--optim", "sgd", "--max_grad_norm", "0"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_run_when_trained_otherwise_then_the_loss_falls_too(
+    train: Train, tiny_options: list[str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    rate = ("--learning_rate", "0.1") if "sgd" in words else ()
+    outcome = train(*tiny_options, *words, *rate, "--logging_steps", "1", "--output_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    losses = [record["loss"] for record in records(tmp_path / "run") if "loss" in record]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_gradient_when_the_launcher_accumulates_too_then_is_not_divided_twice(
+    train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*tiny_options, "--max_train_steps", "1", "--output_dir"]
+    assert train(*words, tmp_path / "plain").code == 0
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert train(*words, tmp_path / "launched").code == 0
+    norms = [records(tmp_path / name)[0]["grad_norm"] for name in ("plain", "launched")]
+    assert norms[0] == norms[1]
+
+
+def test_console_when_it_cannot_show_a_character_then_the_run_goes_on(tiny_options: list[str]) -> None:
+    words = [*tiny_options, "--max_train_steps", "2", "--sample_steps", "1", "--sample_prompt", "a \u2013 b"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "llm.trainers.gpt", *words]
+    result = subprocess.run(command, capture_output=True, timeout=120, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert b"a \\u2013 b" in result.stdout
+
+
+def test_export_when_it_cannot_be_verified_then_the_weights_are_kept(
+    train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llm.engine.export
+
+    losses = iter([1.0, 2.0])
+    monkeypatch.setattr(llm.engine.export, "_loss", lambda *_: next(losses))
+    outcome = train(*tiny_options, "--max_train_steps", "2", "--output_dir", tmp_path / "run")
+    assert outcome.code == 1
+    assert "not verified" in outcome.err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "unverified" / "model.safetensors").exists()
+
+
+def test_secrets_when_a_tracker_reads_the_command_line_then_are_not_there(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    assert train(*tiny_options, "--max_train_steps", "1", "--hub_token", "hf_secret").code == 0
+    assert "hf_secret" not in " ".join(sys.argv)
+    assert "***" in sys.argv

@@ -131,8 +131,8 @@ def test_in_turn_when_the_first_rank_fails_then_every_rank_says_so_and_none_hang
     assert others == [["UserError", "line 2\nline 3", 2, True]] * 2
 
 
-def test_in_turn_when_the_last_rank_fails_then_the_others_are_done(answers: Answers) -> None:
-    assert answers.get("in_turn_own_error") == ["done", "done", ["UserError", "full disk", 1, False]]
+def test_in_turn_when_the_last_rank_fails_then_all_raise_and_the_others_echo(answers: Answers) -> None:
+    assert answers["in_turn_own_error"] == [["UserError", "full disk", 1, rank != 2] for rank in range(3)]
 
 
 def test_world_when_of_one_then_needs_no_process_group() -> None:
