@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.config.errors import UserError
-from llm.data.streams import Streams
+from llm.data.shards import Streams
+from llm.data.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class Blocks:
     token with the next block, so that every token but the stream's first is predicted exactly once.
     """
 
-    def __init__(self, tokens: NDArray[Any], block_size: int, *, vocabulary_size: int | None = None) -> None:
+    def __init__(self, tokens: NDArray[Any] | Tokens, block_size: int, *, vocabulary_size: int | None = None) -> None:
         """Cuts a stream.
 
         Args:
@@ -63,24 +63,9 @@ class Blocks:
             place = int(np.argmax(ids >= self._vocabulary_size))
             raise UserError(
                 f"token {start + place} of the stream has id {ids[place]}, but the vocabulary has"
-                f" {self._vocabulary_size} tokens: tokenize again with --overwrite_cache"
+                f" {self._vocabulary_size} tokens: tokenize again (--overwrite_cache, or llm.prepare)"
             )
         return ids
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What another process needs: a mapped file goes by its name, not by its content."""
-        state = dict(self.__dict__)
-        tokens = self._tokens
-        base: object = tokens.base
-        if isinstance(tokens, np.memmap) and isinstance(base, mmap.mmap):
-            state["_tokens"] = (str(tokens.filename), tokens.dtype.str, tokens.offset, tokens.shape)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state["_tokens"], tuple):
-            name, dtype, offset, shape = state["_tokens"]
-            state["_tokens"] = np.memmap(name, dtype, mode="r", offset=offset, shape=shape)
-        self.__dict__.update(state)
 
 
 @dataclass(frozen=True)

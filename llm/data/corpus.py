@@ -7,7 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -17,7 +17,7 @@ from llm.config.errors import UsageError, UserError
 from llm.config.options import DataOptions
 from llm.data import python_library
 from llm.data.files import TextFile, folder_files, named_files
-from llm.data.held_out import Cut, Split, divide, find_cut
+from llm.data.held_out import Cut, Split, divide, divide_by_hash, find_cut
 from llm.data.hub import is_saved, load_hub, load_saved, table_rows
 from llm.data.parts import Part, Skipped, Source, describe
 from llm.data.readers import Files
@@ -42,6 +42,8 @@ class Corpus:
         train: the text for training, or the whole text when `validation` is None.
         validation: the text for validation, if it has its own.
         validation_split_percentage: the share that is else held out at the end; 0 for none.
+        file_bytes: size of the files where that is about the size of the text; None for others.
+        is_streamed: whether the text must not be read twice: documents are then held out by their hash.
     """
 
     name: str
@@ -49,11 +51,14 @@ class Corpus:
     train: Source
     validation: Source | None
     validation_split_percentage: float
+    file_bytes: int | None = None
+    is_streamed: bool = False
 
     def parts(self, skipped: Skipped) -> Iterator[tuple[Split, Part]]:
         """The whole text: first all of the split `train`, then all of `validation`.
 
-        A document that is cut in two ends in `validation` only.
+        A document that is cut in two ends in `validation` only. A streamed text without validation text of
+        its own comes in its own order, each document in the split that its hash says.
 
         Args:
             skipped: counts the rows that are no text.
@@ -66,6 +71,8 @@ class Corpus:
             yield from (("validation", part) for part in self.validation(skipped))
         elif self.validation_split_percentage == 0:
             yield from (("train", part) for part in self.train(skipped))
+        elif self.is_streamed:
+            yield from divide_by_hash(self.train(skipped), self.validation_split_percentage)
         else:
             yield from divide(self.train(skipped), self._cut)
 
@@ -80,9 +87,17 @@ class Corpus:
         """
         for split, part in self.parts(Counter()):
             if split == "validation" and not held_out:
+                if self.is_streamed:
+                    continue
                 return
             if part.text:
                 yield part.text
+
+    @property
+    def num_bytes(self) -> int | None:
+        """UTF-8 bytes of the whole text, or about so many; None where nobody knows before it is read."""
+        cut = self.__dict__.get("_cut")
+        return self.file_bytes if cut is None else int(cut.num_bytes)
 
     @cached_property
     def _cut(self) -> Cut:
@@ -178,13 +193,15 @@ def _corpus_of_files(
     def source(files: tuple[TextFile, ...]) -> Files:
         return Files(files, options.text_column, not options.no_keep_linebreaks)
 
-    return _corpus(
+    corpus = _corpus(
         options,
         name,
         source(train),
         source(validation) if validation else None,
         [[file.identity for file in files] for files in (train, validation)],
     )
+    plain = all(file.compression is None and file.kind != "parquet" for file in (*train, *validation))
+    return replace(corpus, file_bytes=sum(file.num_bytes for file in (*train, *validation)) if plain else None)
 
 
 def _table_corpus(options: DataOptions, name: str, splits: Mapping[str, Any]) -> Corpus:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,7 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from llm.config.errors import UserError
 from llm.data.held_out import Split
+from llm.data.merges import MergeEngine
 from llm.data.parts import Part
+from llm.data.patterns import ODD_TEXTS, UnsuitableError
+from llm.data.workers import map_in_threads, usable_cores
+
+log = logging.getLogger(__name__)
 
 # Characters. A batch keeps all cores busy; its encodings take some hundred bytes a token meanwhile.
 BATCH_LENGTH = 4 << 20
@@ -25,6 +32,9 @@ PIECE_LENGTH = 1 << 16
 _TRIAL_LENGTH = 1 << 20
 _TRIAL_PIECE_LENGTH = 1 << 14
 _SAMPLE_LENGTH = 1 << 14
+
+# Characters. Less text than that is encoded before the faster engine is made and tried (about a second).
+_WORTH_LENGTH = 1 << 20
 
 _FEWEST_TRIAL_PIECES = 8
 
@@ -44,19 +54,23 @@ class Piece(NamedTuple):
 
 
 class Encoder:
-    """A tokenizer as a function from texts to ids.
+    """A tokenizer as a function from texts to ids, by the fastest engine that gives the same ids.
 
-    A fast tokenizer's own engine is called without the Python objects around it, where that gives
-    the same ids on a sample of the first texts.
+    That is tiktoken with the tokenizer's own vocabulary, else a fast tokenizer's engine without the
+    Python objects around it, else the tokenizer's call. Which one is found out by the first texts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.vocabulary_size = vocabulary_size(tokenizer)
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+        self._merges: MergeEngine | None = None
         self._is_tried = self._backend is None
+        self._is_merges_tried = self._backend is None
         self._is_place_tried = False
         self._place: re.Pattern[str] | None = None
+        # The tokenizer's engine is set before each use, and is parallel itself.
+        self._lock = threading.Lock()
 
     def encode(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         """The ids of each text, without special tokens around them: uint32 [number of tokens].
@@ -64,13 +78,30 @@ class Encoder:
         Raises:
             UserError: the tokenizer gave an id beyond its vocabulary.
         """
-        if not self._is_tried:
-            self._is_tried = True
-            sample = [text[:_SAMPLE_LENGTH] for text in texts[:16]]
-            if self._from_backend(sample) != self._from_tokenizer(sample):
-                self._backend = None
-        found = self._from_tokenizer(texts) if self._backend is None else self._from_backend(texts)
-        return [self._checked(ids) for ids in found]
+        self._choose(texts)
+        if self._merges is None:
+            return self._from_tokenizers(texts)
+        quick = self._merges.encode(texts)
+        rest = iter(self._from_tokenizers([text for text, ids in zip(texts, quick, strict=True) if ids is None]))
+        return [next(rest) if ids is None else ids for ids in quick]
+
+    def encode_batches(
+        self, batches: Iterable[list[Piece]], num_workers: int | None = None
+    ) -> Iterator[tuple[list[Piece], list[NDArray[np.uint32]]]]:
+        """Each batch with the ids of its pieces, in the order of the batches, a few batches ahead of their use.
+
+        Args:
+            batches: lists of pieces.
+            num_workers: threads that encode, None: one for each core.
+
+        Raises:
+            UserError: the tokenizer gave an id beyond its vocabulary.
+        """
+
+        def encoded(batch: list[Piece]) -> tuple[list[Piece], list[NDArray[np.uint32]]]:
+            return batch, self.encode([piece.text for piece in batch])
+
+        return map_in_threads(encoded, batches, usable_cores() if num_workers is None else num_workers)
 
     def safe_place(self, text: str) -> re.Pattern[str] | None:
         """Where a long text can be cut so that the pieces give the ids of the whole.
@@ -88,15 +119,58 @@ class Encoder:
                     break
         return self._place
 
-    def _from_backend(self, texts: list[str]) -> list[list[int]]:
+    def _choose(self, texts: list[str]) -> None:
+        """Finds out, once for each engine, whether it gives the tokenizer's ids."""
+        with self._lock:
+            if self._is_tried and (self._is_merges_tried or sum(map(len, texts)) < _WORTH_LENGTH):
+                return
+            sample = [*ODD_TEXTS, *(text[:_SAMPLE_LENGTH] for text in texts[:16])]
+            expected = self._from_tokenizer(sample)
+            if not self._is_tried:
+                self._is_tried = True
+                if not _are_equal(self._from_backend(sample), expected):
+                    self._backend = None
+                    self._is_merges_tried = True
+            if not self._is_merges_tried and sum(map(len, texts)) >= _WORTH_LENGTH:
+                self._is_merges_tried = True
+                self._try_merges(sample, expected)
+
+    def _try_merges(self, sample: list[str], expected: list[NDArray[np.uint32]]) -> None:
+        assert self._backend is not None
+        try:
+            merges = MergeEngine(self._backend, split_special_tokens=self._tokenizer.split_special_tokens)
+        except UnsuitableError as reason:
+            log.debug("the tokenizer's own engine encodes: %s", reason)
+            return
+        found = merges.encode(sample)
+        if _are_equal([due if ids is None else ids for ids, due in zip(found, expected, strict=True)], expected):
+            # Its ids are all in the vocabulary: that is where they come from.
+            self._merges = merges
+        else:
+            log.warning("tiktoken gives other ids than the tokenizer, whose own engine encodes instead")
+
+    def _from_tokenizers(self, texts: list[str]) -> list[NDArray[np.uint32]]:
+        if not texts:
+            return []
+        with self._lock:
+            found = self._from_tokenizer(texts) if self._backend is None else self._from_backend(texts)
+        largest = max((int(ids.max()) for ids in found if ids.size), default=-1)
+        if largest >= self.vocabulary_size:
+            raise UserError(
+                f"the tokenizer gives id {largest} but has {self.vocabulary_size} tokens;"
+                " its files do not belong together: name another --tokenizer_name"
+            )
+        return found
+
+    def _from_backend(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         assert self._backend is not None
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = self._tokenizer.split_special_tokens
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
-    def _from_tokenizer(self, texts: list[str]) -> list[list[int]]:
+    def _from_tokenizer(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         # Not verbose: a text longer than the model's context is no mistake here.
         found = self._tokenizer(
             texts,
@@ -105,17 +179,11 @@ class Encoder:
             return_token_type_ids=False,
             verbose=False,
         )
-        ids: list[list[int]] = found["input_ids"]
-        return ids
+        return [np.array(ids, dtype=np.uint32) for ids in found["input_ids"]]
 
-    def _checked(self, ids: list[int]) -> NDArray[np.uint32]:
-        found = np.array(ids, dtype=np.uint32)
-        if found.size and int(found.max()) >= self.vocabulary_size:
-            raise UserError(
-                f"the tokenizer gives id {found.max()} but has {self.vocabulary_size} tokens;"
-                " its files do not belong together: name another --tokenizer_name"
-            )
-        return found
+
+def _are_equal(found: list[NDArray[np.uint32]], expected: list[NDArray[np.uint32]]) -> bool:
+    return all(map(np.array_equal, found, expected))
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
+from hashlib import blake2b
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,12 +22,14 @@ class Cut(NamedTuple):
         byte: position of the cut in that document's UTF-8; 0 in front of it.
         num_documents: documents of the whole text.
         share: percentage of the text's bytes behind the cut (inside a document: as asked).
+        num_bytes: UTF-8 bytes of the whole text.
     """
 
     document: int
     byte: int
     num_documents: int
     share: float
+    num_bytes: int
 
 
 def find_cut(parts: Iterable[Part], percentage: float) -> Cut | None:
@@ -49,12 +52,12 @@ def find_cut(parts: Iterable[Part], percentage: float) -> Cut | None:
     if not sizes:
         return None
     if len(sizes) == 1:
-        return Cut(0, int(sizes[0] * (1 - percentage / 100)), 1, percentage)
+        return Cut(0, int(sizes[0] * (1 - percentage / 100)), 1, percentage, sizes[0])
     tails = np.cumsum(np.array(sizes[:0:-1], dtype=np.int64))
     total = int(tails[-1]) + sizes[0]
     num_held_out = int(np.argmin(np.abs(tails - total * percentage / 100))) + 1
     share = 100 * int(tails[num_held_out - 1]) / max(total, 1)
-    return Cut(len(sizes) - num_held_out, 0, len(sizes), share)
+    return Cut(len(sizes) - num_held_out, 0, len(sizes), share, total)
 
 
 def divide(parts: Iterable[Part], cut: Cut) -> Iterator[tuple[Split, Part]]:
@@ -77,6 +80,26 @@ def divide(parts: Iterable[Part], cut: Cut) -> Iterator[tuple[Split, Part]]:
             if tail or part.ends:
                 yield "validation", Part(tail, part.ends)
         document += part.ends
+
+
+def divide_by_hash(parts: Iterable[Part], percentage: float) -> Iterator[tuple[Split, Part]]:
+    """Says of every document in which split it is, from the hash of its first part alone.
+
+    For a text that is too long, or too far away, to be read once more for the place of a cut. A document
+    stays on its side whatever comes before it, and so do its copies.
+
+    Args:
+        parts: the whole text.
+        percentage: share of the documents to hold out.
+    """
+    split: Split | None = None
+    for part in parts:
+        if split is None:
+            digest = blake2b(part.text.encode(), digest_size=8).digest()
+            split = "validation" if int.from_bytes(digest, "big") < percentage / 100 * 2**64 else "train"
+        yield split, part
+        if part.ends:
+            split = None
 
 
 def _cut_text(text: str, byte: int) -> tuple[str, str]:

@@ -10,7 +10,8 @@ import pytest
 
 from llm.config.errors import UserError
 from llm.data.blocks import Blocks, cut_blocks, ledger
-from llm.data.streams import Stream, Streams
+from llm.data.shards import Stream, Streams
+from llm.data.tokens import TokenFile, Tokens
 
 
 def _streams(num_train: int, num_validation: int | None) -> Streams:
@@ -56,7 +57,7 @@ def test_blocks_when_id_is_beyond_the_vocabulary_then_position_named() -> None:
 
 def test_blocks_when_sent_to_a_process_then_the_file_is_not(tmp_path: Path) -> None:
     np.arange(10_000, dtype="<u2").tofile(tmp_path / "x.bin")
-    blocks = Blocks(np.memmap(tmp_path / "x.bin", "<u2", mode="r"), 8, vocabulary_size=10_000)
+    blocks = Blocks(Tokens([TokenFile(tmp_path / "x.bin", "<u2", 10_000)]), 8, vocabulary_size=10_000)
     sent = pickle.dumps(blocks)
     assert len(sent) < 1000
     assert pickle.loads(sent)[7].tolist() == blocks[7].tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from transformers import AutoTokenizer
 
 from llm.config.errors import UserError
 from llm.data import encoding
-from llm.data.encoding import Encoder, batches, encoding_threads, vocabulary_size
+from llm.data.encoding import Encoder, Piece, batches, encoding_threads, vocabulary_size
+from llm.data.merges import MergeEngine
 from llm.data.parts import Part
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(os.environ.get("LLM_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,111 @@ def test_encoding_when_texts_are_odd_then_ids_of_the_tokenizer(gpt2) -> None:
     texts += ["<|endoftext|>", "a" * 3000, " " * 3000, "\n" * 3000]
     expected = gpt2(texts, add_special_tokens=False, verbose=False)["input_ids"]
     assert [ids.tolist() for ids in Encoder(gpt2).encode(texts)] == expected
+
+
+def _random_texts(number: int, seed: int) -> list[str]:
+    """Strings of any characters but surrogates, of runs, of marks, of special tokens, and mixtures of them."""
+    draw = random.Random(seed)
+    anything = [chr(point) for point in range(0x110000) if not 0xD800 <= point <= 0xDFFF]
+    assigned = [character for character in anything if unicodedata.category(character) not in ("Cn", "Co")]
+    marks = [character for character in assigned if unicodedata.category(character).startswith("M")]
+    spaces = [character for character in assigned if character.isspace()]
+    words = [
+        "the",
+        " of",
+        "'s",
+        "'LL",
+        "<|endoftext|>",
+        "<|endof",
+        "\ufdd0",
+        "12345",
+        " Ünïcode",
+        "\n\n",
+        "  ",
+        "don't",
+    ]
+    alphabets = (anything, assigned, marks, spaces, words, [chr(point) for point in range(256)])
+    found = []
+    for _ in range(number):
+        pieces: list[str] = []
+        for _ in range(draw.randint(1, 5)):
+            alphabet = draw.choice(alphabets)
+            if draw.random() < 0.2:
+                pieces += [draw.choice(alphabet) * draw.randint(2, 60)]
+            else:
+                pieces += draw.choices(alphabet, k=draw.randint(1, 12))
+        found.append("".join(pieces))
+    return found
+
+
+@pytest.fixture
+def at_once(monkeypatch) -> None:
+    """The faster engine is used for any text, however short."""
+    monkeypatch.setattr(encoding, "_WORTH_LENGTH", 0)
+
+
+def test_encoding_when_10000_random_strings_then_ids_of_the_tokenizer(gpt2, at_once) -> None:
+    texts = _random_texts(10_000, seed=1)
+    encoder = Encoder(gpt2)
+    found = encoder.encode(texts)
+    assert encoder._merges is not None
+    expected = gpt2(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    assert [ids.tolist() for ids in found] == expected
+    assert sum(ids is None for ids in encoder._merges.encode(texts)) < 3000
+
+
+@pytest.mark.parametrize("name", ["tinyshakespeare.txt", "wikitext2-valid.txt"])
+def test_encoding_when_shared_text_then_ids_of_the_tokenizer(gpt2, name: str, at_once) -> None:
+    text = (SHARED / name).read_text()
+    lines = text.splitlines(keepends=True)
+    encoder = Encoder(gpt2)
+    found = encoder.encode([text, *lines])
+    assert encoder._merges is not None
+    expected = gpt2([text, *lines], add_special_tokens=False, verbose=False)["input_ids"]
+    assert all(ids.tolist() == due for ids, due in zip(found, expected, strict=True))
+
+
+def test_encoding_when_a_run_has_no_end_then_ids_of_the_tokenizer(gpt2, at_once) -> None:
+    texts = ["x" + " " * 150_000 + "y", "\n" * 140_000, "a" * 150_000, "é" * 70_000, "." * 150_000]
+    expected = gpt2(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    assert [ids.tolist() for ids in Encoder(gpt2).encode(texts)] == expected
+
+
+def test_encoding_when_special_tokens_are_split_then_ids_of_the_tokenizer(gpt2, at_once, monkeypatch) -> None:
+    monkeypatch.setattr(gpt2, "split_special_tokens", True)
+    texts = ["a<|endoftext|>b", "a b c"]
+    encoder = Encoder(gpt2)
+    expected = gpt2(texts, add_special_tokens=False)["input_ids"]
+    assert 50256 not in expected[0]
+    assert [ids.tolist() for ids in encoder.encode(texts)] == expected
+    assert encoder._merges is not None
+
+
+def test_encoding_when_engines_differ_then_the_tokenizer_s_own(gpt2, at_once, monkeypatch, caplog) -> None:
+    true_encode = MergeEngine.encode
+    monkeypatch.setattr(MergeEngine, "encode", lambda engine, texts: [ids + 1 for ids in true_encode(engine, texts)])
+    monkeypatch.setattr(encoding, "ODD_TEXTS", ["plain"])
+    encoder = Encoder(gpt2)
+    assert encoder.encode(["some words"])[0].tolist() == gpt2("some words")["input_ids"]
+    assert encoder._merges is None
+    assert "gives other ids" in caplog.text
+
+
+def test_encoding_when_text_is_short_then_no_engine_is_made(gpt2) -> None:
+    encoder = Encoder(gpt2)
+    encoder.encode(["short"])
+    assert encoder._merges is None
+    encoder.encode(["long enough " * 100_000])
+    assert encoder._merges is not None
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_encode_batches_when_several_workers_then_order_kept(byte_tokenizer, at_once, num_workers: int) -> None:
+    given = [[Piece("train", f"{number} é " * (1 + number % 7), True, True)] * 3 for number in range(40)]
+    found = list(Encoder(byte_tokenizer).encode_batches(iter(given), num_workers))
+    assert [batch for batch, _ in found] == given
+    for batch, ids in found:
+        assert [list(map(len, ids))] == [[len(piece.text.encode()) for piece in batch]]
 
 
 def test_encoding_when_tokenizer_was_told_to_truncate_then_it_does_not(byte_tokenizer) -> None:

@@ -18,7 +18,9 @@ from llm.data import streams as module
 from llm.data.blocks import ledger
 from llm.data.corpus import open_corpus
 from llm.data.encoding import Encoder
-from llm.data.streams import Streams, find_streams, tokenize
+from llm.data.shards import Streams
+from llm.data.streams import find_streams, tokenize
+from llm.data.tokens import Tokens
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 EOS = 256
@@ -58,13 +60,13 @@ def _ids(tokenizer, text: str) -> list[int]:
 def test_tokenize_when_documents_then_each_followed_by_eos(make, rows, byte_tokenizer) -> None:
     streams = make(rows, validation_split_percentage=10)
     expected = [[*_ids(byte_tokenizer, f"document {i} ä\n€"), EOS] for i in range(100)]
-    assert streams.train.tokens.tolist() == list(chain(*expected[:90]))
-    assert streams.validation.tokens.tolist() == list(chain(*expected[90:]))
+    assert streams.train.tokens[:].tolist() == list(chain(*expected[:90]))
+    assert streams.validation.tokens[:].tolist() == list(chain(*expected[90:]))
     assert (streams.train.num_documents, streams.validation.num_documents) == (90, 10)
     assert streams.train.num_bytes == len(streams.train.tokens) - 90
     assert streams.skipped == {"empty": 1, "null": 1}
-    assert streams.train.tokens.dtype == np.dtype("<u2")
-    assert isinstance(streams.train.tokens, np.memmap)
+    assert streams.train.tokens[:].dtype == np.dtype("<u2")
+    assert isinstance(streams.train.tokens, Tokens)
     assert streams.vocabulary_size == 257
 
 
@@ -73,8 +75,8 @@ def test_tokenize_when_one_document_is_cut_then_eos_at_its_end_only(make, tmp_pa
     streams = make(tmp_path / "a.txt", validation_split_percentage=10)
     assert len(streams.train.tokens) == 90
     assert len(streams.validation.tokens) == 11
-    assert EOS not in streams.train.tokens
-    assert streams.validation.tokens[-1] == EOS
+    assert EOS not in streams.train.tokens[:]
+    assert streams.validation.tokens[-1:] == EOS
 
 
 def test_tokenize_when_single_text_takes_no_eos_then_none(make, tmp_path, rows) -> None:
@@ -83,8 +85,8 @@ def test_tokenize_when_single_text_takes_no_eos_then_none(make, tmp_path, rows) 
     one = make(tmp_path / "a.txt", **options)
     assert (len(one.train.tokens), len(one.validation.tokens)) == (90, 10)
     many = make(rows, **options)
-    assert np.count_nonzero(many.train.tokens == EOS) == 90
-    assert many.train.tokens[-1] == EOS
+    assert np.count_nonzero(many.train.tokens[:] == EOS) == 90
+    assert many.train.tokens[-1:] == EOS
 
 
 def test_tokenize_when_tokenizer_has_no_eos_then_none_and_said(make, rows, caplog) -> None:
@@ -107,17 +109,17 @@ def test_tokenize_when_done_before_then_tokenizes_nothing(make, rows, monkeypatc
     second = make(rows, block_size=16)
     assert second.dir == first.dir
     assert second.data_hash == first.data_hash
-    assert second.train.tokens.tolist() == first.train.tokens.tolist()
+    assert second.train.tokens[:].tolist() == first.train.tokens[:].tolist()
     assert f"from the cache {first.dir}" in caplog.text
 
 
 def test_tokenize_when_told_to_overwrite_then_done_again_and_old_map_stays(make, rows) -> None:
     first = make(rows)
-    before = first.train.tokens.tolist()
+    before = first.train.tokens[:].tolist()
     made = (first.dir / "manifest.json").stat().st_ino
     second = make(rows, overwrite_cache=True)
     assert (second.dir / "manifest.json").stat().st_ino != made
-    assert first.train.tokens.tolist() == before == second.train.tokens.tolist()
+    assert first.train.tokens[:].tolist() == before == second.train.tokens[:].tolist()
     assert [path.name for path in first.dir.parent.iterdir()] == [first.dir.name]
 
 
@@ -139,18 +141,18 @@ def test_tokenize_when_text_or_tokenizer_changes_then_another_folder(make, rows,
 @pytest.mark.parametrize("damage", ["truncated", "no manifest", "broken manifest", "no tokens"])
 def test_tokenize_when_cache_is_damaged_then_made_again(make, rows, damage: str, caplog) -> None:
     first = make(rows)
-    expected = first.train.tokens.tolist()
+    expected = first.train.tokens[:].tolist()
     match damage:
         case "truncated":
-            (first.dir / "train.bin").write_bytes(b"12")
+            (first.dir / "train_00000.bin").write_bytes(b"12")
         case "no manifest":
             (first.dir / "manifest.json").unlink()
         case "broken manifest":
             (first.dir / "manifest.json").write_text('{"splits": 3}')
         case "no tokens":
-            (first.dir / "validation.bin").unlink()
+            (first.dir / "validation_00000.bin").unlink()
     second = make(rows)
-    assert second.train.tokens.tolist() == expected
+    assert second.train.tokens[:].tolist() == expected
     assert "tokenizing again" in caplog.text
 
 
@@ -183,7 +185,7 @@ def test_tokenize_when_the_disk_is_full_then_said_with_the_mend(make, rows, monk
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("llm.data.stream_files.SplitWriter.flush", full)
+    monkeypatch.setattr("llm.data.split_writer.SplitWriter.flush", full)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
         make(rows)
 
@@ -193,8 +195,8 @@ def test_tokenize_when_a_killed_process_left_files_then_old_ones_go(make, rows) 
     for name, age in [("old", 90_000), ("new", 10)]:
         left = folder.with_name(f".{folder.name}.{name}.tmp")
         left.mkdir()
-        (left / "train.bin").write_bytes(b"1")
-        for path in (left / "train.bin", left):
+        (left / "train_00000.bin").write_bytes(b"1")
+        for path in (left / "train_00000.bin", left):
             os.utime(path, (time.time() - age,) * 2)
     make(rows, overwrite_cache=True)
     assert sorted(path.name for path in folder.parent.iterdir()) == [
@@ -214,7 +216,7 @@ def test_tokenize_when_no_share_held_out_then_no_validation(make, rows) -> None:
 
 
 def test_tokenize_when_it_takes_long_then_progress_is_logged(make, rows, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("llm.data.tokenizing._SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr("llm.data.encoding.BATCH_LENGTH", 100)
     caplog.set_level("INFO")
     make(rows)
@@ -225,7 +227,7 @@ def test_tokenize_when_it_takes_long_then_progress_is_logged(make, rows, monkeyp
 def test_tokenize_when_vocabulary_is_large_then_four_bytes_a_token(make, rows, monkeypatch) -> None:
     monkeypatch.setattr("llm.data.encoding.vocabulary_size", lambda _: 65537)
     streams = make(rows)
-    assert streams.train.tokens.dtype == np.dtype("<u4")
+    assert streams.train.tokens[:].dtype == np.dtype("<u4")
     assert streams.vocabulary_size == 65537
 
 
@@ -244,8 +246,8 @@ def test_tokenize_when_real_text_then_ids_of_the_tokenizer(make, name: str) -> N
     train, validation = (
         gpt2(part.decode(), add_special_tokens=False, verbose=False)["input_ids"] for part in (data[:cut], data[cut:])
     )
-    assert streams.train.tokens.tolist() == train
-    assert streams.validation.tokens.tolist() == [*validation, gpt2.eos_token_id]
+    assert streams.train.tokens[:].tolist() == train
+    assert streams.validation.tokens[:].tolist() == [*validation, gpt2.eos_token_id]
     for block_size in (64, 1000, 1024):
         book = ledger(streams, block_size)
         assert book.total == len(train) + len(validation) + 1
