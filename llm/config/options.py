@@ -37,9 +37,11 @@ class DataOptions(Group):
 
     dataset_name: str | None = row(None, "Hub dataset, local folder, or builtin:python (also used when no data is named)", metavar="NAME")
     dataset_config_name: str | None = row(None, "configuration of the Hub dataset", metavar="NAME")
-    train_file: tuple[str, ...] | None = row(None, "training text: txt, md, csv, tsv, json, jsonl or parquet, compressed ones too; several files and globs", metavar="FILE")
+    train_file: tuple[str, ...] | None = row(None, "training text: txt, md, csv, tsv, json, jsonl or parquet, compressed ones too, or token files (.bin, .npy); several files and globs", metavar="FILE")
     validation_file: tuple[str, ...] | None = row(None, "validation text, as --train_file", metavar="FILE")
     validation_split_percentage: float = row(5, "share of the text held out when there is no validation data", ge=0, lt=100, metavar="PERCENT")
+    train_dir: str | None = row(None, "token shards: a folder of llm.prepare (its validation part and tokenizer included), of nanoGPT, llm.c, build-nanogpt, or of save_to_disk with input_ids", metavar="DIR")
+    validation_dir: str | None = row(None, "token shards for validation, as --train_dir", metavar="DIR")
     text_column: str | None = row(None, "column that holds the text (default: the one called text)", metavar="NAME")
     no_keep_linebreaks: bool = row(False, "drop the line breaks of txt and md files")
     block_size: int | None = row(None, "tokens a block (default: the smallest of 1024, the model's and the tokenizer's limit)", ge=2, metavar="N")
@@ -181,7 +183,7 @@ class Options(Group):
 def _contradictions(options: Options) -> list[str | None]:
     """What two or more options say against each other, or what one says that nothing here can do."""
     training, schedule, kfac = options.training, options.schedule, options.kfac
-    model, tokenizer, output = options.model, options.tokenizer, options.output
+    data, model, tokenizer, output = options.data, options.model, options.tokenizer, options.output
     return [
         "--mixed_precision fp8 is refused: it converts Linear layers only, and GPT-2's blocks are Conv1D, so that nothing would change; use bf16"
         if training.mixed_precision == "fp8" else None,
@@ -191,6 +193,12 @@ def _contradictions(options: Options) -> list[str | None]:
         if schedule.min_lr_ratio is not None and schedule.lr_scheduler_type != "cosine" else None,
         "--kfac is refused: the preconditioner is not here yet; leave it out (the --kfac-* options are read and kept)"
         if kfac.kfac else None,
+        "--train_dir, --dataset_name and --train_file name the text to train on twice; give one of them"
+        if data.train_dir is not None and (data.dataset_name is not None or data.train_file is not None) else None,
+        "--validation_file is text, and --train_dir holds tokens; prepare it too and give its folder as --validation_dir"
+        if data.train_dir is not None and data.validation_file is not None else None,
+        "--validation_dir holds tokens: give the tokens to train on as --train_dir"
+        if data.validation_dir is not None and data.train_dir is None else None,
         "--global_batch_size and --gradient_accumulation_steps say the same thing twice; give one of them"
         if training.global_batch_size is not None and training.gradient_accumulation_steps != 1 else None,
         "--vocab_size belongs to --tokenizer_name train:bpe; other tokenizers have their own size"

@@ -78,6 +78,38 @@ def named_files(patterns: Sequence[str], flag: str) -> tuple[TextFile, ...]:
     return tuple(found.values())
 
 
+def named_paths(patterns: Sequence[str], flag: str) -> list[Path]:
+    """The paths that names and globs mean, whatever is in them, a glob's in the order of their names.
+
+    Raises:
+        UserError: a file is missing, or a glob matches none.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        plain = os.path.expanduser(pattern)
+        if has_magic(plain) and not os.path.lexists(plain):
+            found |= dict.fromkeys(_glob(plain, flag))
+        elif Path(plain).is_file():
+            found[Path(plain)] = None
+        else:
+            raise UserError(f"{flag} {pattern}: no such file; {_neighbours(Path(plain))}")
+    return list(found)
+
+
+def named_folder(name: str, flag: str) -> Path:
+    """The folder that an option names.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{flag} {name}: is a file; name the folder that it lies in, or give it as --train_file")
+    raise UserError(f"{flag} {name}: no such folder; {_neighbours(folder)}")
+
+
 def _glob(pattern: str, flag: str) -> list[Path]:
     paths = [Path(name) for name in sorted(glob(pattern, recursive=True))]
     paths = [path for path in paths if path.is_file()]
@@ -164,7 +196,7 @@ def folder_files(folder: Path) -> dict[str, tuple[TextFile, ...]]:
     text = [path for path in found if path.parent != folder or path.name not in _CARDS] or found
     paths: dict[str, list[Path]] = {"train": [], "validation": [], "test": [], "": []}
     for path in text:
-        paths[_split_of(path.relative_to(folder))].append(path)
+        paths[split_of(path.relative_to(folder))].append(path)
     unnamed = paths.pop("")
     left_out = len(found) - len(text) + len(paths.pop("test"))
     if paths["train"]:
@@ -194,7 +226,7 @@ def _visible(folder: Path) -> Iterable[Path]:
                 yield Path(parent, name)
 
 
-def _split_of(path: Path) -> str:
+def split_of(path: Path) -> str:
     """The split that a path names, its folders before its file name, or '' for none."""
     for name in path.parts:
         for split, pattern in _SPLIT_PATTERNS.items():

@@ -74,7 +74,7 @@ def load_hub(name: str, configuration: str | None) -> Mapping[str, Any]:
     try:
         splits: Mapping[str, Any] = datasets.load_dataset(name, configuration)
     except Exception as error:  # the library raises many kinds, and those of its HTTP client
-        raise _refusal(name, configuration, error) from error
+        raise loading_error(name, configuration, error) from error
     return splits
 
 
@@ -105,7 +105,8 @@ def load_saved(folder: Path) -> Mapping[str, Any]:
     return splits
 
 
-def _refusal(name: str, configuration: str | None, error: Exception) -> UserError:
+def loading_error(name: str, configuration: str | None, error: Exception) -> UserError:
+    """The refusal of a dataset of the Hub, with the cause and the mend."""
     cause = _real_cause(error)
     listed = _CONFIGURATIONS.search(str(cause).replace("\n", " "))
     if listed is not None:

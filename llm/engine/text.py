@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
+from llm.config.errors import UserError
 from llm.config.options import Options
 from llm.data.corpus import open_corpus
-from llm.data.streams import Streams, tokenize
+from llm.data.encoding import vocabulary_size
+from llm.data.files import named_folder
+from llm.data.foreign import is_token_file, open_files, open_foreign_folder
+from llm.data.shards import OtherTokenizerError, Stream, Streams, is_folder_of_shards, open_folder
+from llm.data.streams import tokenize
 from llm.models.tokenizers import (
     CHARACTERS,
     TRAINED,
@@ -52,24 +61,38 @@ class Text:
         Returns:
             int32 [vocabulary], and the mean over the validation text; the table is None where its sum over
             that text is not the text's length (a tokenizer that changes text), so that the mean must do.
+            Where nothing says how long the text is (files of other programs), the table is believed.
         """
         stream = self.streams.validation
         if stream is None or not len(stream.tokens):
             return None, 0.0
         table = bytes_of_tokens(self.tokenizer)
-        chunks = np.array_split(stream.tokens, -(-len(stream.tokens) // _CHUNK_TOKENS))
-        if sum(int(table[chunk].sum()) for chunk in chunks) == stream.num_bytes:
-            return torch.from_numpy(table), stream.num_bytes / len(stream.tokens)
+        num_tokens = len(stream.tokens)
+        chunks = (stream.tokens[start : start + _CHUNK_TOKENS] for start in range(0, num_tokens, _CHUNK_TOKENS))
+        num_bytes = sum(int(_lookup(table, chunk).sum()) for chunk in chunks)
+        if stream.num_bytes is None or num_bytes == stream.num_bytes:
+            return torch.from_numpy(table), num_bytes / num_tokens
         log.info("bits per byte: from the mean bytes of a token, since the tokenizer does not keep every byte")
-        return None, stream.num_bytes / len(stream.tokens)
+        return None, stream.num_bytes / num_tokens
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint must share with the run that continues it."""
         return {"data_hash": self.streams.data_hash, "tokenizer_hash": self.tokenizer_hash}
 
 
+def _lookup(table: npt.NDArray[np.int32], ids: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """The bytes of each id; files of other programs may hold ids that the tokenizer does not know."""
+    if ids.size and int(ids.max()) >= len(table):
+        raise UserError(
+            f"the validation tokens hold id {ids.max()}, but the tokenizer has {len(table)} tokens:"
+            " name the one they were made with as --tokenizer_name"
+        )
+    found: npt.NDArray[np.int32] = table[ids]
+    return found
+
+
 def prepare_text(options: Options, world: World) -> Text:
-    """Opens the corpus, loads or trains the tokenizer, and tokenizes what no cache holds yet.
+    """Opens the corpus, loads or trains the tokenizer, and tokenizes what no cache holds yet; or opens shards.
 
     Meant for `World.in_turn`: rank 0 fills the caches, the others find them full. So `--overwrite_cache` is
     rank 0's alone.
@@ -77,6 +100,8 @@ def prepare_text(options: Options, world: World) -> Text:
     Raises:
         UserError: the text or the tokenizer is not what it was said to be.
     """
+    if options.data.train_dir is not None or any(map(is_token_file, options.data.train_file or ())):
+        return _open_tokens(options)
     cache_dir = Path(constants.HF_HOME) / "llm"
     corpus = open_corpus(options.data)
     tokenizer = load_tokenizer(
@@ -97,6 +122,75 @@ def prepare_text(options: Options, world: World) -> Text:
         eos_in_single_text=not is_character_level(tokenizer),
     )
     return Text(corpus.name, tokenizer, identity, streams)
+
+
+def _open_tokens(options: Options) -> Text:
+    """Opens what is tokenized already: folders of shards, or token files, of ours or of other programs."""
+    data = options.data
+    folder = None if data.train_dir is None else named_folder(data.train_dir, "--train_dir")
+    tokenizer = _tokenizer_of_tokens(options, folder)
+    identity = tokenizer_hash(tokenizer)
+    size = vocabulary_size(tokenizer)
+    if folder is None:
+        files = data.train_file or ()
+        if not all(map(is_token_file, (*files, *(data.validation_file or ())))):
+            raise UserError("--train_file, --validation_file: token files and text are mixed; give one kind")
+        streams = open_files(files, data.validation_file, data.validation_split_percentage, size)
+    else:
+        # Nothing of --train_dir is held out where other validation tokens are named.
+        share = 0 if data.validation_dir is not None else data.validation_split_percentage
+        streams = _open_folder(folder, share, identity, size)
+    if data.validation_dir is not None:
+        other = _open_folder(named_folder(data.validation_dir, "--validation_dir"), 0, identity, size)
+        streams = replace(streams, validation=other.validation or other.train, data_hash=_joined(streams, other))
+    if streams.vocabulary_size != size:
+        raise OtherTokenizerError(
+            f"--train_dir {data.train_dir}: made for {streams.vocabulary_size} tokens, the tokenizer has {size};"
+            " leave --tokenizer_name out to use the one beside the shards"
+        )
+    validation = streams.validation
+    log.info(
+        "tokens of %s: %s for training, %s for validation",
+        *(streams.name, f"{len(streams.train.tokens):,}", f"{len(validation.tokens) if validation else 0:,}"),
+    )
+    _check_ids(streams.train, size)
+    return Text(streams.name, tokenizer, identity, streams)
+
+
+def _open_folder(folder: Path, percentage: float, identity: str, size: int) -> Streams:
+    if is_folder_of_shards(folder):
+        return open_folder(folder, tokenizer_hash=identity)
+    return open_foreign_folder(folder, percentage, size)
+
+
+def _joined(one: Streams, other: Streams) -> str:
+    return blake2b(f"{one.data_hash} {other.data_hash}".encode(), digest_size=16).hexdigest()
+
+
+def _check_ids(stream: Stream, size: int) -> None:
+    """Ids of another vocabulary are mostly seen at once; the others when their block is read."""
+    head = stream.tokens[:_CHUNK_TOKENS]
+    if len(head) and int(head.max()) >= size:
+        raise OtherTokenizerError(
+            f"the tokens hold id {head.max()}, but the tokenizer has {size} tokens:"
+            " name the one they were made with as --tokenizer_name"
+        )
+
+
+def _tokenizer_of_tokens(options: Options, folder: Path | None) -> PreTrainedTokenizerBase:
+    """The named tokenizer, else the one beside the shards, else the model's own; none is ever trained."""
+    named = options.tokenizer
+    if named.tokenizer_name is None and folder is not None and (folder / "tokenizer").is_dir():
+        named = named.model_copy(update={"tokenizer_name": str(folder / "tokenizer")})
+    if named.tokenizer_name in (CHARACTERS, TRAINED) or not (
+        named.tokenizer_name or options.model.model_name_or_path or options.model.config_name
+    ):
+        raise UserError("tokens are given, not text: name the tokenizer they were made with as --tokenizer_name")
+
+    def no_text() -> Iterator[str]:
+        raise UserError("tokens are given, not text: name the tokenizer they were made with as --tokenizer_name")
+
+    return load_tokenizer(named, options.model, texts=no_text, corpus_fingerprint="tokens", cache_dir=Path())
 
 
 def meet_the_hub(options: Options, world: World) -> None:

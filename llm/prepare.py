@@ -1,0 +1,221 @@
+"""``python -m llm.prepare``: text of any size to token shards, tokenized once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm.config.errors import UserError
+from llm.config.outcome import outcome
+from llm.config.prepare import PrepareOptions
+from llm.config.reader import read_options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llm.data.corpus import Corpus
+    from llm.data.shards import Streams
+
+# The trainer of a tokenizer counts the words of all that it is given; more text changes no merge of note.
+_TOKENIZER_CHARS = 1 << 30
+_JOB = "prepare.json"
+_JOB_VERSION = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the shards, or verifies them, and returns the exit code."""
+    return outcome(lambda: _prepare(sys.argv[1:] if argv is None else argv))
+
+
+def _prepare(argv: Sequence[str]) -> int:
+    options = read_options(
+        PrepareOptions,
+        argv,
+        prog="python -m llm.prepare",
+        description="Tokenizes a text once, into shards that the trainer reads as --train_dir.",
+    )
+    folder = Path(options.output_dir).expanduser()
+    if options.verify:
+        return _verify(folder)
+
+    from llm.data.shards import MANIFEST, open_folder
+    from llm.files.lock import locked
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _speaking(), locked(folder / ".lock"):
+            corpus = _open_text(options)
+            _claim(folder, options, corpus)
+            if (folder / MANIFEST).is_file():
+                print(f"{folder} is finished already")
+            else:
+                _write(folder, options, corpus)
+        _sum_up(folder, open_folder(folder))
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder}: cannot be written ({error.strerror or error}); make room or name another,"
+            " and start the same command again: it continues"
+        ) from error
+    return 0
+
+
+def _verify(folder: Path) -> int:
+    """Prints a line for every shard; 1 if one is damaged."""
+    from llm.data.shards import verify
+
+    num_damaged = 0
+    for shard, damage in verify(folder):
+        num_damaged += damage is not None
+        print(f"{shard.path}: {damage or f'good, {shard.num_tokens:,} tokens'}")
+    if num_damaged:
+        raise UserError(f"{folder}: {num_damaged} shards are damaged; remove the folder and prepare the text again")
+    return 0
+
+
+@contextmanager
+def _speaking() -> Iterator[None]:
+    """Lets the package's own lines through to the standard output while the block runs."""
+    logger = logging.getLogger("llm")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _open_text(options: PrepareOptions) -> Corpus:
+    """The text that the options name, nothing read yet; a dataset of the Hub comes as a stream."""
+    from llm.data.corpus import open_corpus
+    from llm.data.hub_streams import open_stream
+    from llm.world.network import go_offline, hub_is_reachable
+
+    name = options.dataset_name
+    is_remote = name is not None and not name.startswith("builtin:") and not Path(name).expanduser().exists()
+    wanted = (name if is_remote else None, options.tokenizer_name)
+    on_the_hub = [n for n in wanted if n and n != "char" and not Path(n).expanduser().exists()]
+    if on_the_hub and not hub_is_reachable():
+        print(f"the Hub cannot be reached: {' and '.join(on_the_hub)} must be on this machine", file=sys.stderr)
+        go_offline()
+        is_remote = False
+    return open_stream(options.data) if is_remote else open_corpus(options.data)
+
+
+def _claim(folder: Path, options: PrepareOptions, corpus: Corpus) -> None:
+    """Records what the shards are made of, or refuses to continue those of something else."""
+    from llm.files.atomic import write_text
+
+    job = {
+        "version": _JOB_VERSION,
+        "text": corpus.name,
+        "fingerprint": corpus.fingerprint,
+        "tokenizer": options.tokenizer.tokenizer_name,
+        "vocab_size": options.vocab_size,
+        "shard_size": options.shard_size,
+    }
+    path = folder / _JOB
+    if not path.is_file():
+        others = [entry.name for entry in folder.iterdir() if entry.suffix in (".bin", ".json", ".npy")]
+        if others:
+            raise UserError(f"--output_dir {folder}: holds {others[0]}, which is of something else; name another")
+        write_text(path, json.dumps(job, indent=2) + "\n")
+        return
+    try:
+        found = json.loads(path.read_text())
+        changed = [name for name, value in job.items() if found.get(name) != value]
+    except (ValueError, AttributeError):
+        changed = [f"broken {_JOB}"]
+    if changed:
+        raise UserError(
+            f"--output_dir {folder}: was begun with another {' and another '.join(changed)};"
+            " give what it was begun with, or name another folder"
+        )
+
+
+def _write(folder: Path, options: PrepareOptions, corpus: Corpus) -> None:
+    from llm.data.encoding import encoding_threads
+    from llm.data.tokenizing import write_shards
+    from llm.models.tokenizers import is_character_level, tokenizer_hash
+
+    with encoding_threads(options.preprocessing_num_workers):
+        tokenizer = _tokenizer(folder, options, corpus)
+        write_shards(
+            corpus,
+            tokenizer,
+            folder,
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            shard_size=options.shard_size,
+            eos_in_single_text=not is_character_level(tokenizer),
+            num_workers=options.preprocessing_num_workers,
+        )
+
+
+def _tokenizer(folder: Path, options: PrepareOptions, corpus: Corpus) -> PreTrainedTokenizerBase:
+    """The one in the folder, or else the one that the options name, which is put there."""
+    from huggingface_hub import constants
+
+    from llm.config.options import ModelOptions, TokenizerOptions
+    from llm.files.atomic import whole_folder
+    from llm.models.tokenizers import load_tokenizer
+
+    saved = folder / "tokenizer"
+    if not saved.is_dir():
+        held_out = options.tokenizer_name == "char"
+        made = load_tokenizer(
+            options.tokenizer,
+            ModelOptions(),
+            texts=lambda: corpus.texts(held_out=True) if held_out else _first(corpus.texts()),
+            corpus_fingerprint=corpus.fingerprint,
+            cache_dir=Path(constants.HF_HOME) / "llm",
+        )
+        with whole_folder(saved) as temporary:
+            made.save_pretrained(temporary)
+    # Always the saved one: what the trainer will load decides what the ids mean.
+    return load_tokenizer(
+        TokenizerOptions(tokenizer_name=str(saved)),
+        ModelOptions(),
+        texts=lambda: iter(()),
+        corpus_fingerprint="",
+        cache_dir=Path(),
+    )
+
+
+def _first(texts: Iterator[str]) -> Iterator[str]:
+    """The beginning of a long text, enough for a tokenizer."""
+    num_chars = 0
+    for text in texts:
+        yield text
+        num_chars += len(text)
+        if num_chars >= _TOKENIZER_CHARS:
+            print(f"the tokenizer is trained on the first {num_chars / 1e6:.0f} million characters")
+            return
+
+
+def _sum_up(folder: Path, streams: Streams) -> None:
+    from llm.data.parts import describe
+
+    for name, stream in (("train", streams.train), ("validation", streams.validation)):
+        if stream is None:
+            print(f"{name}: nothing held out (--validation_split_percentage, --validation_file)")
+            continue
+        num_bytes, num_tokens = stream.num_bytes or 0, len(stream.tokens)
+        print(
+            f"{name}: {stream.num_documents or 0:,} documents, {num_tokens:,} tokens,"
+            f" {num_bytes / max(num_tokens, 1):.2f} bytes a token"
+        )
+    print(f"skipped: {describe(Counter(dict(streams.skipped)))}")
+    print(f"train on it: python -m llm.trainers.gpt --train_dir {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""``python -m llm.prepare`` from its command line on: killed, continued, verified."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from llm.config.prepare import PrepareOptions
+from llm.data import hub_streams
+from llm.data.shards import open_folder
+from llm.prepare import main
+
+ROOT = Path(__file__).parents[1]
+NUM_ROWS = 3000
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    draw = random.Random(0)
+    words = [f"w{number}ä" for number in range(300)]
+    path = tmp_path / "rows.jsonl"
+    texts = [" ".join(draw.choices(words, k=draw.randint(1, 60))) for _ in range(NUM_ROWS)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, "", None]))
+    return path
+
+
+def _words(rows: Path, tokenizer: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        *("--train_file", str(rows), "--tokenizer_name", str(tokenizer), "--output_dir", str(folder)),
+        *("--shard_size", "20000", "--preprocessing_num_workers", "1", *more),
+    ]
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def test_prepare_when_run_then_shards_that_say_everything(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert main(_words(rows, tiny_gpt2_dir, folder)) == 0
+    out = capsys.readouterr().out
+    assert "MB/s" in out and "bytes a token" in out
+    assert "skipped: 2 rows (empty: 1, null: 1)" in out
+    streams = open_folder(folder)
+    assert streams.validation is not None
+    assert (streams.train.num_documents or 0) + (streams.validation.num_documents or 0) == NUM_ROWS
+    assert len(streams.train.tokens) > 200_000
+    assert main(["--output_dir", str(folder), "--verify"]) == 0
+    assert capsys.readouterr().out.count(": good, ") == len(list(folder.glob("*.bin")))
+    made = _content(folder)
+    assert main(_words(rows, tiny_gpt2_dir, folder)) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert _content(folder) == made
+
+
+def test_prepare_when_a_byte_changed_then_verify_says_where(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert main(_words(rows, tiny_gpt2_dir, folder)) == 0
+    path = folder / "train_00002.bin"
+    data = bytearray(path.read_bytes())
+    data[10] ^= 1
+    path.write_bytes(data)
+    assert main(["--output_dir", str(folder), "--verify"]) == 1
+    printed = capsys.readouterr()
+    assert f"{path}: has other ids" in printed.out
+    assert "1 shards are damaged" in printed.err
+
+
+def test_prepare_when_a_tokenizer_is_trained_then_it_lies_beside_the_shards(rows: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "out"
+    words = ["--train_file", str(rows), "--train_tokenizer", "bpe", "--vocab_size", "300", "--output_dir", str(folder)]
+    assert main(words) == 0
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    assert len(tokenizer) == 300
+    first = json.loads(rows.read_text().splitlines()[0])["text"]
+    assert tokenizer.decode(open_folder(folder).train.tokens[:800]).startswith(first)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--vocab_size", "300", "--tokenizer_name", "gpt2"], "--vocab_size belongs to --train_tokenizer bpe"),
+        (["--train_tokenizer", "bpe", "--tokenizer_name", "gpt2"], "give one of them"),
+        ([], "no tokenizer"),
+    ],
+)
+def test_prepare_when_options_contradict_then_exit_2(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--output_dir", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_when_the_folder_is_of_something_else_then_refused(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert main(_words(rows, tiny_gpt2_dir, folder)) == 0
+    assert main(_words(rows, tiny_gpt2_dir, folder, "--shard_size", "30000")) == 1
+    assert "begun with another shard_size;" in capsys.readouterr().err
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "train.bin").write_bytes(b"12")
+    assert main(_words(rows, tiny_gpt2_dir, tmp_path / "foreign")) == 1
+    assert "holds train.bin" in capsys.readouterr().err
+
+
+def test_prepare_when_a_hub_dataset_then_streamed_and_held_out_by_hash(
+    tiny_gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(400)]}).to_iterable_dataset()
+    monkeypatch.setattr(hub_streams, "load_stream", lambda *_: ({"train": table}, "commit"))
+    monkeypatch.setattr("llm.world.network.hub_is_reachable", lambda: True)
+    words = ["--dataset_name", "some/set", "--tokenizer_name", str(tiny_gpt2_dir), "--shard_size", "500"]
+    assert main([*words, "--validation_split_percentage", "20", "--output_dir", str(tmp_path / "a")]) == 0
+    streams = open_folder(tmp_path / "a")
+    assert streams.validation is not None and streams.validation.num_documents is not None
+    assert 50 < streams.validation.num_documents < 110
+    assert (streams.train.num_documents or 0) + streams.validation.num_documents == 400
+
+
+def test_prepare_when_a_stream_breaks_then_one_line_and_the_next_start_continues(
+    tiny_gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [{"text": f"document {i} " * 20} for i in range(200)]
+    monkeypatch.setattr("llm.data.encoding.BATCH_LENGTH", 4000)
+    monkeypatch.setattr("llm.world.network.hub_is_reachable", lambda: True)
+
+    def prepare(folder: Path, length: int) -> int:
+        class Table:
+            def __iter__(self):  # type: ignore[no-untyped-def]
+                yield from texts[:length]
+                if length < len(texts):
+                    raise ConnectionError("the line is dead")
+
+        monkeypatch.setattr(hub_streams, "load_stream", lambda *_: ({"train": Table()}, "commit"))
+        words = ["--dataset_name", "some/set", "--tokenizer_name", str(tiny_gpt2_dir), "--shard_size", "1000"]
+        return main([*words, "--output_dir", str(folder)])
+
+    assert prepare(tmp_path / "broken", 120) == 1
+    assert "the stream broke (the line is dead); start the same command again" in capsys.readouterr().err
+    assert len(list((tmp_path / "broken").glob("train_*.json"))) > 10
+    assert prepare(tmp_path / "broken", 200) == 0
+    assert "continuing behind" in capsys.readouterr().out
+    assert prepare(tmp_path / "whole", 200) == 0
+    assert _content(tmp_path / "broken") == _content(tmp_path / "whole")
+
+
+# Killed while it imports, it has done nothing: the clock of a kill starts at the first text.
+SLOWLY = """
+import sys, time
+from llm.data import encoding
+from llm.data.encoding import Encoder
+from llm import prepare
+encode = Encoder.encode
+told = []
+encoding.BATCH_LENGTH = 30_000
+def slow(self, texts):
+    if not told:
+        told.append(sys.stderr.write("ready\\n"))
+        sys.stderr.flush()
+    time.sleep(0.04)
+    return encode(self, texts)
+Encoder.encode = slow
+sys.exit(prepare.main(sys.argv[1:]))
+"""
+
+
+def _start(words: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, *words],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _kill_and_compare(rows: Path, tokenizer: Path, tmp_path: Path, num_kills: int) -> None:
+    """Kills prepare at random instants, in rounds of a few, each round to its end and compared."""
+    assert main(_words(rows, tokenizer, tmp_path / "whole")) == 0
+    expected = _content(tmp_path / "whole")
+    draw = random.Random(num_kills)
+    killed, attempt, found_shards = 0, 0, set()
+    while killed < num_kills:
+        folder = tmp_path / f"killed_{attempt}"
+        attempt += 1
+        words = _words(rows, tokenizer, folder)
+        for _ in range(3):
+            process = _start(words)
+            assert process.stderr is not None
+            process.stderr.readline()
+            time.sleep(draw.uniform(0.0, 1.0))
+            process.send_signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+            found_shards.add(len(list(folder.glob("*.json"))))
+        assert main(words) == 0
+        assert _content(folder) == expected
+        assert np.array_equal(open_folder(folder).train.tokens[:], open_folder(tmp_path / "whole").train.tokens[:])
+    assert len(found_shards) > 1  # not all before the first shard, or behind the last
+
+
+@pytest.mark.timeout(170)
+def test_prepare_when_killed_at_random_instants_then_continues_to_the_same_bytes(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path
+) -> None:
+    _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif("LLM_SLOW" not in os.environ, reason="fifty kills take minutes: set LLM_SLOW=1")
+def test_prepare_when_killed_fifty_times_then_continues_to_the_same_bytes(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path
+) -> None:
+    _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 50)
+
+
+def test_options_when_shared_with_the_trainer_then_the_same_rows() -> None:
+    options = PrepareOptions(output_dir="x", train_file=("a.txt",), train_tokenizer="bpe", vocab_size=300)
+    assert options.data.train_file == ("a.txt",)
+    assert options.tokenizer.tokenizer_name == "train:bpe"
+    assert options.tokenizer.vocab_size == 300
+
+
+RECIPES = sorted((ROOT / "examples" / "data").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_when_run_with_stand_ins_then_shards(
+    recipe: Path, rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = recipe.read_text().splitlines()[0]
+    assert first.startswith("# ") and ("second" in first or "time" in first)
+    table = datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(300)]}).to_iterable_dataset()
+    monkeypatch.setattr(hub_streams, "load_stream", lambda *_: ({"train": table, "validation": table}, "commit"))
+    monkeypatch.setattr("llm.world.network.hub_is_reachable", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_folder").mkdir()
+    (tmp_path / "my_folder" / "a.txt").write_text("some text\n" * 50)
+    (tmp_path / "shakespeare.txt").write_text("some text\n" * 50)
+    tokenizer = [] if "train_tokenizer" in recipe.read_text() else ["--tokenizer_name", str(tiny_gpt2_dir)]
+    assert main(["--config", str(recipe), *tokenizer]) == 0
+    assert len(open_folder(tmp_path / "data" / recipe.stem).train.tokens) > 50
+
+
+def test_recipes_when_listed_then_all_are_there() -> None:
+    names = {"fineweb_edu_10bt", "my_folder", "openwebtext", "tinyshakespeare", "wikitext"}
+    assert {path.stem for path in RECIPES} == names
