@@ -44,6 +44,7 @@ class Flag:
     metavar: str | None
     secret: bool
     positional: bool
+    replaces: tuple[str, ...]
     required: bool
 
     @property
@@ -179,6 +180,7 @@ def _flag(name: str, group: str, row: FieldInfo) -> Flag:
         metavar=traits.get("metavar"),
         secret=bool(traits.get("secret")),
         positional=bool(traits.get("positional")),
+        replaces=tuple(traits.get("replaces", ())),
         required=row.is_required(),
     )
 

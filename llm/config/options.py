@@ -35,12 +35,12 @@ SchedulerName = Literal[
 class DataOptions(Group):
     """Where the text comes from and how it becomes blocks of tokens."""
 
-    dataset_name: str | None = row(None, "Hub dataset, local folder, or builtin:python (also used when no data is named)", metavar="NAME")
+    dataset_name: str | None = row(None, "Hub dataset, local folder, or builtin:python (also used when no data is named)", metavar="NAME", replaces=("train_file", "validation_file", "train_dir", "validation_dir"))
     dataset_config_name: str | None = row(None, "configuration of the Hub dataset", metavar="NAME")
-    train_file: tuple[str, ...] | None = row(None, "training text: txt, md, csv, tsv, json, jsonl or parquet, compressed ones too, or token files (.bin, .npy); several files and globs", metavar="FILE")
+    train_file: tuple[str, ...] | None = row(None, "training text: txt, md, csv, tsv, json, jsonl or parquet, compressed ones too, or token files (.bin, .npy); several files and globs", metavar="FILE", replaces=("dataset_name", "dataset_config_name", "train_dir", "validation_dir"))
     validation_file: tuple[str, ...] | None = row(None, "validation text, as --train_file", metavar="FILE")
     validation_split_percentage: float = row(5, "share of the text held out when there is no validation data", ge=0, lt=100, metavar="PERCENT")
-    train_dir: str | None = row(None, "token shards: a folder of llm.prepare (its validation part and tokenizer included), of nanoGPT, llm.c, build-nanogpt, or of save_to_disk with input_ids", metavar="DIR")
+    train_dir: str | None = row(None, "token shards: a folder of llm.prepare (its validation part and tokenizer included), of nanoGPT, llm.c, build-nanogpt, or of save_to_disk with input_ids", metavar="DIR", replaces=("dataset_name", "dataset_config_name", "train_file", "validation_file"))
     validation_dir: str | None = row(None, "token shards for validation, as --train_dir", metavar="DIR")
     text_column: str | None = row(None, "column that holds the text (default: the one called text)", metavar="NAME")
     no_keep_linebreaks: bool = row(False, "drop the line breaks of txt and md files")
@@ -53,7 +53,7 @@ class DataOptions(Group):
 class TokenizerOptions(Group):
     """The tokenizer."""
 
-    tokenizer_name: str | None = row(None, "Hub name, folder, char, or train:bpe (default: the model's own)", metavar="NAME")
+    tokenizer_name: str | None = row(None, "Hub name, folder, char, or train:bpe (default: the model's own; from scratch train:bpe)", metavar="NAME")
     use_slow_tokenizer: bool = row(False, "use the slow tokenizer of a Hub name or folder")
     vocab_size: int | None = row(None, "tokens of a tokenizer trained by train:bpe (default 8192)", ge=258, metavar="N")
 

@@ -72,6 +72,10 @@ def read_options(table: type[T], argv: Sequence[str], *, prog: str, description:
         _read_file(table, flags, given, mistakes),
         _read_flags(flags, given, mistakes),
     ]
+    file_layer, flag_layer = layers
+    for name in flag_layer.values:
+        for other in set(flags[name].replaces) - set(flag_layer.values):
+            file_layer.values.pop(other, None)
     merged: dict[str, Any] = {}
     for layer in layers:
         _drop_wrong_values(table, flags, layer, mistakes)

@@ -25,6 +25,7 @@ def row(
     metavar: str | None = None,
     secret: bool = False,
     positional: bool = False,
+    replaces: tuple[str, ...] = (),
     **bounds: Any,
 ) -> Any:
     """One option.
@@ -35,7 +36,13 @@ def row(
         metavar: how ``--help`` names the value; the type's name when None.
         secret: never written to a file, a log or a model card.
         positional: may also be given without its flag, as the first plain word.
+        replaces: rows that say the same otherwise: given as a flag, this one puts those of a file aside.
         bounds: pydantic's own (``ge``, ``gt``, ``le``, ``lt``, ``min_length``).
     """
-    extra: dict[str, Any] = {"metavar": metavar, "secret": secret, "positional": positional}
+    extra: dict[str, Any] = {
+        "metavar": metavar,
+        "secret": secret,
+        "positional": positional,
+        "replaces": replaces,
+    }
     return Field(default, description=help, json_schema_extra=extra, **bounds)

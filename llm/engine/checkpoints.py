@@ -76,17 +76,34 @@ def save_checkpoint(
         tokenizer: saved beside it.
         tensors: the optimizer's, by name, on the CPU.
         state: everything else, as JSON holds it.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; older checkpoints are as they were.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, model, tokenizer, tensors, {"version": _VERSION, "step": step, **state})
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"checkpoint {path} cannot be written ({error}); make room: the older ones are whole"
+        ) from error
+    return path
+
+
+def _write(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+) -> None:
     with whole_folder(path) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         save_file(tensors, temporary / _OPTIMIZER)
-        text = json.dumps({"version": _VERSION, "step": step, **state}, indent=1)
-        (temporary / _STATE).write_text(text + "\n")
+        (temporary / _STATE).write_text(json.dumps(state, indent=1) + "\n")
         write_manifest(temporary)
-    return path
 
 
 def saved_steps(folder: Path) -> list[tuple[int, Path]]:
@@ -112,10 +129,23 @@ def set_aside(folder: Path, step: int) -> None:
 
 
 def keep_newest(folder: Path, limit: int | None) -> None:
-    """Removes the oldest checkpoints beyond `limit`."""
-    if limit is not None:
-        for _, path in saved_steps(folder)[:-limit]:
+    """Removes the oldest checkpoints beyond `limit`, except the one with the lowest evaluation loss."""
+    if limit is None:
+        return
+    steps = [path for _, path in saved_steps(folder)]
+    best = min(steps, key=_eval_loss, default=None)
+    for path in steps[:-limit]:
+        if path != best or not math.isfinite(_eval_loss(path)):
             shutil.rmtree(path)
+
+
+def _eval_loss(path: Path) -> float:
+    """Nats a token of the evaluation that a checkpoint remembers; inf without one."""
+    try:
+        loss = json.loads((path / _STATE).read_text())["progress"]["eval_loss"]
+        return math.inf if loss is None or not math.isfinite(loss) else float(loss)
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def find_checkpoint(asked: bool | str, folder: Path | None) -> Checkpoint | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm.config.errors import UserError
@@ -45,11 +46,17 @@ def export_model(
     temporary = folder / f".export.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(f"the finished model cannot be written into {folder} ({error}); make room") from error
         torch.nn.Module.to(model, "cpu")
         _verify(temporary, model, probe, trust_remote_code)
         sync_tree(temporary)
+    except UserError:
+        raise
     except Exception as error:  # whatever it is, hours of training are in those files
         kept = folder / "unverified"
         shutil.rmtree(kept, ignore_errors=True)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -153,10 +154,10 @@ def _name(options: Options) -> str:
 
 
 def _what_next(folder: RunFolder) -> list[str]:
+    place = shlex.quote(str(folder.path))
     return [
         f"done: {folder.path} loads with AutoModelForCausalLM.from_pretrained({str(folder.path)!r}); next:",
-        f'  python -m llm.generate {folder.path} --prompt "..."',
-        f"  python -m llm.plot {folder.path}",
-        f"  python -m llm.trainers.gpt --model_name_or_path {folder.path} --train_file YOUR.txt "
-        "--output_dir runs/fine-tuned",
+        f'  python -m llm.generate {place} --prompt "..."',
+        f"  python -m llm.plot {place}",
+        f"  python -m llm.trainers.gpt --model_name_or_path {place} --train_file YOUR.txt --output_dir runs/fine-tuned",
     ]

@@ -15,6 +15,7 @@ from typing import Any
 from llm.config.errors import UserError
 from llm.config.options import Options, OutputOptions
 from llm.config.toml import to_toml
+from llm.engine.checkpoints import saved_steps
 from llm.engine.hub import FINISHED_FILES
 from llm.engine.journal import keep_journal
 from llm.files.atomic import write_text
@@ -26,8 +27,9 @@ _WRITTEN = (
     *FINISHED_FILES,
     *("config.toml", "status.json", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints", "unverified"),
 )
+_FINISHED = ("model.safetensors", "model.safetensors.index.json")
 # Any of these means that a run got as far as training here.
-_SIGNS_OF_A_RUN = ("metrics.jsonl", "checkpoints", "model.safetensors", "model.safetensors.index.json")
+_SIGNS_OF_A_RUN = ("metrics.jsonl", "checkpoints", *_FINISHED)
 
 
 class RunFolder:
@@ -63,7 +65,20 @@ class RunFolder:
             raise UserError(
                 f"--output_dir {self.path} cannot be written ({error.strerror}); choose another folder"
             ) from error
+        strange = sorted(path.name for path in self._written() if not self._is_ours())
+        if strange:
+            raise UserError(
+                f"--output_dir {self.path} holds {strange[0]}, which no run wrote and this one would replace; choose "
+                "another folder"
+            )
         used = any((self.path / name).exists() for name in _SIGNS_OF_A_RUN)
+        finished = any((self.path / name).exists() for name in _FINISHED)
+        if options.resume_from_checkpoint is True and finished and not saved_steps(self.checkpoints):
+            raise UserError(
+                f"--output_dir {self.path} holds a finished run without a checkpoint to continue from; train it "
+                f"further with --model_name_or_path {self.path} into another folder, or replace it with "
+                "--overwrite_output_dir and without --resume_from_checkpoint"
+            )
         if used and not options.overwrite_output_dir and not options.resume_from_checkpoint:
             raise UserError(
                 f"--output_dir {self.path} holds another run; continue it with --resume_from_checkpoint, "
@@ -71,13 +86,34 @@ class RunFolder:
             )
 
     def empty(self) -> None:
-        """Removes what a run writes, by its names, and nothing else."""
-        for entry in self.path.iterdir():
-            if any(fnmatch.fnmatch(entry.name, pattern) for pattern in _WRITTEN):
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink()
+        """Removes what an earlier run wrote, by its names, and nothing else; not the log and the status."""
+        for entry in self._written():
+            if entry in (self.log, self.status):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def begin(self, options: Options, *, fresh: bool) -> None:
+        """The run is going to train: clears the place of an earlier one, if it starts anew, and says how it runs.
+
+        Args:
+            options: as they were resolved; written in a form that `--config` takes back.
+            fresh: whether nothing is continued; `check` has seen to it that then nothing is lost unasked.
+        """
+        if fresh:
+            self.empty()
+        write_text(self.config, to_toml(options))
+        self.write_status("running")
+
+    def _written(self) -> list[Path]:
+        return [
+            entry for entry in self.path.iterdir() if any(fnmatch.fnmatch(entry.name, pattern) for pattern in _WRITTEN)
+        ]
+
+    def _is_ours(self) -> bool:
+        return self.status.exists() or self.metrics.exists() or self.checkpoints.exists()
 
     def remove_leftovers(self) -> None:
         """Removes what a killed run left half written; called under the lock."""
@@ -85,9 +121,12 @@ class RunFolder:
             for leftover in parent.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def write_config(self, options: Options) -> None:
-        """Writes the options as they were resolved, in a form that `--config` takes back."""
-        write_text(self.config, to_toml(options))
+    def read_status(self) -> str:
+        """The status file as it is; empty where there is none."""
+        try:
+            return self.status.read_text()
+        except OSError:
+            return ""
 
     def write_status(self, state: str, **facts: Any) -> None:
         """Replaces status.json: `state` is running, done, stopped or failed."""
@@ -97,10 +136,11 @@ class RunFolder:
 
 @contextmanager
 def claimed(folder: RunFolder, options: Options, world: World) -> Iterator[None]:
-    """Holds a run's folder for one start of the run: locked, emptied if so asked, with config and status.
+    """Holds a run's folder for one start of the run.
 
-    However the block ends, status.json says so: `done` and `stopped` are written by the run itself, a
-    mistake or a crash here.
+    Nothing of an earlier run is touched before this one is going to train (`RunFolder.begin`). However the
+    block ends after that, status.json says so: `done` and `stopped` are written by the run itself, a mistake
+    or a crash here.
 
     Raises:
         UserError: on every rank, when the folder is another run's or cannot be written.
@@ -112,16 +152,15 @@ def claimed(folder: RunFolder, options: Options, world: World) -> Iterator[None]
             stack.enter_context(locked(folder.lock))
             if options.output.overwrite_output_dir and not options.output.resume_from_checkpoint:
                 _refuse_to_remove_what_is_read(folder, options)
-                folder.empty()
             folder.remove_leftovers()
-            folder.write_status("running")
             keep_journal(folder.log)
 
+        earlier = folder.read_status() if world.is_main else ""
         world.on_main(claim)
         try:
             yield
         except BaseException as error:
-            if world.is_main:
+            if world.is_main and (not earlier or folder.read_status() != earlier):
                 code = getattr(error, "exit_code", 1)
                 folder.write_status("failed", reason=f"{type(error).__name__}: {error}", exit_code=code)
             raise

@@ -24,6 +24,8 @@ class ConsoleHandler(logging.Handler):
         """Writes one record as one line; the stream is looked up now, since tests and notebooks swap it."""
         stream = sys.stderr if self.to_stderr or record.levelno >= logging.WARNING else sys.stdout
         text = self.format(record)
+        if stream is None:  # started with its output closed
+            return
         try:
             # A terminal of another encoding gets \u2013 where it has no dash.
             encoding = getattr(stream, "encoding", None) or "utf-8"

@@ -133,6 +133,6 @@ def _refuse_a_lone_process() -> None:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError(
-            "accelerate launch was asked for several processes and started one (it does so with --cpu); "
+            "accelerate launch was asked for several processes and started one, as it does on a CPU; "
             "use torchrun --nproc_per_node 2 -m llm.trainers.gpt ..., which needs no accelerator"
         )

@@ -89,14 +89,7 @@ def plan_run(options: TrainingOptions, blocks: Blocks, *, num_ranks: int, seed: 
     Raises:
         UserError: the global batch does not divide among the ranks.
     """
-    per_backward = options.per_device_train_batch_size * num_ranks
-    global_batch = options.global_batch_size or per_backward * options.gradient_accumulation_steps
-    if global_batch % per_backward:
-        raise UserError(
-            f"--global_batch_size {global_batch} does not divide by {per_backward} "
-            f"(--per_device_train_batch_size {options.per_device_train_batch_size} x {num_ranks} processes); "
-            f"{_sizes_that_work(global_batch, num_ranks)}"
-        )
+    per_backward, global_batch = _batches(options, num_ranks)
     epochs_steps = math.ceil(options.num_train_epochs * len(blocks) / global_batch)
     return Plan(
         block_size=blocks.block_size,
@@ -107,6 +100,31 @@ def plan_run(options: TrainingOptions, blocks: Blocks, *, num_ranks: int, seed: 
         num_steps=options.max_train_steps or epochs_steps,
         seed=seed,
     )
+
+
+def check_training(options: Options, *, num_ranks: int) -> None:
+    """Refuses what can be known wrong about batches and schedule before the text is read.
+
+    Raises:
+        UserError: as `plan_run` and `learning_rates`.
+    """
+    _batches(options.training, num_ranks)
+    # A schedule wrong in itself is so for any number of updates; the warm-up is judged when that is known.
+    any_number = options.training.max_train_steps or options.schedule.num_warmup_steps + 1000
+    build_schedule(options.schedule, any_number, learning_rate=options.optimizer.learning_rate)
+
+
+def _batches(options: TrainingOptions, num_ranks: int) -> tuple[int, int]:
+    """Blocks of one backward on all ranks together, and of one update."""
+    per_backward = options.per_device_train_batch_size * num_ranks
+    global_batch = options.global_batch_size or per_backward * options.gradient_accumulation_steps
+    if global_batch % per_backward:
+        raise UserError(
+            f"--global_batch_size {global_batch} does not divide by {per_backward} "
+            f"(--per_device_train_batch_size {options.per_device_train_batch_size} x {num_ranks} processes); "
+            f"{_sizes_that_work(global_batch, num_ranks)}"
+        )
+    return per_backward, global_batch
 
 
 def learning_rates(options: Options, plan: Plan) -> Callable[[int], float]:

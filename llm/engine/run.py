@@ -22,7 +22,7 @@ from llm.engine.journal import Bar, start_journal, stop_journal
 from llm.engine.lines import ledger_line
 from llm.engine.loop import Event, run_updates
 from llm.engine.machine import Machine, start_machine
-from llm.engine.plan import Plan, choose_block_size, learning_rates, plan_run, resolved
+from llm.engine.plan import Plan, check_training, choose_block_size, learning_rates, plan_run, resolved
 from llm.engine.randomness import seed_weights
 from llm.engine.resume import choose_start
 from llm.engine.signals import listening
@@ -80,6 +80,7 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
     # Before the text is read: names, overrides and a block beyond the model are known from one small file.
     limit = context_limit(read_config(start.model))
     choose_block_size(options.data.block_size, limit, limit)
+    check_training(options, num_ranks=world.size)
     text = world.in_turn("the text", lambda: prepare_text(options, world))
     config = load_config(start.model, text.tokenizer)
     block_size = choose_block_size(options.data.block_size, limit, context_limit(config, text.tokenizer))
@@ -98,8 +99,6 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
             log.info("%s", line)
         return EXIT_DONE
 
-    if folder is not None and world.is_main:
-        folder.write_config(resolved(options, plan))
     seed_weights(start.seed)
     model, origin = build_model(start.model, config, text.tokenizer)
     log.info("weights: %s (%s parameters)", origin, f"{model.num_parameters():,}")
@@ -118,6 +117,7 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
     progress = start.resume(updater, plan, text)
     if folder is not None and world.is_main:
         set_aside(folder.checkpoints, progress.step)
+        folder.begin(resolved(options, plan), fresh=start.checkpoint is None)
     tracking = Tracking(machine.accelerator, folder)
     actions = Actions(
         options, machine, folder, text, blocks, validation, plan, progress, updater, language_model, tracking

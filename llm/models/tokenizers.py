@@ -151,9 +151,15 @@ def _from_text(
             raise UserError(
                 f"--tokenizer_name {kind}: the training text is empty, so that no tokenizer can be made from it"
             )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(folder) as temporary:
-            tokenizer.save_pretrained(temporary)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with whole_folder(folder) as temporary:
+                tokenizer.save_pretrained(temporary)
+        except OSError as error:
+            raise UserError(
+                f"the tokenizer cache {cache_dir} cannot be written ({error.strerror}); "
+                "make room, or set HF_HOME to another folder"
+            ) from error
     loaded: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
     log.info(
         "tokenizer: %s, %d tokens (%s)",

@@ -319,3 +319,14 @@ def test_read_when_it_ends_early_then_torch_is_not_imported_and_it_is_quick(word
     answers = [run.stdout.splitlines()[-1].split() for run in runs]
     assert all(torch == "False" for _, torch in answers)
     assert min(float(seconds) for seconds, _ in answers) < 0.5
+
+
+def test_text_when_a_flag_names_it_then_replaces_the_files_whatever_it_was_called(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[data]\ndataset_name = "builtin:python"\nblock_size = 64\n')
+    options = read_options(Options, ["--config", str(path), "--train_file", "my.txt"], prog="x", description="")
+    assert options.data.dataset_name is None
+    assert options.data.train_file == ("my.txt",)
+    assert options.data.block_size == 64
+    both = read_options(Options, ["--dataset_name", "a", "--train_file", "my.txt"], prog="x", description="")
+    assert (both.data.dataset_name, both.data.train_file) == ("a", ("my.txt",))

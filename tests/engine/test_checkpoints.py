@@ -81,7 +81,7 @@ def test_save_when_it_fails_then_there_is_no_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(llm.engine.checkpoints, "write_manifest", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"No space left.*make room"):
         save(1)
     assert os.listdir(tmp_path / "checkpoints") == []
 

@@ -37,13 +37,13 @@ def test_check_when_the_folder_is_new_then_makes_it_and_leaves_it_empty(tmp_path
 @pytest.mark.parametrize("sign", ["metrics.jsonl", "checkpoints", "model.safetensors", "model.safetensors.index.json"])
 def test_check_when_another_run_got_as_far_as_training_then_is_refused(tmp_path: Path, sign: str) -> None:
     (tmp_path / sign).touch()
+    (tmp_path / "status.json").touch()
     folder = RunFolder(tmp_path)
     with pytest.raises(UserError, match=r"holds another run.*--resume_from_checkpoint.*--overwrite_output_dir"):
         folder.check(output())
     folder.check(output(overwrite_output_dir=True))
-    folder.check(output(resume_from_checkpoint=True))
     folder.check(output(resume_from_checkpoint="latest"))
-    assert os.listdir(tmp_path) == [sign]
+    assert sorted(os.listdir(tmp_path)) == sorted([sign, "status.json"])
 
 
 def test_check_when_there_are_only_a_users_files_or_a_failed_start_then_is_free(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_empty_when_asked_then_removes_a_runs_files_and_no_others(tmp_path: Path
     for name in (*written, *mine):
         (tmp_path / name).touch()
     RunFolder(tmp_path).empty()
-    assert set(os.listdir(tmp_path)) == {*mine, "data"}
+    assert set(os.listdir(tmp_path)) == {*mine, "data", "log.txt", "status.json"}
     assert (tmp_path / "data" / "README.md").exists()
 
 
@@ -90,9 +90,9 @@ def test_claim_when_it_holds_then_the_folder_is_locked_and_described(tmp_path: P
         output=OutputOptions(output_dir=str(folder.path), logging_steps=3), hub=HubOptions(hub_token="hf_secret")
     )
     with claimed(folder, options, MAIN):
+        folder.begin(options, fresh=True)
         assert status(folder)["state"] == "running"
         assert status(folder)["pid"] == os.getpid()
-        folder.write_config(options)
         assert "logging_steps = 3" in folder.config.read_text()
         assert "hf_secret" not in folder.config.read_text()
         with pytest.raises(UserError, match="used by another run"), claimed(folder, options, MAIN):
@@ -118,14 +118,35 @@ def test_claim_when_the_run_fails_then_status_says_why(tmp_path: Path, error: Ex
     assert facts["reason"] == f"{type(error).__name__}: {error}"
 
 
-def test_claim_when_overwriting_then_empties_but_not_when_resuming(tmp_path: Path) -> None:
+def test_begin_when_fresh_then_clears_the_place_but_not_when_continuing(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    for resume, left in ((True, True), (False, False)):
+    for fresh in (False, True):
         folder.metrics.touch()
-        options = Options(output=output(overwrite_output_dir=True, resume_from_checkpoint=resume))
+        options = Options(output=output(overwrite_output_dir=True))
         with claimed(folder, options, MAIN):
-            assert folder.metrics.exists() is left
+            assert folder.metrics.exists()  # a mistake that is still to come must not cost the earlier run
+            folder.begin(options, fresh=fresh)
+            assert folder.metrics.exists() is not fresh
         stop_journal()
+
+
+def test_claim_when_a_finished_run_has_no_checkpoint_then_a_bare_resume_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_status("done")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    options = Options(output=output(resume_from_checkpoint=True))
+    with pytest.raises(UserError, match="without a checkpoint"), claimed(folder, options, MAIN):
+        pytest.fail("it would be trained over")
+    assert status(folder)["state"] == "done"
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_claim_when_files_are_no_runs_then_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    options = Options(output=output(overwrite_output_dir=overwrite))
+    with pytest.raises(UserError, match="README\\.md, which no run wrote"), claimed(RunFolder(tmp_path), options, MAIN):
+        pytest.fail("it would be replaced")
 
 
 def test_claim_when_this_is_another_rank_then_writes_nothing(tmp_path: Path) -> None:

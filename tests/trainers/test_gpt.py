@@ -446,3 +446,48 @@ def test_secrets_when_a_tracker_reads_the_command_line_then_are_not_there(
     assert train(*tiny_options, "--max_train_steps", "1", "--hub_token", "hf_secret").code == 0
     assert "hf_secret" not in " ".join(sys.argv)
     assert "***" in sys.argv
+
+
+def test_folder_when_a_mistake_is_met_then_the_earlier_run_stands_as_it_was(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert train(*tiny_options, "--checkpointing_steps", "10", "--output_dir", folder).code == 0
+    before = {name: (folder / name).read_bytes() for name in ("config.toml", "status.json", "model.safetensors")}
+    wrong = [*tiny_options, "--seed", "8", "--output_dir", folder, "--resume_from_checkpoint"]
+    assert "--seed 7" in train(*wrong).err
+    missing = [*tiny_options, "--train_file", tmp_path / "none.txt", "--output_dir", folder, "--overwrite_output_dir"]
+    assert train(*missing).code == 1
+    assert before == {name: (folder / name).read_bytes() for name in before}
+
+
+def test_best_when_the_limit_is_reached_then_is_kept_beside_the_newest(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_options, "--max_grad_norm", "0", "--lr_scheduler_type", "constant", "--save_total_limit", "1"]
+    words += ["--learning_rate", "0.3", "--checkpointing_steps", "4", "--eval_steps", "4", "--output_dir", tmp_path]
+    assert train(*words).code == 0
+    losses = {record["step"]: record["eval_loss"] for record in records(tmp_path) if "eval_loss" in record}
+    best = min(losses, key=lambda step: losses[step])
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {f"step_{best}", "step_20"}
+
+
+def test_disk_when_it_is_full_then_one_line_and_the_older_checkpoint_is_whole(
+    train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llm.engine.checkpoints
+
+    write = llm.engine.checkpoints.save_file
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "step_20" in str(path):
+            raise OSError(28, "No space left on device")
+        write(tensors, path)
+
+    monkeypatch.setattr(llm.engine.checkpoints, "save_file", full)
+    outcome = train(*tiny_options, "--checkpointing_steps", "10", "--output_dir", tmp_path / "run")
+    assert outcome.code == 1
+    assert "No space left on device" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_10"]
