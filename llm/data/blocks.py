@@ -109,7 +109,8 @@ def cut_blocks(streams: Streams, block_size: int) -> tuple[Blocks, Blocks | None
     validation = Blocks(streams.validation.tokens, block_size, vocabulary_size=size)
     if len(validation) == 0:
         log.warning(
-            "no validation: its text has %d tokens, and a block of --block_size %d needs %d",
+            "no validation: its text has %d tokens, and a block of --block_size %d needs %d (a smaller block or a "
+            "larger --validation_split_percentage gives one)",
             *(len(streams.validation.tokens), block_size, block_size + 1),
         )
         return train, None

@@ -35,15 +35,23 @@ class Start:
     seed: int
     model: ModelOptions
 
-    def resume(self, updater: CentralUpdater, plan: Plan, text: Text) -> Progress:
+    def check(self, plan: Plan, text: Text) -> None:
+        """Refuses to continue another run under this one's name; before any weight is loaded.
+
+        Raises:
+            UserError: the checkpoint was made with another text, tokenizer or order than this run's.
+        """
+        if self.checkpoint is not None:
+            _check_identity(self.checkpoint, plan, text)
+
+    def resume(self, updater: CentralUpdater) -> Progress:
         """Gives the updater its state back, and the run its counters.
 
         Raises:
-            UserError: the checkpoint is another run's.
+            UserError: the checkpoint is another optimizer's.
         """
         if self.checkpoint is None:
             return Progress()
-        _check_identity(self.checkpoint, plan, text)
         try:
             updater.load(self.checkpoint.tensors(), self.checkpoint.state["updater"])
         except (KeyError, ValueError, RuntimeError) as error:
@@ -75,7 +83,7 @@ def choose_start(options: Options, folder: RunFolder | None) -> Start:
 
 
 def _check_identity(checkpoint: Checkpoint, plan: Plan, text: Text) -> None:
-    """Refuses to continue another run under this one's name."""
+    """What two starts of one run must share."""
     was = checkpoint.state["plan"]
     for name, option in _MUST_AGREE.items():
         if was[name] != getattr(plan, name):

@@ -91,6 +91,7 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
             "HF_HOME that all can see"
         )
     plan = plan_run(options.training, blocks, num_ranks=world.size, seed=start.seed)
+    start.check(plan, text)
     learning_rate = learning_rates(options, plan)
     log.info("%s", ledger_line(ledger(text.streams, block_size)))
     log.info("%s", plan)
@@ -114,7 +115,7 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
         max_grad_norm=options.optimizer.max_grad_norm,
         seed=start.seed,
     )
-    progress = start.resume(updater, plan, text)
+    progress = start.resume(updater)
     if folder is not None and world.is_main:
         set_aside(folder.checkpoints, progress.step)
         folder.begin(resolved(options, plan), fresh=start.checkpoint is None)

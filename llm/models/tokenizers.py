@@ -195,6 +195,12 @@ def _from_name(flag: str, name: str, trust_remote_code: bool) -> PreTrainedToken
             f"{flag} {name}: no tokenizer there (no tokenizer.json, vocab.json or tokenizer.model); {_mend(flag)}"
         )
     tokenizer: PreTrainedTokenizerBase = loaded
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= len(tokenizer):
+        raise UserError(
+            f"{flag} {name}: its ids have holes (the highest is {highest}, but there are {len(tokenizer)} tokens), "
+            "which tables of the tokenizer's length cannot hold; name another"
+        )
     log.info("tokenizer: %s, %d tokens", name, len(tokenizer))
     return tokenizer
 

@@ -491,3 +491,15 @@ def test_disk_when_it_is_full_then_one_line_and_the_older_checkpoint_is_whole(
     assert "No space left on device" in outcome.err
     assert "Traceback" not in outcome.err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_10"]
+
+
+def test_resume_when_the_text_is_another_then_says_so_before_weights_are_loaded(
+    train: Train, tiny_options: list[str], tmp_path: Path, tiny_text: Path
+) -> None:
+    words = [*tiny_options, "--max_train_steps", "2", "--checkpointing_steps", "1", "--output_dir", tmp_path / "run"]
+    assert train(*words).code == 0
+    (tmp_path / "other.txt").write_text(tiny_text.read_text()[100:])
+    outcome = train(*words, "--train_file", tmp_path / "other.txt", "--resume_from_checkpoint")
+    assert outcome.code == 1
+    assert "other text" in outcome.err
+    assert "weights:" not in outcome.out
