@@ -6,7 +6,6 @@ import logging
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from llm.config.errors import UserError
 from llm.config.options import Options
 from llm.data.blocks import cut_blocks, ledger
 from llm.data.loaders import training_batches
@@ -32,6 +31,7 @@ from llm.models.build import build_model, context_limit, load_config, read_confi
 from llm.models.language_model import LanguageModel
 from llm.optim.build import build_optimizer
 from llm.world.network import come_online
+from llm.world.ranks import World
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,7 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
     log.info("%s", machine)
     trackers = choose_trackers(options.tracking)
     meet_the_hub(options, world)
-    if options.hub.push_to_hub and folder is not None and not options.output.dry_run:
-        world.on_main(lambda: check_hub_access(options.hub.hub_model_id, folder.path, options.hub.hub_token))
+    _check_push(options, folder, world)
     start = world.on_main(lambda: choose_start(options, folder))
     # Before the text is read: names, overrides and a block beyond the model are known from one small file.
     limit = context_limit(read_config(start.model))
@@ -85,11 +84,7 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
     config = load_config(start.model, text.tokenizer)
     block_size = choose_block_size(options.data.block_size, limit, context_limit(config, text.tokenizer))
     blocks, validation = cut_blocks(text.streams, block_size)
-    if world.share(text.identity()) != text.identity():
-        raise UserError(
-            f"rank {world.rank} has another text or tokenizer than rank 0: give every node the same files, or one "
-            "HF_HOME that all can see"
-        )
+    text.require_same_on_all(world)
     plan = plan_run(options.training, blocks, num_ranks=world.size, seed=start.seed)
     start.check(plan, text)
     learning_rate = learning_rates(options, plan)
@@ -153,6 +148,11 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
             return EXIT_STOPPED
         finish(actions, command=command)
     return EXIT_DONE
+
+
+def _check_push(options: Options, folder: RunFolder | None, world: World) -> None:
+    if options.hub.push_to_hub and folder is not None and not options.output.dry_run:
+        world.on_main(lambda: check_hub_access(options.hub.hub_model_id, folder.path, options.hub.hub_token))
 
 
 def _events(options: Options, plan: Plan, actions: Actions) -> list[Event]:

@@ -79,6 +79,18 @@ class Text:
         """What a checkpoint must share with the run that continues it."""
         return {"data_hash": self.streams.data_hash, "tokenizer_hash": self.tokenizer_hash}
 
+    def require_same_on_all(self, world: World) -> None:
+        """Every rank trains on rank 0's text, or none does.
+
+        Raises:
+            UserError: on a rank whose node found other files.
+        """
+        if world.share(self.identity()) != self.identity():
+            raise UserError(
+                f"rank {world.rank} has another text or tokenizer than rank 0: give every node the same files, or one "
+                "HF_HOME that all can see"
+            )
+
 
 def _lookup(table: npt.NDArray[np.int32], ids: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     """The bytes of each id; files of other programs may hold ids that the tokenizer does not know."""
