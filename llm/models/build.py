@@ -30,11 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def build_model(
-    options: ModelOptions,
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    checkpoint: str | None = None,
+    options: ModelOptions, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, str]:
     """The model in float32 on the CPU, in training mode, and where its weights come from.
 
@@ -44,7 +40,6 @@ def build_model(
         options: the model's options.
         config: what `load_config` gave.
         tokenizer: the tables of embeddings get its length.
-        checkpoint: folder whose weights are loaded instead of those that the options name.
 
     Returns:
         The model, and ``loaded from X`` or ``random``.
@@ -53,13 +48,12 @@ def build_model(
         UserError: weights that are missing, broken or of other shapes; an attention that is not
             there.
     """
-    source = checkpoint or options.model_name_or_path
+    source = options.model_name_or_path
     if source is None:
         model = _random(options, config)
         origin = "random"
     else:
-        flag = "--resume_from_checkpoint" if checkpoint else "--model_name_or_path"
-        model = _loaded(flag, source, options, config)
+        model = _loaded("--model_name_or_path", source, options, config)
         _fit_vocabulary(model, tokenizer)
         origin = f"loaded from {source}"
     if options.gradient_checkpointing:

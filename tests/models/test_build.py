@@ -149,19 +149,6 @@ def test_load_when_half_precision_on_disk_then_is_float32(
     assert torch.equal(model.lm_head.weight, tiny_gpt2.lm_head.weight.float())
 
 
-def test_load_when_checkpoint_given_then_its_weights_win(
-    byte_tokenizer, tiny_gpt2_dir: Path, tiny_gpt2: PreTrainedModel, tmp_path: Path
-) -> None:
-    with torch.no_grad():
-        tiny_gpt2.transformer.wpe.weight.fill_(0.5)
-    tiny_gpt2.save_pretrained(tmp_path)
-    options = ModelOptions(model_name_or_path=str(tiny_gpt2_dir))
-    config = load_config(options, byte_tokenizer)
-    model, origin = build_model(options, config, byte_tokenizer, checkpoint=str(tmp_path))
-    assert origin == f"loaded from {tmp_path}"
-    assert model.transformer.wpe.weight.eq(0.5).all()
-
-
 def test_load_when_table_is_padded_then_drops_rows_and_says_so(
     tiny_gpt2: PreTrainedModel, byte_tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
