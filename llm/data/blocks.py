@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.config.errors import UserError
+from llm.data.order import shuffled
 from llm.data.shards import Streams
 from llm.data.tokens import Tokens
 
@@ -66,6 +67,16 @@ class Blocks:
                 f" {self._vocabulary_size} tokens: tokenize again (--overwrite_cache, or llm.prepare)"
             )
         return ids
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of one epoch."""
+        return len(self)
+
+    def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
+        """The block that sample number `sample` of a run reads; samples are counted over the epochs."""
+        epoch, place = divmod(sample, len(self))
+        return self[shuffled(place, len(self), seed=seed, epoch=epoch)]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +15,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm.data.blocks import Blocks
-from llm.data.order import shuffled
+
+# Micro-batches that the reading thread is ahead of the device: enough for the longest pause of a disk to
+# pass unseen, and little memory.
+_AHEAD = 8
+_LOOK_SECONDS = 1.0
+
+
+class Samples(Protocol):
+    """Blocks to train on, as an endless sequence: each is a pure function of the seed and its number."""
+
+    def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
+        """The block of a sample: int64 [block_size + 1]."""
 
 
 class Batch(NamedTuple):
@@ -29,7 +42,7 @@ class Batch(NamedTuple):
 
 
 def training_batches(
-    blocks: Blocks,
+    samples: Samples,
     *,
     seed: int,
     first_step: int,
@@ -45,10 +58,10 @@ def training_batches(
 
     Update k takes the samples [k * G, (k + 1) * G) of an endless sequence of epochs, where G is
     micro_batch * accumulation * num_ranks; so an update may run across the end of an epoch, and is
-    always full. See `sample_block` for the order.
+    always full.
 
     Args:
-        blocks: the training text.
+        samples: the training text, in its order.
         seed: of the order.
         first_step: number of the first update, from 0: where a resumed run continues.
         num_steps: how many updates to yield.
@@ -56,21 +69,22 @@ def training_batches(
         accumulation: forward passes of one update on one rank.
         rank: this process.
         num_ranks: all processes.
-        num_workers: processes that read ahead; 0 reads here.
+        num_workers: processes that read ahead; with 0 this one reads, in a thread if memory is pinned.
         pin_memory: whether to put batches where a CUDA device can fetch them itself.
     """
     micro_batches = _micro_batches(
-        len(blocks),
-        seed,
         range(first_step, first_step + num_steps),
         micro_batch,
         slices=range(rank, num_ranks * accumulation, num_ranks),
         num_slices=num_ranks * accumulation,
     )
+    rows = _Rows(samples, seed)
     if num_workers > 0:
-        batches = _read_ahead(blocks, micro_batches, num_workers, pin_memory)
+        batches = _read_by_workers(rows, micro_batches, num_workers, pin_memory)
+    elif pin_memory:
+        batches = _in_background(_read(rows, micro_batches, pin_memory))
     else:
-        batches = _read(blocks, micro_batches, pin_memory)
+        batches = _read(rows, micro_batches, pin_memory)
     for _ in range(num_steps):
         yield list(islice(batches, accumulation))
 
@@ -100,34 +114,60 @@ def evaluation_batches(
         yield _batch([blocks[index] for index in range(number * batch_size, end)])
 
 
-def sample_block(sample: int, num_blocks: int, seed: int) -> int:
-    """The block that sample number `sample` of a run reads; samples are counted over the epochs."""
-    epoch, place = divmod(sample, num_blocks)
-    return shuffled(place, num_blocks, seed=seed, epoch=epoch)
-
-
-def _micro_batches(
-    num_blocks: int, seed: int, steps: range, micro_batch: int, slices: range, num_slices: int
-) -> Iterator[list[int]]:
-    """The blocks of each micro-batch, `slices` being this rank's of an update's `num_slices`."""
+def _micro_batches(steps: range, micro_batch: int, slices: range, num_slices: int) -> Iterator[list[int]]:
+    """The samples of each micro-batch, `slices` being this rank's of an update's `num_slices`."""
     for step in steps:
         for place in slices:
             first = (step * num_slices + place) * micro_batch
-            yield [sample_block(sample, num_blocks, seed) for sample in range(first, first + micro_batch)]
+            yield list(range(first, first + micro_batch))
 
 
-def _read(blocks: Blocks, micro_batches: Iterable[list[int]], pin_memory: bool) -> Iterator[Batch]:
+def _read(rows: _Rows, micro_batches: Iterable[list[int]], pin_memory: bool) -> Iterator[Batch]:
     for numbers in micro_batches:
-        batch = _batch([blocks[number] for number in numbers])
+        batch = _batch([rows[number] for number in numbers])
         yield Batch(batch.ids.pin_memory(), batch.targets.pin_memory()) if pin_memory else batch
 
 
-def _read_ahead(
-    blocks: Blocks, micro_batches: Iterable[list[int]], num_workers: int, pin_memory: bool
+def _in_background(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, read ahead by a thread, which ends when nobody reads on."""
+    made: queue.Queue[Batch | BaseException | None] = queue.Queue(_AHEAD)
+    is_over = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> bool:
+        while not is_over.is_set():
+            try:
+                made.put(item, timeout=_LOOK_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def read() -> None:
+        try:
+            for batch in batches:
+                if not put(batch):
+                    return
+        except BaseException as error:
+            put(error)
+        else:
+            put(None)
+
+    threading.Thread(target=read, name="read-blocks", daemon=True).start()
+    try:
+        while (item := made.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        is_over.set()
+
+
+def _read_by_workers(
+    rows: _Rows, micro_batches: Iterable[list[int]], num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     """The same through PyTorch's loader, which keeps the order whatever worker is faster."""
     loader: DataLoader[NDArray[np.int64]] = DataLoader(
-        _Rows(blocks),
+        rows,
         batch_sampler=micro_batches,
         collate_fn=_batch,
         num_workers=num_workers,
@@ -144,10 +184,10 @@ def _batch(rows: Sequence[NDArray[np.int64]]) -> Batch:
 
 
 class _Rows(Dataset[NDArray[np.int64]]):
-    """The blocks as PyTorch's loader wants them."""
+    """The blocks by the numbers of their samples, as PyTorch's loader wants them."""
 
-    def __init__(self, blocks: Blocks) -> None:
-        self._blocks = blocks
+    def __init__(self, samples: Samples, seed: int) -> None:
+        self._samples, self._seed = samples, seed
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        return self._blocks[index]
+    def __getitem__(self, sample: int) -> NDArray[np.int64]:
+        return self._samples.of_sample(sample, self._seed)

@@ -87,6 +87,7 @@ class Actions:
             "epoch": step * self.plan.global_batch / self.plan.num_blocks,
             "tokens": self.progress.tokens,
             "tokens_per_second": speed,
+            "data_wait": window.data_seconds / max(window.seconds, 1e-9),
             "num_skipped": self.progress.num_skipped,
         }
         if self.peak_flops:

@@ -6,6 +6,9 @@ from typing import Any
 
 from llm.data.blocks import Ledger
 
+# Below that share of the time nobody would train faster with faster data.
+_NOTABLE_WAIT = 0.01
+
 
 def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seconds: float) -> str:
     """Such as `step 120/2000 | loss 3.512 | lr 5.8e-04 | grad_norm 0.91 | 48.2k tok/s | eta 0:12:31`."""
@@ -18,6 +21,8 @@ def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seco
     ]
     if "mfu" in record:
         parts.append(f"mfu {record['mfu']:.1%}")
+    if record["data_wait"] > _NOTABLE_WAIT:
+        parts.append(f"data_wait {record['data_wait']:.1%}")
     if record["num_skipped"]:
         parts.append(f"skipped {record['num_skipped']}")
     return " | ".join([*parts, f"eta {clock(eta_seconds)}"])

@@ -54,8 +54,11 @@ def run_updates(
     """
     while progress.step < num_steps:
         started = time.perf_counter()
-        report = updater.update(next(batches), progress.step, stop=should_stop())
-        progress.add(report, num_tokens=tokens_per_step, seconds=time.perf_counter() - started)
+        micro_batches = next(batches)
+        data_seconds = time.perf_counter() - started
+        report = updater.update(micro_batches, progress.step, stop=should_stop())
+        seconds = time.perf_counter() - started
+        progress.add(report, num_tokens=tokens_per_step, seconds=seconds, data_seconds=data_seconds)
         for event in events:
             if event.due(progress.step):
                 event.act(report)

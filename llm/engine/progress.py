@@ -17,6 +17,7 @@ class Window:
     num_losses: int = 0
     num_steps: int = 0
     seconds: float = 0.0
+    data_seconds: float = 0.0
 
 
 @dataclass
@@ -41,14 +42,15 @@ class Progress:
     eval_loss: float | None = None
     window: Window = field(default_factory=Window)
 
-    def add(self, report: StepReport, *, num_tokens: int, seconds: float) -> None:
-        """Counts one update that took `seconds`."""
+    def add(self, report: StepReport, *, num_tokens: int, seconds: float, data_seconds: float = 0.0) -> None:
+        """Counts one update that took `seconds`, of which it waited `data_seconds` for its blocks."""
         self.step += 1
         self.tokens += num_tokens
         self.train_seconds += seconds
         self.num_skipped += report.skipped
         self.window.num_steps += 1
         self.window.seconds += seconds
+        self.window.data_seconds += data_seconds
         if math.isfinite(report.loss):
             self.window.loss += report.loss
             self.window.num_losses += 1

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 
 from llm.data.blocks import Blocks
-from llm.data.loaders import Batch, evaluation_batches, sample_block, training_batches
+from llm.data.loaders import Batch, _in_background, evaluation_batches, training_batches
 
 BLOCK = 4
 BLOCKS = Blocks(np.arange(21 * BLOCK + 1, dtype=np.uint16), BLOCK)
@@ -66,7 +70,7 @@ def test_training_batches_when_updates_cross_epochs_then_each_epoch_reads_every_
     epochs = [samples[start : start + 21] for start in range(0, len(samples), 21)]
     assert all(sorted(epoch) == list(range(21)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 8
-    assert samples == [sample_block(sample, 21, seed=3) for sample in range(len(samples))]
+    assert samples == [BLOCKS.of_sample(sample, 3)[0] // BLOCK for sample in range(len(samples))]
 
 
 def test_training_batches_when_batch_is_larger_than_the_text_then_full() -> None:
@@ -83,6 +87,39 @@ def test_training_batches_when_read_then_no_random_number_is_drawn(num_workers: 
     before = torch.get_rng_state()
     _updates(8, 1, num_workers=num_workers, num_steps=1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def _threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "read-blocks"]
+
+
+def _endless() -> Iterator[Batch]:
+    number = 0
+    while True:
+        yield Batch(torch.tensor([[number]]), torch.tensor([[number + 1]]))
+        number += 1
+
+
+def test_in_background_when_read_then_the_same_batches_and_no_thread_is_left() -> None:
+    batches = _in_background(_endless())
+    assert [int(next(batches).ids) for _ in range(50)] == list(range(50))
+    assert _threads()
+    batches.close()
+    deadline = time.monotonic() + 10
+    while _threads() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _threads()
+
+
+def test_in_background_when_reading_fails_then_the_error_is_raised_in_its_place() -> None:
+    def broken() -> Iterator[Batch]:
+        yield Batch(torch.zeros(1, 1), torch.zeros(1, 1))
+        raise OSError("the disk is gone")
+
+    batches = _in_background(broken())
+    next(batches)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])

@@ -12,6 +12,7 @@ RECORD = {
     "lr": 5.8e-4,
     "grad_norm": 0.9149,
     "tokens_per_second": 48_211.0,
+    "data_wait": 0.004,
     "num_skipped": 0,
 }
 
@@ -24,6 +25,11 @@ def test_training_line_when_plain_then_is_the_documented_one() -> None:
 def test_training_line_when_mfu_and_skips_are_known_then_shows_them() -> None:
     line = training_line(1, 2, RECORD | {"mfu": 0.413, "num_skipped": 3}, eta_seconds=0)
     assert "| 48.2k tok/s | mfu 41.3% | skipped 3 | eta 0:00:00" in line
+
+
+def test_training_line_when_it_waits_for_data_then_says_so() -> None:
+    line = training_line(1, 2, RECORD | {"data_wait": 0.0312}, eta_seconds=0)
+    assert "| 48.2k tok/s | data_wait 3.1% | eta 0:00:00" in line
 
 
 def test_training_line_when_no_loss_was_finite_then_says_so() -> None:

@@ -19,9 +19,9 @@ def report(loss: float, *, skipped: bool = False) -> StepReport:
 def test_progress_when_updates_are_added_then_counts_them() -> None:
     progress = Progress()
     progress.add(report(2.0), num_tokens=256, seconds=0.5)
-    progress.add(report(4.0), num_tokens=256, seconds=0.25)
+    progress.add(report(4.0), num_tokens=256, seconds=0.25, data_seconds=0.125)
     assert (progress.step, progress.tokens, progress.num_skipped, progress.train_seconds) == (2, 512, 0, 0.75)
-    assert progress.window == Window(loss=6.0, num_losses=2, num_steps=2, seconds=0.75)
+    assert progress.window == Window(loss=6.0, num_losses=2, num_steps=2, seconds=0.75, data_seconds=0.125)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
