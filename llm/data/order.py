@@ -14,9 +14,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 _NUM_ROUNDS = 8
 _WORD = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+# Places are asked for one after the other: computed so many at a time, each costs a fiftieth.
+_STRETCH = 1024
 
 
 def shuffled(position: int, num_blocks: int, *, seed: int, epoch: int) -> int:
@@ -35,24 +40,32 @@ def shuffled(position: int, num_blocks: int, *, seed: int, epoch: int) -> int:
     """
     if not 0 <= position < num_blocks:
         raise IndexError(f"place {position} of an epoch of {num_blocks} blocks")
+    number, place = divmod(position, _STRETCH)
+    return _stretch(number, num_blocks, seed, epoch)[place]
+
+
+@lru_cache(maxsize=64)
+def _stretch(number: int, num_blocks: int, seed: int, epoch: int) -> list[int]:
+    """The blocks at the places [number * _STRETCH, ...) of an epoch."""
     num_bits = max((num_blocks - 1).bit_length(), 2)
     keys = _round_keys(seed, epoch)
-    block = _permuted(position, num_bits, keys)
+    end = min((number + 1) * _STRETCH, num_blocks)
+    blocks = _permuted(np.arange(number * _STRETCH, end, dtype=np.uint64), num_bits, keys)
     # Fewer than half of the numbers are too large, so that this ends after two tries on average.
-    while block >= num_blocks:
-        block = _permuted(block, num_bits, keys)
-    return block
+    while (beyond := np.flatnonzero(blocks >= num_blocks)).size:
+        blocks[beyond] = _permuted(blocks[beyond], num_bits, keys)
+    return [int(block) for block in blocks]
 
 
-def _permuted(number: int, num_bits: int, keys: tuple[int, ...]) -> int:
+def _permuted(numbers: NDArray[np.uint64], num_bits: int, keys: tuple[int, ...]) -> NDArray[np.uint64]:
     """A bijection of the numbers below 2 ** num_bits: the halves are scrambled in turn."""
-    low_bits = num_bits // 2
-    low_mask = (1 << low_bits) - 1
-    high_mask = (1 << (num_bits - low_bits)) - 1
-    high, low = number >> low_bits, number & low_mask
+    low_bits = np.uint64(num_bits // 2)
+    low_mask = np.uint64((1 << num_bits // 2) - 1)
+    high_mask = np.uint64((1 << (num_bits - num_bits // 2)) - 1)
+    high, low = numbers >> low_bits, numbers & low_mask
     for first, second in zip(keys[::2], keys[1::2], strict=True):
-        high ^= _mixed(low ^ first) & high_mask
-        low ^= _mixed(high ^ second) & low_mask
+        high ^= _all_mixed(low ^ np.uint64(first)) & high_mask
+        low ^= _all_mixed(high ^ np.uint64(second)) & low_mask
     return high << low_bits | low
 
 
@@ -63,8 +76,15 @@ def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def _mixed(word: int) -> int:
-    """SplitMix64's finaliser: 64 bits to 64 bits, each of them depending on all."""
-    word &= _WORD
-    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _WORD
-    word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD
-    return word ^ word >> 31
+    """`_all_mixed` of one number, of which the lowest 64 bits count."""
+    return int(_all_mixed(np.array([word & _WORD], dtype=np.uint64))[0])
+
+
+def _all_mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser: 64 bits to 64 bits, each of them depending on all.
+
+    NumPy's products of unsigned integers drop what is beyond 64 bits, as is wanted here.
+    """
+    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return words ^ words >> np.uint64(31)
