@@ -58,7 +58,7 @@ def test_run_when_complete_then_leaves_the_whole_folder(train: Train, tiny_optio
     assert not [name for name in written if name.endswith((".tmp", ".lock", ".probe"))]
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     lines = outcome.out.splitlines()
-    assert any(line.startswith("step 20/20 | loss ") and "tok/s | eta 0:00:00" in line for line in lines)
+    assert any(line.startswith("step 20/20 | loss ") and line.endswith(" | eta 0:00:00") for line in lines)
     assert any(line.startswith("eval step 10 | loss ") and "bits/byte" in line for line in lines)
     assert "saved step 10" in lines
     assert "saved step 20" in lines
@@ -180,7 +180,7 @@ def test_resume_when_cut_in_the_middle_then_ends_bit_identical(
     assert "resumed from step 7" in outcome.out
     assert farthest(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0.0
     untimed = [
-        [{k: v for k, v in record.items() if "second" not in k} for record in records(tmp_path / name)]
+        [{k: v for k, v in record.items() if "second" not in k and k != "data_wait"} for record in records(tmp_path / name)]
         for name in ("whole", "cut")
     ]
     assert untimed[0] == untimed[1]
