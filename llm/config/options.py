@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from llm.config.folders import weighted_folders
 from llm.config.rows import Group, row
 
 # One row a line, however long: the table is read down its columns.
@@ -40,11 +41,12 @@ class DataOptions(Group):
     train_file: tuple[str, ...] | None = row(None, "training text: txt, md, csv, tsv, json, jsonl or parquet, compressed ones too, or token files (.bin, .npy); several files and globs", metavar="FILE", replaces=("dataset_name", "dataset_config_name", "train_dir", "validation_dir"))
     validation_file: tuple[str, ...] | None = row(None, "validation text, as --train_file", metavar="FILE")
     validation_split_percentage: float = row(5, "share of the text held out when there is no validation data", ge=0, lt=100, metavar="PERCENT")
-    train_dir: str | None = row(None, "token shards: a folder of llm.prepare (its validation part and tokenizer included), of nanoGPT, llm.c, build-nanogpt, or of save_to_disk with input_ids", metavar="DIR", replaces=("dataset_name", "dataset_config_name", "train_file", "validation_file"))
+    train_dir: tuple[str, ...] | None = row(None, "token shards: a folder of llm.prepare (its validation part and tokenizer included), of nanoGPT, llm.c, build-nanogpt, or of save_to_disk with input_ids; several are mixed by their weights, or by their sizes without any", metavar="DIR[=WEIGHT]", replaces=("dataset_name", "dataset_config_name", "train_file", "validation_file"))
     validation_dir: str | None = row(None, "token shards for validation, as --train_dir", metavar="DIR")
     text_column: str | None = row(None, "column that holds the text (default: the one called text)", metavar="NAME")
     no_keep_linebreaks: bool = row(False, "drop the line breaks of txt and md files")
     block_size: int | None = row(None, "tokens a block (default: the smallest of 1024, the model's and the tokenizer's limit)", ge=2, metavar="N")
+    document_mask: bool = row(False, "keep attention, positions and loss inside a document, where a block holds several")
     preprocessing_num_workers: int | None = row(None, "threads for tokenizing (default: all cores)", ge=1, metavar="N")
     overwrite_cache: bool = row(False, "tokenize again although a cached copy exists")
     dataloader_num_workers: int = row(0, "processes that read blocks ahead (0: the training process itself)", ge=0, metavar="N")
@@ -194,11 +196,12 @@ def _contradictions(options: Options) -> list[str | None]:
         "--kfac is refused: the preconditioner is not here yet; leave it out (the --kfac-* options are read and kept)"
         if kfac.kfac else None,
         "--train_dir, --dataset_name and --train_file name the text to train on twice; give one of them"
-        if data.train_dir is not None and (data.dataset_name is not None or data.train_file is not None) else None,
+        if data.train_dir and (data.dataset_name is not None or data.train_file is not None) else None,
         "--validation_file is text, and --train_dir holds tokens; prepare it too and give its folder as --validation_dir"
-        if data.train_dir is not None and data.validation_file is not None else None,
+        if data.train_dir and data.validation_file is not None else None,
         "--validation_dir holds tokens: give the tokens to train on as --train_dir"
-        if data.validation_dir is not None and data.train_dir is None else None,
+        if data.validation_dir is not None and not data.train_dir else None,
+        _mistake_in_folders(data.train_dir or ()),
         "--global_batch_size and --gradient_accumulation_steps say the same thing twice; give one of them"
         if training.global_batch_size is not None and training.gradient_accumulation_steps != 1 else None,
         "--vocab_size belongs to --tokenizer_name train:bpe; other tokenizers have their own size"
@@ -210,3 +213,11 @@ def _contradictions(options: Options) -> list[str | None]:
         "--checkpointing_steps must be a number of updates >= 1, or epoch"
         if isinstance(output.checkpointing_steps, int) and output.checkpointing_steps < 1 else None,
     ]
+
+
+def _mistake_in_folders(words: tuple[str, ...]) -> str | None:
+    try:
+        weighted_folders(words)
+    except ValueError as error:
+        return str(error)
+    return None

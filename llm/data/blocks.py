@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.config.errors import UserError
+from llm.data.mixtures import Mixture
 from llm.data.order import shuffled
-from llm.data.shards import Streams
+from llm.data.shards import Stream, Streams
+from llm.data.starts import Starts
 from llm.data.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -24,16 +26,25 @@ class Blocks:
     token with the next block, so that every token but the stream's first is predicted exactly once.
     """
 
-    def __init__(self, tokens: NDArray[Any] | Tokens, block_size: int, *, vocabulary_size: int | None = None) -> None:
+    def __init__(
+        self,
+        tokens: NDArray[Any] | Tokens,
+        block_size: int,
+        *,
+        vocabulary_size: int | None = None,
+        starts: Starts | None = None,
+    ) -> None:
         """Cuts a stream.
 
         Args:
             tokens: integers [number of tokens].
             block_size: tokens predicted in a block.
             vocabulary_size: every id that is read must be below it; not checked when None.
+            starts: where documents start, if blocks are to say it.
         """
         self._tokens = tokens
         self._vocabulary_size = vocabulary_size
+        self._starts = starts
         self.block_size = block_size
 
     def __len__(self) -> int:
@@ -52,6 +63,9 @@ class Blocks:
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         """Block number `index`: int64 [block_size + 1].
 
+        Where document starts are given, int64 [2, block_size + 1]: the ids, and the position of each in its
+        document, counted from 0 at the block's beginning and at every start.
+
         Raises:
             IndexError: there is no such block.
             UserError: an id beyond the vocabulary.
@@ -66,12 +80,24 @@ class Blocks:
                 f"token {start + place} of the stream has id {ids[place]}, but the vocabulary has"
                 f" {self._vocabulary_size} tokens: tokenize again (--overwrite_cache, or llm.prepare)"
             )
-        return ids
+        return ids if self._starts is None else np.array((ids, self._positions(start)))
+
+    def _positions(self, start: int) -> NDArray[np.int64]:
+        assert self._starts is not None
+        places = np.arange(self.block_size + 1)
+        origins = np.zeros_like(places)
+        found = self._starts.between(start, start + self.block_size + 1) - start
+        origins[found] = found
+        return places - np.maximum.accumulate(origins)
 
     @property
     def num_blocks(self) -> int:
         """Blocks of one epoch."""
         return len(self)
+
+    def num_unread(self, num_samples: int) -> int:
+        """Blocks that a run of so many samples never reads."""
+        return max(0, len(self) - num_samples)
 
     def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
         """The block that sample number `sample` of a run reads; samples are counted over the epochs."""
@@ -102,22 +128,39 @@ class Ledger:
         return self.train_tokens + self.dropped_train + held_out
 
 
-def cut_blocks(streams: Streams, block_size: int) -> tuple[Blocks, Blocks | None]:
+def cut_blocks(
+    streams: Streams, block_size: int, *, document_mask: bool = False
+) -> tuple[Blocks | Mixture, Blocks | None]:
     """The blocks for training, and those for validation, None if that text makes not even one.
 
+    Args:
+        streams: the text.
+        block_size: tokens predicted in a block.
+        document_mask: whether blocks say where documents start; the streams must know it.
+
     Raises:
-        UserError: the training text makes not even one block.
+        UserError: the training text, or a source of it, makes not even one block.
     """
-    size = streams.vocabulary_size
-    train = Blocks(streams.train.tokens, block_size, vocabulary_size=size)
-    if len(train) == 0:
-        raise UserError(
-            f"the training text has {len(streams.train.tokens)} tokens, and a block of"
-            f" --block_size {block_size} needs {block_size + 1}: give more text or a smaller block"
-        )
+
+    def cut(text: Stream) -> Blocks:
+        starts = text.starts if document_mask else None
+        assert starts is not None or not document_mask
+        return Blocks(text.tokens, block_size, vocabulary_size=streams.vocabulary_size, starts=starts)
+
+    texts = {f"--train_dir {source.name}": source.text for source in streams.sources} or {
+        "the training text": streams.train
+    }
+    cuts = [cut(text) for text in texts.values()]
+    for name, text in texts.items():
+        if len(text.tokens) <= block_size:
+            raise UserError(
+                f"{name} has {len(text.tokens)} tokens, and a block of"
+                f" --block_size {block_size} needs {block_size + 1}: give more text or a smaller block"
+            )
+    train = Mixture(cuts, [source.weight for source in streams.sources]) if streams.sources else cuts[0]
     if streams.validation is None:
         return train, None
-    validation = Blocks(streams.validation.tokens, block_size, vocabulary_size=size)
+    validation = cut(streams.validation)
     if len(validation) == 0:
         log.warning(
             "no validation: its text has %d tokens, and a block of --block_size %d needs %d (a smaller block or a "
@@ -130,7 +173,13 @@ def cut_blocks(streams: Streams, block_size: int) -> tuple[Blocks, Blocks | None
 
 def ledger(streams: Streams, block_size: int) -> Ledger:
     """Counts the tokens of a text for a block size."""
-    train = Blocks(streams.train.tokens, block_size)
+    texts = [source.text for source in streams.sources] or [streams.train]
+    train = [Blocks(text.tokens, block_size) for text in texts]
     held_out = streams.validation.tokens if streams.validation is not None else np.zeros(0)
     validation = Blocks(held_out, block_size)
-    return Ledger(train.num_tokens, validation.num_tokens, train.num_dropped, validation.num_dropped)
+    return Ledger(
+        sum(blocks.num_tokens for blocks in train),
+        validation.num_tokens,
+        sum(blocks.num_dropped for blocks in train),
+        validation.num_dropped,
+    )

@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llm.config.errors import UserError
 from llm.data.files import named_paths, split_of
 from llm.data.hub import is_saved, load_saved
 from llm.data.shards import ForeignShardError, Stream, Streams, TruncatedShardError, open_shard
+from llm.data.starts import JoinedStarts, StartsInFiles, StartsOfPart
 from llm.data.tokens import Mapped, Stretch, TokenFile, Tokens
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ def open_foreign_folder(folder: Path, percentage: float, vocabulary_size: int) -
     if is_saved(folder):
         found = load_saved(folder)
         names = [name for name in ("train", "validation") if name in found]
-        streams = [Tokens(_column_stretches(folder, name, found[name])) for name in names]
+        streams = [Stream(Tokens(_column_stretches(folder, name, found[name])), None, None) for name in names]
     else:
         paths = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS and not path.name.startswith("."))
         validation = [path for path in paths if split_of(Path(path.name)) == "validation"]
@@ -94,7 +96,7 @@ def open_file(path: Path) -> TokenFile:
     size = path.stat().st_size
     if path.suffix.lower() == ".npy":
         return _numpy_file(path, size)
-    if path.with_suffix(".json").is_file():
+    if _is_shard(path):
         return open_shard(path).tokens
     header = np.fromfile(path, "<i4", count=3)
     if size >= _HEADER_BYTES and int(header[0]) in _LLM_C:
@@ -124,8 +126,13 @@ def _checked(file: TokenFile, size: int) -> TokenFile:
     return file
 
 
-def _of_paths(paths: Sequence[Path]) -> Tokens:
-    return Tokens([open_file(path) for path in paths])
+def _is_shard(path: Path) -> bool:
+    return path.suffix.lower() != ".npy" and path.with_suffix(".json").is_file()
+
+
+def _of_paths(paths: Sequence[Path]) -> Stream:
+    starts = StartsInFiles([open_shard(path) for path in paths]) if all(map(_is_shard, paths)) else None
+    return Stream(Tokens([open_file(path) for path in paths]), None, None, starts)
 
 
 @dataclass(frozen=True)
@@ -164,23 +171,32 @@ def _chunks(table: Any) -> list[Any]:
     return chunks
 
 
-def _streams(name: str, found: list[Tokens], percentage: float, vocabulary_size: int, folder: Path) -> Streams:
-    """Two splits; of a single one, the end is held out."""
+def _streams(name: str, found: list[Stream], percentage: float, vocabulary_size: int, folder: Path) -> Streams:
+    """Two splits; of a single one, the end is held out.
+
+    The hash is of a few stretches, not of all ids: these files may be of any size, and none says its own.
+    """
     train = found[0]
     validation = found[1] if len(found) > 1 else None
     if validation is None and percentage > 0:
-        place = int(len(train) * (1 - percentage / 100))
-        train, validation = train.part(0, place), train.part(place)
-        log.info("held out for validation: the last %s tokens", f"{len(validation):,}")
-    parts = [part for part in (train, validation) if part is not None]
+        place = int(len(train.tokens) * (1 - percentage / 100))
+        train, validation = _part(train, 0, place), _part(train, place, len(train.tokens))
+        log.info("held out for validation: the last %s tokens", f"{len(validation.tokens):,}")
     digest = blake2b(digest_size=16)
-    for part in parts:
-        digest.update(_sample(part))
-    held_out = None if validation is None or not len(validation) else Stream(validation, None, None)
-    return Streams(Stream(train, None, None), held_out, {}, digest.hexdigest(), vocabulary_size, folder, name)
+    for part in (train, validation):
+        if part is not None:
+            digest.update(_sample(part.tokens))
+    held_out = None if validation is None or not len(validation.tokens) else validation
+    return Streams(train, held_out, {}, digest.hexdigest(), vocabulary_size, folder, name)
 
 
-def _sample(tokens: Tokens) -> bytes:
+def _part(stream: Stream, start: int, stop: int) -> Stream:
+    assert isinstance(stream.tokens, Tokens)
+    starts = stream.starts and JoinedStarts([StartsOfPart(stream.starts, start, stop - start)])
+    return Stream(stream.tokens.part(start, stop), None, None, starts)
+
+
+def _sample(tokens: NDArray[Any] | Tokens) -> bytes:
     """What tells one stream from another without reading all of it: its length, and a few stretches."""
     step = max(len(tokens) // _NUM_SAMPLES, 1)
     parts = [tokens[start : start + _SAMPLE_TOKENS].astype("<u4").tobytes() for start in range(0, len(tokens), step)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -20,13 +20,14 @@ from llm.data.blocks import Blocks
 # pass unseen, and little memory.
 _AHEAD = 8
 _LOOK_SECONDS = 1.0
+_IGNORED = -100
 
 
 class Samples(Protocol):
     """Blocks to train on, as an endless sequence: each is a pure function of the seed and its number."""
 
     def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
-        """The block of a sample: int64 [block_size + 1]."""
+        """The block of a sample: int64 [block_size + 1], or [2, block_size + 1] with positions in documents."""
 
 
 class Batch(NamedTuple):
@@ -34,11 +35,25 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: int64 [batch, block], on the CPU.
-        targets: the token that follows each, int64 [batch, block].
+        targets: the token that follows each, int64 [batch, block]; -100 where that begins a document.
+        positions: of each in its document, int64 [batch, block]; None where documents are not kept apart.
     """
 
     ids: Tensor
     targets: Tensor
+    positions: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device, which fetches it in its own time."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch where a CUDA device can fetch it itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        positions = None if self.positions is None else move(self.positions)
+        return Batch(move(self.ids), move(self.targets), positions)
 
 
 def training_batches(
@@ -111,7 +126,7 @@ def evaluation_batches(
         num_batches = min(num_batches, max_batches)
     for number in range(rank, num_batches, num_ranks):
         end = min((number + 1) * batch_size, len(blocks))
-        yield _batch([blocks[index] for index in range(number * batch_size, end)])
+        yield batch_of([blocks[index] for index in range(number * batch_size, end)])
 
 
 def _micro_batches(steps: range, micro_batch: int, slices: range, num_slices: int) -> Iterator[list[int]]:
@@ -124,8 +139,8 @@ def _micro_batches(steps: range, micro_batch: int, slices: range, num_slices: in
 
 def _read(rows: _Rows, micro_batches: Iterable[list[int]], pin_memory: bool) -> Iterator[Batch]:
     for numbers in micro_batches:
-        batch = _batch([rows[number] for number in numbers])
-        yield Batch(batch.ids.pin_memory(), batch.targets.pin_memory()) if pin_memory else batch
+        batch = batch_of([rows[number] for number in numbers])
+        yield batch.pin_memory() if pin_memory else batch
 
 
 def _in_background(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -169,7 +184,7 @@ def _read_by_workers(
     loader: DataLoader[NDArray[np.int64]] = DataLoader(
         rows,
         batch_sampler=micro_batches,
-        collate_fn=_batch,
+        collate_fn=batch_of,
         num_workers=num_workers,
         pin_memory=pin_memory,
         # Its own generator, or it would draw from the one that everything else is seeded by.
@@ -178,9 +193,15 @@ def _read_by_workers(
     yield from loader
 
 
-def _batch(rows: Sequence[NDArray[np.int64]]) -> Batch:
-    ids = torch.from_numpy(np.stack(rows))
-    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+def batch_of(rows: Sequence[NDArray[np.int64]]) -> Batch:
+    """The batch of some rows, which all have positions, or none has."""
+    stacked = torch.from_numpy(np.stack(rows))
+    if stacked.ndim == 2:
+        return Batch(stacked[:, :-1].contiguous(), stacked[:, 1:].contiguous())
+    ids, positions = stacked.unbind(1)
+    # Nothing in front of a document's first token tells anything about it.
+    targets = ids[:, 1:].masked_fill(positions[:, 1:] == 0, _IGNORED)
+    return Batch(ids[:, :-1].contiguous(), targets, positions[:, :-1].contiguous())
 
 
 class _Rows(Dataset[NDArray[np.int64]]):

@@ -57,6 +57,14 @@ def _stretch(number: int, num_blocks: int, seed: int, epoch: int) -> list[int]:
     return [int(block) for block in blocks]
 
 
+def seed_of_source(seed: int, number: int) -> int:
+    """The seed of one of several texts that are mixed, so that equally long ones have different orders.
+
+    It never changes from one version to the next: runs are resumed by it.
+    """
+    return _mixed(_mixed(seed + _GOLDEN) ^ _mixed(number + 1))
+
+
 def _permuted(numbers: NDArray[np.uint64], num_bits: int, keys: tuple[int, ...]) -> NDArray[np.uint64]:
     """A bijection of the numbers below 2 ** num_bits: the halves are scrambled in turn."""
     low_bits = np.uint64(num_bits // 2)

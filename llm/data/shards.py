@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from llm.config.errors import UserError
 from llm.data.held_out import Split
+from llm.data.starts import Starts, StartsInFiles
 from llm.data.tokens import TokenFile, Tokens
 from llm.files.atomic import write_text
 
@@ -114,9 +116,10 @@ class Shard:
         """The ids, not yet mapped."""
         return TokenFile(self.path, DTYPES[self.dtype], self.num_tokens)
 
-    def starts(self) -> NDArray[np.uint64]:
-        """Where documents start, counted from the shard's first token: uint64 [num_documents]."""
-        return np.fromfile(starts_path(self.path), STARTS_DTYPE)
+    @property
+    def starts(self) -> TokenFile:
+        """Where documents start, counted from the shard's first token, not yet mapped."""
+        return TokenFile(starts_path(self.path), STARTS_DTYPE, self.num_documents)
 
     def write_sidecar(self) -> None:
         """Makes the shard exist."""
@@ -134,11 +137,22 @@ class Stream:
         num_documents: documents, a piece of a document that was cut in two counting as one; None if
             the files do not say.
         num_bytes: bytes of the text in UTF-8; None if the files do not say.
+        starts: where documents start; None if the files do not say.
     """
 
     tokens: NDArray[Any] | Tokens
     num_documents: int | None
     num_bytes: int | None
+    starts: Starts | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of several texts that are mixed: `weight` is its share of the blocks, None for as many as it has."""
+
+    name: str
+    weight: Fraction | None
+    text: Stream
 
 
 @dataclass(frozen=True)
@@ -146,13 +160,14 @@ class Streams:
     """A tokenized text.
 
     Attributes:
-        train: the tokens to train on.
+        train: the tokens to train on; of a mixture, those of all sources one behind the other.
         validation: the tokens held out, None if there are none.
         skipped: rows that were no text, by reason.
         data_hash: hash of the text of both splits.
         vocabulary_size: every id is below it.
         dir: the folder of the files.
         name: what people call the text.
+        sources: of a mixture; empty where there is one text.
     """
 
     train: Stream
@@ -162,6 +177,7 @@ class Streams:
     vocabulary_size: int
     dir: Path
     name: str = ""
+    sources: tuple[Source, ...] = ()
 
 
 def shard_path(folder: Path, split: Split, number: int) -> Path:
@@ -259,7 +275,7 @@ def open_folder(folder: Path, *, tokenizer_hash: str | None = None) -> Streams:
             tokens = Tokens([shard.tokens for shard in shards])
             if len(tokens) != facts["num_tokens"]:
                 raise TruncatedShardError(f"{folder}: {len(tokens)} tokens of {split}, {facts['num_tokens']} are due")
-            streams[split] = Stream(tokens, facts["num_documents"], facts["num_bytes"])
+            streams[split] = Stream(tokens, facts["num_documents"], facts["num_bytes"], StartsInFiles(shards))
         validation = streams["validation"]
         return Streams(
             streams["train"],

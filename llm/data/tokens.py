@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-# A slice maps up to two stretches of 64 KiB, the kernel's fault-around: so many slices map 32 MiB at most.
-_SLICES_BEFORE_RELEASE = 256
+# A read maps 64 KiB with many kernels, with others a whole folio of the page cache, up to 2 MiB: so many reads
+# map 64 MiB at most.
+_READS_BEFORE_RELEASE = 32
 
 
 class Mapped:
@@ -27,6 +28,10 @@ class Mapped:
     def __init__(self, ids: NDArray[Any], memory: mmap.mmap | None = None) -> None:
         self.ids = ids
         self._memory = memory
+
+    def part(self, start: int, stop: int) -> Mapped:
+        """A stretch of it; still a view."""
+        return Mapped(self.ids[start:stop], self._memory)
 
     def release(self) -> None:
         """Takes the pages out of this process; they stay in the system's cache, and views stay valid."""
@@ -71,6 +76,77 @@ class TokenFile:
         return Mapped(ids, memory)
 
 
+@dataclass(frozen=True)
+class PartOfStretch:
+    """Some of the tokens of a stretch.
+
+    Attributes:
+        stretch: the whole.
+        first: its first token that belongs to the part.
+        num_tokens: tokens of the part.
+    """
+
+    stretch: Stretch
+    first: int
+    num_tokens: int
+
+    def map(self) -> Mapped:
+        """Opens the whole, and shows the part."""
+        return self.stretch.map().part(self.first, self.first + self.num_tokens)
+
+
+class Row:
+    """Files that stand one behind the other, each mapped when it is first read.
+
+    Pickled, it carries names and not content.
+    """
+
+    def __init__(self, files: Sequence[Stretch], lengths: Sequence[int]) -> None:
+        """Puts files in a row.
+
+        Args:
+            files: what is mapped.
+            lengths: how many places of the row each of them takes.
+        """
+        self._files = tuple(files)
+        self.ends = list(accumulate(lengths))
+        self._mapped: dict[int, Mapped] = {}
+        self._num_reads = 0
+
+    def over(self, start: int, stop: int) -> Iterator[tuple[NDArray[Any], int, int, int]]:
+        """What lies at the places from `start` to in front of `stop`.
+
+        Yields:
+            Of each file that has some of these places: its content, the first and the end of them counted
+            from its own beginning, and the place of that beginning.
+        """
+        self._count_read()
+        number = bisect_right(self.ends, start)
+        while start < stop:
+            end = self.ends[number]
+            begin = self.ends[number - 1] if number else 0
+            if start < end:
+                yield self._open(number).ids, start - begin, min(stop, end) - begin, begin
+                start = end
+            number += 1
+
+    def _open(self, number: int) -> Mapped:
+        mapped = self._mapped.get(number)
+        if mapped is None:
+            mapped = self._mapped[number] = self._files[number].map()
+        return mapped
+
+    def _count_read(self) -> None:
+        """Keeps what is resident small, however much of the files has been read."""
+        self._num_reads += 1
+        if self._num_reads % _READS_BEFORE_RELEASE == 0:
+            for mapped in self._mapped.values():
+                mapped.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": {}}
+
+
 class Tokens:
     """A stream of ids that lies in stretches, one behind the other.
 
@@ -87,11 +163,9 @@ class Tokens:
             stop: the first one behind the stream; None for their end.
         """
         self._stretches = tuple(stretches)
-        self._ends = list(accumulate(stretch.num_tokens for stretch in self._stretches))
-        total = self._ends[-1] if self._ends else 0
+        self._row = Row(self._stretches, [stretch.num_tokens for stretch in self._stretches])
+        total = self._row.ends[-1] if self._stretches else 0
         self._start, self._stop, _ = slice(start, stop).indices(total)
-        self._mapped: dict[int, Mapped] = {}
-        self._num_slices = 0
 
     def __len__(self) -> int:
         return max(self._stop - self._start, 0)
@@ -101,8 +175,8 @@ class Tokens:
         start, stop, step = wanted.indices(len(self))
         if step != 1:
             raise ValueError("a stream of tokens is read without a step")
-        self._count_slice()
-        pieces = list(self._pieces(self._start + start, self._start + stop))
+        found = self._row.over(self._start + start, self._start + stop)
+        pieces = [ids[first:end] for ids, first, end, _ in found]
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
@@ -112,28 +186,14 @@ class Tokens:
         first, last, _ = slice(start, stop).indices(len(self))
         return Tokens(self._stretches, self._start + first, self._start + last)
 
-    def _pieces(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
-        number = bisect_right(self._ends, start)
-        while start < stop:
-            end = self._ends[number]
-            first = end - self._stretches[number].num_tokens
-            if start < end:
-                yield self._open(number).ids[start - first : min(stop, end) - first]
-                start = end
-            number += 1
+    @classmethod
+    def joined(cls, streams: Sequence[Tokens]) -> Tokens:
+        """Streams one behind the other; nothing is read."""
+        return cls([part for stream in streams for part in stream._parts()])
 
-    def _open(self, number: int) -> Mapped:
-        mapped = self._mapped.get(number)
-        if mapped is None:
-            mapped = self._mapped[number] = self._stretches[number].map()
-        return mapped
-
-    def _count_slice(self) -> None:
-        """Keeps what is resident small, however much of the files has been read."""
-        self._num_slices += 1
-        if self._num_slices % _SLICES_BEFORE_RELEASE == 0:
-            for mapped in self._mapped.values():
-                mapped.release()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": {}}
+    def _parts(self) -> Iterator[Stretch]:
+        for stretch, end in zip(self._stretches, self._row.ends, strict=True):
+            begin = end - stretch.num_tokens
+            first, last = max(begin, self._start), min(end, self._stop)
+            if first < last:
+                yield PartOfStretch(stretch, first - begin, last - first)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from llm.config.options import Options
 from llm.data.blocks import Blocks
 from llm.data.loaders import evaluation_batches
+from llm.data.mixtures import Mixture
 from llm.engine.central import CentralUpdater, StepReport
 from llm.engine.checkpoints import keep_newest, save_checkpoint
 from llm.engine.folder import RunFolder
@@ -48,7 +49,7 @@ class Actions:
         machine: Machine,
         folder: RunFolder | None,
         text: Text,
-        blocks: Blocks,
+        blocks: Blocks | Mixture,
         validation: Blocks | None,
         plan: Plan,
         progress: Progress,

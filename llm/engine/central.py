@@ -40,7 +40,7 @@ class CentralUpdater:
 
     Args:
         machine: device, ranks and arithmetic.
-        model: the prepared `LanguageModel`; `forward(ids, targets) -> (loss_sum, num_tokens)`.
+        model: the prepared `LanguageModel`; `forward(ids, targets, positions) -> (loss_sum, num_tokens)`.
         optimizer: steps over the model's parameters.
         learning_rate: rate of update k (0-based); a pure function.
         max_grad_norm: clip beyond this norm; 0 clips nothing.
@@ -65,16 +65,14 @@ class CentralUpdater:
     def update(self, micro_batches: Sequence[Batch], step: int, *, stop: bool = False) -> StepReport:
         """One update from this rank's micro-batches; `stop` is this rank's wish, heard by all."""
         device = self.world.device
-        batches = [
-            (b.ids.to(device, non_blocking=True), b.targets.to(device, non_blocking=True)) for b in micro_batches
-        ]
-        num_tokens = self.world.sum_(torch.stack([(t != IGNORED).sum() for _, t in batches]).sum())
+        batches = [batch.to(device) for batch in micro_batches]
+        num_tokens = self.world.sum_(torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum())
         loss = torch.zeros((), device=device)
-        for index, (ids, targets) in enumerate(batches):
+        for index, batch in enumerate(batches):
             seed_micro_batch(self.seed, step, index, self.world.rank)
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss_sum, _ = self.model(ids, targets)
+                loss_sum, _ = self.model(*batch)
                 # DDP takes the mean over ranks; times their number it is the sum that we want.
                 self.accelerator.backward(loss_sum * (self.world.size / num_tokens))
             loss += loss_sum.detach() / num_tokens

@@ -33,7 +33,8 @@ def dry_run_lines(
     checkpoint = 12 * num_parameters
     last = plan.num_steps - 1
     return [
-        f"tokens: {plan.tokens_per_step:,} an update, {plan.num_steps * plan.tokens_per_step:,} in all",
+        f"tokens: {'at most ' if plan.document_mask else ''}{plan.tokens_per_step:,} an update, "
+        f"{plan.num_steps * plan.tokens_per_step:,} in all",
         f"parameters: {num_parameters:,}",
         f"memory of one device: about {quantity(_BYTES_OF_TRAINING * num_parameters)}B for weights, gradients "
         f"and AdamW, about {quantity(activations)}B for activations in fp32",

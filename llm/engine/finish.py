@@ -14,7 +14,7 @@ from typing import Any
 from llm.config.errors import UserError
 from llm.config.options import Options
 from llm.data.blocks import ledger
-from llm.data.loaders import evaluation_batches
+from llm.data.loaders import batch_of
 from llm.engine.actions import Actions
 from llm.engine.export import export_model
 from llm.engine.folder import RunFolder
@@ -49,9 +49,7 @@ def finish(actions: Actions, *, command: str) -> None:
 def _finish(actions: Actions, command: str) -> None:
     folder, options = actions.folder, actions.options
     assert folder is not None
-    probe = next(
-        evaluation_batches(actions.validation or actions.blocks, batch_size=1, rank=0, num_ranks=1, max_batches=1)
-    )
+    probe = batch_of([actions.blocks.of_sample(0, actions.plan.seed)])
     export_model(
         folder.path,
         actions.model,
@@ -143,6 +141,7 @@ def _hyperparameters(actions: Actions) -> dict[str, object]:
         "global_batch_size": plan.global_batch,
         "max_train_steps": plan.num_steps,
         "seed": plan.seed,
+        "document_mask": plan.document_mask,
         "mixed_precision": actions.machine.accelerator.mixed_precision,
         **optimizer.model_dump(),
         **{name: value for name, value in schedule.model_dump().items() if value not in (None, {})},

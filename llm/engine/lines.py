@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm.data.blocks import Ledger
+from llm.data.blocks import Blocks, Ledger
+from llm.data.mixtures import Mixture
+from llm.data.shards import Streams
 
 # Below that share of the time nobody would train faster with faster data.
 _NOTABLE_WAIT = 0.01
@@ -36,13 +38,25 @@ def evaluation_line(step: int, record: dict[str, Any]) -> str:
     )
 
 
-def ledger_line(ledger: Ledger) -> str:
+def ledger_line(ledger: Ledger, *, document_mask: bool = False) -> str:
     """Such as `tokens: 1,003,854 to train on + 111,540 held out + 37 dropped = 1,115,431`."""
     dropped = ledger.dropped_train + ledger.dropped_validation
+    # How many documents begin inside a block is not known without reading where all of them start.
+    masked = "; document mask: the first token of a document is read, but never predicted" if document_mask else ""
     return (
         f"tokens: {ledger.train_tokens:,} to train on + {ledger.validation_tokens:,} held out "
-        f"+ {dropped:,} dropped = {ledger.total:,}"
+        f"+ {dropped:,} dropped = {ledger.total:,}{masked}"
     )
+
+
+def mixture_lines(streams: Streams, blocks: Blocks | Mixture, num_samples: int) -> list[str]:
+    """Of each source such as `mixture: data/a | 70.00% | 1,003,854 tokens | read 1.43 times`; of one text none."""
+    if not isinstance(blocks, Mixture):
+        return []
+    return [
+        f"mixture: {source.name} | {float(share):.2%} | {len(source.text.tokens):,} tokens | read {epochs:.2f} times"
+        for source, share, epochs in zip(streams.sources, blocks.shares, blocks.num_epochs(num_samples), strict=True)
+    ]
 
 
 def quantity(value: float) -> str:

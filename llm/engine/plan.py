@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from llm.config.errors import UserError
 from llm.config.options import Options, TrainingOptions
 from llm.data.blocks import Blocks
+from llm.data.mixtures import Mixture
 from llm.optim.schedules import build_schedule
 
 _DEFAULT_BLOCK_SIZE = 1024
@@ -27,6 +28,8 @@ class Plan:
         global_batch: blocks of one update over all ranks.
         num_steps: updates of the whole run.
         seed: the seed of the order and of everything random.
+        document_mask: whether attention, positions and loss stay inside a document.
+        num_unread: blocks that the run never reads.
     """
 
     block_size: int
@@ -36,10 +39,12 @@ class Plan:
     global_batch: int
     num_steps: int
     seed: int
+    document_mask: bool = False
+    num_unread: int = 0
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens predicted in one update."""
+        """Tokens predicted in one update, with a document mask less those that begin a document."""
         return self.global_batch * self.block_size
 
     @property
@@ -49,8 +54,8 @@ class Plan:
 
     @property
     def num_unreached_tokens(self) -> int:
-        """Tokens of the training blocks that a run shorter than one epoch never reads."""
-        return max(0, self.num_blocks - self.num_steps * self.global_batch) * self.block_size
+        """Tokens of the training blocks that the run never reads."""
+        return self.num_unread * self.block_size
 
     def __str__(self) -> str:
         """One line: updates, what one is, epochs."""
@@ -83,22 +88,27 @@ def choose_block_size(asked: int | None, model_limit: int, default_limit: int) -
     return asked
 
 
-def plan_run(options: TrainingOptions, blocks: Blocks, *, num_ranks: int, seed: int) -> Plan:
+def plan_run(
+    options: TrainingOptions, blocks: Blocks | Mixture, *, num_ranks: int, seed: int, document_mask: bool = False
+) -> Plan:
     """Cuts the training blocks into updates.
 
     Raises:
         UserError: the global batch does not divide among the ranks.
     """
     per_backward, global_batch = _batches(options, num_ranks)
-    epochs_steps = math.ceil(options.num_train_epochs * len(blocks) / global_batch)
+    epochs_steps = math.ceil(options.num_train_epochs * blocks.num_blocks / global_batch)
+    num_steps = options.max_train_steps or epochs_steps
     return Plan(
         block_size=blocks.block_size,
-        num_blocks=len(blocks),
+        num_blocks=blocks.num_blocks,
         micro_batch=options.per_device_train_batch_size,
         accumulation=global_batch // per_backward,
         global_batch=global_batch,
-        num_steps=options.max_train_steps or epochs_steps,
+        num_steps=num_steps,
         seed=seed,
+        document_mask=document_mask,
+        num_unread=blocks.num_unread(num_steps * global_batch),
     )
 
 

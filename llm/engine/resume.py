@@ -18,7 +18,12 @@ log = logging.getLogger(__name__)
 
 # What two starts of one run must share, and the option that decides it. Another number of ranks, or
 # another split of the global batch, is the same run.
-_MUST_AGREE = {"seed": "--seed", "block_size": "--block_size", "global_batch": "--global_batch_size"}
+_MUST_AGREE = {
+    "seed": "--seed",
+    "block_size": "--block_size",
+    "global_batch": "--global_batch_size",
+    "document_mask": "--document_mask",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def choose_start(options: Options, folder: RunFolder | None) -> Start:
 
 def _check_identity(checkpoint: Checkpoint, plan: Plan, text: Text) -> None:
     """What two starts of one run must share."""
-    was = checkpoint.state["plan"]
+    # Checkpoints from before there was a document mask were made without one.
+    was = {"document_mask": False} | checkpoint.state["plan"]
     for name, option in _MUST_AGREE.items():
         if was[name] != getattr(plan, name):
             raise UserError(

@@ -6,7 +6,9 @@ import logging
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from llm.config.options import Options
+from transformers import PretrainedConfig
+
+from llm.config.options import ModelOptions, Options
 from llm.data.blocks import cut_blocks, ledger
 from llm.data.loaders import training_batches
 from llm.engine.actions import Actions
@@ -18,16 +20,17 @@ from llm.engine.finish import finish
 from llm.engine.folder import RunFolder, claimed
 from llm.engine.hub import check_hub_access
 from llm.engine.journal import Bar, start_journal, stop_journal
-from llm.engine.lines import ledger_line
+from llm.engine.lines import ledger_line, mixture_lines
 from llm.engine.loop import Event, run_updates
 from llm.engine.machine import Machine, start_machine
 from llm.engine.plan import Plan, check_training, choose_block_size, learning_rates, plan_run, resolved
 from llm.engine.randomness import seed_weights
 from llm.engine.resume import choose_start
 from llm.engine.signals import listening
-from llm.engine.text import meet_the_hub, prepare_text
+from llm.engine.text import Text, meet_the_hub, prepare_text
 from llm.engine.tracking import Tracking, choose_trackers
 from llm.models.build import build_model, context_limit, load_config, read_config
+from llm.models.document_mask import require_document_mask
 from llm.models.language_model import LanguageModel
 from llm.optim.build import build_optimizer
 from llm.world.network import come_online
@@ -83,29 +86,25 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
     text = world.in_turn("the text", lambda: prepare_text(options, world))
     config = load_config(start.model, text.tokenizer)
     block_size = choose_block_size(options.data.block_size, limit, context_limit(config, text.tokenizer))
-    blocks, validation = cut_blocks(text.streams, block_size)
+    masked = options.data.document_mask
+    blocks, validation = cut_blocks(text.streams, block_size, document_mask=masked)
     text.require_same_on_all(world)
-    plan = plan_run(options.training, blocks, num_ranks=world.size, seed=start.seed)
+    plan = plan_run(options.training, blocks, num_ranks=world.size, seed=start.seed, document_mask=masked)
     start.check(plan, text)
     learning_rate = learning_rates(options, plan)
-    log.info("%s", ledger_line(ledger(text.streams, block_size)))
-    log.info("%s", plan)
+    _say(ledger_line(ledger(text.streams, block_size), document_mask=masked))
+    _say(*mixture_lines(text.streams, blocks, plan.num_steps * plan.global_batch), str(plan))
     if options.output.dry_run:
-        for line in dry_run_lines(config, plan, learning_rate, options.output):
-            log.info("%s", line)
+        _say(*dry_run_lines(config, plan, learning_rate, options.output))
         return EXIT_DONE
 
     seed_weights(start.seed)
-    model, origin = build_model(start.model, config, text.tokenizer)
-    log.info("weights: %s (%s parameters)", origin, f"{model.num_parameters():,}")
-    language_model = LanguageModel(model)
-    if options.training.torch_compile:
-        language_model.compile()
+    language_model = _build_language_model(options, start.model, config, text, world)
     wrapped = machine.accelerator.prepare_model(language_model)  # on the device before the optimizer sees it
     updater = CentralUpdater(
         machine=machine,
         model=wrapped,
-        optimizer=build_optimizer(model, options.optimizer),
+        optimizer=build_optimizer(language_model.model, options.optimizer),
         learning_rate=learning_rate,
         max_grad_norm=options.optimizer.max_grad_norm,
         seed=start.seed,
@@ -148,6 +147,24 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
             return EXIT_STOPPED
         finish(actions, command=command)
     return EXIT_DONE
+
+
+def _build_language_model(
+    options: Options, named: ModelOptions, config: PretrainedConfig, text: Text, world: World
+) -> LanguageModel:
+    model, origin = build_model(named, config, text.tokenizer)
+    _say(f"weights: {origin} ({model.num_parameters():,} parameters)")
+    if options.data.document_mask:
+        require_document_mask(model, world.device)
+    language_model = LanguageModel(model)
+    if options.training.torch_compile:
+        language_model.compile()
+    return language_model
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        log.info("%s", line)
 
 
 def _check_push(options: Options, folder: RunFolder | None, world: World) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -16,12 +16,15 @@ from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
 from llm.config.errors import UserError
+from llm.config.folders import weighted_folders
 from llm.config.options import Options
 from llm.data.corpus import open_corpus
 from llm.data.encoding import vocabulary_size
 from llm.data.files import named_folder
 from llm.data.foreign import is_token_file, open_files, open_foreign_folder
+from llm.data.mixtures import mixed
 from llm.data.shards import OtherTokenizerError, Stream, Streams, is_folder_of_shards, open_folder
+from llm.data.starts import StartsBehindToken
 from llm.data.streams import tokenize
 from llm.models.tokenizers import (
     CHARACTERS,
@@ -112,7 +115,7 @@ def prepare_text(options: Options, world: World) -> Text:
     Raises:
         UserError: the text or the tokenizer is not what it was said to be.
     """
-    if options.data.train_dir is not None or any(map(is_token_file, options.data.train_file or ())):
+    if options.data.train_dir or any(map(is_token_file, options.data.train_file or ())):
         return _open_tokens(options)
     cache_dir = Path(constants.HF_HOME) / "llm"
     corpus = open_corpus(options.data)
@@ -139,40 +142,94 @@ def prepare_text(options: Options, world: World) -> Text:
 def _open_tokens(options: Options) -> Text:
     """Opens what is tokenized already: folders of shards, or token files, of ours or of other programs."""
     data = options.data
-    folder = None if data.train_dir is None else named_folder(data.train_dir, "--train_dir")
-    tokenizer = _tokenizer_of_tokens(options, folder)
-    identity = tokenizer_hash(tokenizer)
-    size = vocabulary_size(tokenizer)
-    if folder is None:
+    named = weighted_folders(data.train_dir or ())
+    folders = [named_folder(each.name, "--train_dir") for each in named]
+    tokenizer = _tokenizer_of_tokens(options, folders)
+    # Nothing of --train_dir is held out where other validation tokens are named.
+    share = 0 if data.validation_dir is not None else data.validation_split_percentage
+    opener = _Opener(tokenizer, tokenizer_hash(tokenizer), vocabulary_size(tokenizer), data.document_mask)
+    if not folders:
         files = data.train_file or ()
         if not all(map(is_token_file, (*files, *(data.validation_file or ())))):
             raise UserError("--train_file, --validation_file: token files and text are mixed; give one kind")
-        streams = open_files(files, data.validation_file, data.validation_split_percentage, size)
+        streams = opener.checked(open_files(files, data.validation_file, share, opener.size))
     else:
-        # Nothing of --train_dir is held out where other validation tokens are named.
-        share = 0 if data.validation_dir is not None else data.validation_split_percentage
-        streams = _open_folder(folder, share, identity, size)
+        found = opener.folders(folders, share)
+        # Of one folder a weight says nothing.
+        weights = [each.weight for each in named]
+        streams = found[0] if len(found) == 1 else mixed([each.name for each in named], weights, found)
     if data.validation_dir is not None:
-        other = _open_folder(named_folder(data.validation_dir, "--validation_dir"), 0, identity, size)
+        other = opener.folder(named_folder(data.validation_dir, "--validation_dir"), 0)
         streams = replace(streams, validation=other.validation or other.train, data_hash=_joined(streams, other))
-    if streams.vocabulary_size != size:
-        raise OtherTokenizerError(
-            f"--train_dir {data.train_dir}: made for {streams.vocabulary_size} tokens, the tokenizer has {size};"
-            " leave --tokenizer_name out to use the one beside the shards"
-        )
     validation = streams.validation
     log.info(
         "tokens of %s: %s for training, %s for validation",
         *(streams.name, f"{len(streams.train.tokens):,}", f"{len(validation.tokens) if validation else 0:,}"),
     )
-    _check_ids(streams.train, size)
-    return Text(streams.name, tokenizer, identity, streams)
+    return Text(streams.name, tokenizer, opener.identity, streams)
 
 
-def _open_folder(folder: Path, percentage: float, identity: str, size: int) -> Streams:
-    if is_folder_of_shards(folder):
-        return open_folder(folder, tokenizer_hash=identity)
-    return open_foreign_folder(folder, percentage, size)
+@dataclass(frozen=True)
+class _Opener:
+    """Opens tokens of one tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    identity: str
+    size: int
+    document_mask: bool
+
+    def folder(self, folder: Path, percentage: float) -> Streams:
+        """A folder's tokens, of ours or of another program's."""
+        if is_folder_of_shards(folder):
+            return self.checked(open_folder(folder, tokenizer_hash=self.identity))
+        return self.checked(open_foreign_folder(folder, percentage, self.size))
+
+    def folders(self, folders: Sequence[Path], percentage: float) -> list[Streams]:
+        """The tokens of folders that are to be mixed.
+
+        Raises:
+            OtherTokenizerError: they are not of one tokenizer.
+        """
+        found: list[Streams] = []
+        for folder in folders:
+            try:
+                found.append(self.folder(folder, percentage))
+            except OtherTokenizerError as error:
+                if not found:
+                    raise
+                raise OtherTokenizerError(
+                    f"--train_dir {folder}: not of the tokenizer of {folders[0]};"
+                    " what is mixed must be made with one and the same --tokenizer_name"
+                ) from error
+        return found
+
+    def checked(self, streams: Streams) -> Streams:
+        """The same, with document starts if they are wanted.
+
+        Raises:
+            OtherTokenizerError: it was made for another vocabulary.
+        """
+        if streams.vocabulary_size != self.size:
+            raise OtherTokenizerError(
+                f"{streams.dir}: made for {streams.vocabulary_size} tokens, the tokenizer has {self.size};"
+                " leave --tokenizer_name out to use the one beside the shards"
+            )
+        _check_ids(streams.train, self.size)
+        return self._with_starts(streams) if self.document_mask else streams
+
+    def _with_starts(self, streams: Streams) -> Streams:
+        parts = [streams.train] if streams.validation is None else [streams.train, streams.validation]
+        if all(part.starts is not None for part in parts):
+            return streams
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise UserError(
+                f"--document_mask: {streams.name} does not say where documents start, and the tokenizer has no"
+                " end-of-text token to find them by; leave it out, or make shards with llm.prepare"
+            )
+        log.info("document mask: in %s a document ends with %s", streams.name, self.tokenizer.eos_token)
+        train, *held_out = [replace(part, starts=part.starts or StartsBehindToken(part.tokens, eos)) for part in parts]
+        return replace(streams, train=train, validation=held_out[0] if held_out else None)
 
 
 def _joined(one: Streams, other: Streams) -> str:
@@ -189,11 +246,12 @@ def _check_ids(stream: Stream, size: int) -> None:
         )
 
 
-def _tokenizer_of_tokens(options: Options, folder: Path | None) -> PreTrainedTokenizerBase:
-    """The named tokenizer, else the one beside the shards, else the model's own; none is ever trained."""
+def _tokenizer_of_tokens(options: Options, folders: Sequence[Path]) -> PreTrainedTokenizerBase:
+    """The named tokenizer, else the first beside the shards, else the model's own; none is ever trained."""
     named = options.tokenizer
-    if named.tokenizer_name is None and folder is not None and (folder / "tokenizer").is_dir():
-        named = named.model_copy(update={"tokenizer_name": str(folder / "tokenizer")})
+    beside = [folder / "tokenizer" for folder in folders if (folder / "tokenizer").is_dir()]
+    if named.tokenizer_name is None and beside:
+        named = named.model_copy(update={"tokenizer_name": str(beside[0])})
     if named.tokenizer_name in (CHARACTERS, TRAINED) or not (
         named.tokenizer_name or options.model.model_name_or_path or options.model.config_name
     ):

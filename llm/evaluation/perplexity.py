@@ -20,6 +20,9 @@ class _Batch(Protocol):
     @property
     def targets(self) -> Tensor: ...
 
+    @property
+    def positions(self) -> Tensor | None: ...
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -55,10 +58,10 @@ def evaluate(
     device is read once, at the end. The model's mode is left as it was.
 
     Args:
-        model: `forward(ids, targets) -> (loss_sum, num_tokens)`; not wrapped by DDP, whose forward
-            waits for ranks that may have fewer batches.
-        batches: things with `ids` and `targets`, int64 [batch, block]; a target of -100 is not
-            predicted.
+        model: `forward(ids, targets, positions) -> (loss_sum, num_tokens)`; not wrapped by DDP,
+            whose forward waits for ranks that may have fewer batches.
+        batches: things with `ids`, `targets` and `positions` (which may be None), int64 [batch,
+            block]; a target of -100 is not predicted.
         device: where the model is, and where tensors are summed over ranks.
         token_bytes: int [vocab], UTF-8 bytes of each token; None to use `bytes_per_token`.
         bytes_per_token: mean bytes of a token, used without a table.
@@ -102,7 +105,8 @@ def _sums(model: nn.Module, batch: _Batch, device: torch.device, table: Tensor |
     """float32 [3]: summed loss, tokens and bytes of one batch, left on the device."""
     ids = batch.ids.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
-    loss_sum, num_tokens = model(ids, targets)
+    positions = None if batch.positions is None else batch.positions.to(device, non_blocking=True)
+    loss_sum, num_tokens = model(ids, targets, positions)
     num_bytes = torch.zeros((), device=device)
     if table is not None:
         num_bytes = (table[targets.clamp_min(0)] * (targets != _IGNORED)).sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cross entropy of the targets, summed.
 
         A mixture of experts whose configuration sets `output_router_logits` adds its balancing
@@ -41,12 +42,13 @@ class LanguageModel(nn.Module):
             ids: int64 [batch, block], the inputs; blocks are full, so that there is no attention
                 mask.
             targets: int64 [batch, block], the token after each input; -100 where there is none.
+            positions: int64 [batch, block], counted from 0 at the beginning of a row and of every
+                document in it, between which there is no attention then; None where a row is one text.
 
         Returns:
             The loss in nats, float32 scalar, and the number of targets that count, int64 scalar.
         """
-        with nullcontext() if torch.compiler.is_compiling() else _rows_of_one_text():
-            outputs = self.model(input_ids=ids, use_cache=False)
+        outputs = forward_apart(self.model, ids, positions)
         # In float32 also under autocast: bf16 keeps three digits, too few for a sum over a
         # vocabulary.
         logits = outputs.logits.float().flatten(0, 1)
@@ -58,18 +60,36 @@ class LanguageModel(nn.Module):
         return loss_sum, num_tokens
 
 
-@contextmanager
-def _rows_of_one_text() -> Iterator[None]:
-    """Tells transformers that positions count up in every row, as they do in blocks.
+def forward_apart(model: PreTrainedModel, ids: Tensor, positions: Tensor | None) -> Any:
+    """What a model says of rows whose documents it keeps apart; `LanguageModel.forward` has the shapes.
 
-    Without an attention mask it looks for rows whose positions start anew, and reads the answer
-    from the device in every forward pass: the processor would wait once a micro-batch.
+    Not every model can: `require_document_mask` tries it. The logits of a flash model are one single row.
+    """
+    if positions is not None and uses_flash(model):
+        # It finds documents by their positions, but in one single row only.
+        ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
+    words = {"input_ids": ids} if positions is None else {"input_ids": ids, "position_ids": positions}
+    with nullcontext() if torch.compiler.is_compiling() else _told_apart(positions):
+        return model(**words, use_cache=False)
+
+
+def uses_flash(model: PreTrainedModel) -> bool:
+    """Whether attention is computed by a flash attention library, which takes no masks."""
+    return "flash" in (model.config._attn_implementation or "")
+
+
+@contextmanager
+def _told_apart(positions: Tensor | None) -> Iterator[None]:
+    """Tells transformers which tokens of a row belong together: None for all of them.
+
+    Without an attention mask it looks for rows whose positions start anew, and reads from the device
+    in every forward pass whether there are any: the processor would wait once a micro-batch.
     """
     search = getattr(masking_utils, _SEARCH, None)
     if search is None:
         yield
         return
-    setattr(masking_utils, _SEARCH, lambda _: None)
+    setattr(masking_utils, _SEARCH, lambda _: None if positions is None else (positions == 0).cumsum(-1))
     try:
         yield
     finally:

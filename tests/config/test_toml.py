@@ -55,7 +55,7 @@ def test_to_toml_when_read_back_then_every_value_is_the_same(name: str, tmp_path
         "tokenizer": {"tokenizer_name": "train:bpe"},
         "schedule": {"lr_scheduler_type": "cosine"},
         "output": {"output_dir": "runs/x"},
-        "data": {"train_dir": "shards"} if name == "validation_dir" else {},
+        "data": {"train_dir": ("shards",)} if name == "validation_dir" else {},
     }
     path = tmp_path / "config.toml"
     num_tried = 0

@@ -122,7 +122,7 @@ def test_writer_when_documents_then_shards_are_the_stream_and_say_where_document
     tokens = Tokens([shard.tokens for shard in shards])
     assert tokens[:].tolist() == whole.tolist()
     assert [shard.num_tokens for shard in shards[:-1]] == [10] * (len(shards) - 1)
-    starts = np.concatenate([shard.starts() + 10 * i for i, shard in enumerate(shards)])
+    starts = np.concatenate([shard.starts.map().ids + 10 * i for i, shard in enumerate(shards)])
     assert starts.tolist() == [0, *np.cumsum([len(ids) for ids in stream])[:-1].tolist()]
     assert [shard.begins for shard in shards[1:]] == [shard.ends for shard in shards[:-1]]
 

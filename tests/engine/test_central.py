@@ -39,7 +39,7 @@ class Bigrams(nn.Module):
         self.rows = nn.Parameter(torch.randn(VOCABULARY, VOCABULARY, generator=draw))
         self.dropout, self.poison = dropout, 0.0
 
-    def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, targets: Tensor, positions: None = None) -> tuple[Tensor, Tensor]:
         logits = F.dropout(self.rows[ids], self.dropout)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
         return loss + self.poison * self.rows.sum(), (targets != -100).sum()

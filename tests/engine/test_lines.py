@@ -46,6 +46,12 @@ def test_ledger_line_when_written_then_adds_up() -> None:
     assert line == "tokens: 1,003,841 to train on + 111,489 held out + 64 dropped = 1,115,394"
 
 
+def test_ledger_line_when_documents_are_kept_apart_then_says_that_some_are_not_predicted() -> None:
+    line = ledger_line(Ledger(1_003_841, 111_489, 33, 31), document_mask=True)
+    assert line.startswith("tokens: 1,003,841 to train on")
+    assert line.endswith("; document mask: the first token of a document is read, but never predicted")
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [(0, "0"), (7.25, "7.25"), (950, "950"), (48_200, "48.2k"), (1.314e6, "1.31M"), (5.2e9, "5.2G"), (3e12, "3T")],

@@ -62,8 +62,8 @@ def test_record_when_no_loss_of_its_updates_was_finite_then_holds_none_instead_o
 ) -> None:
     forward, calls = LanguageModel.forward, []
 
-    def poisoned(self: LanguageModel, ids: torch.Tensor, targets: torch.Tensor) -> Any:
-        loss, count = forward(self, ids, targets)
+    def poisoned(self: LanguageModel, *inputs: torch.Tensor | None) -> Any:
+        loss, count = forward(self, *inputs)
         calls.append(1)
         return (loss * float("nan") if len(calls) == 2 else loss), count
 

@@ -180,7 +180,10 @@ def test_resume_when_cut_in_the_middle_then_ends_bit_identical(
     assert "resumed from step 7" in outcome.out
     assert farthest(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0.0
     untimed = [
-        [{k: v for k, v in record.items() if "second" not in k and k != "data_wait"} for record in records(tmp_path / name)]
+        [
+            {k: v for k, v in record.items() if "second" not in k and k != "data_wait"}
+            for record in records(tmp_path / name)
+        ]
         for name in ("whole", "cut")
     ]
     assert untimed[0] == untimed[1]
@@ -303,8 +306,8 @@ def test_bad_update_when_the_loss_is_not_finite_then_is_skipped_and_counted(
 
     forward, calls = LanguageModel.forward, []
 
-    def poisoned(self: LanguageModel, ids: torch.Tensor, targets: torch.Tensor) -> Any:
-        loss, count = forward(self, ids, targets)
+    def poisoned(self: LanguageModel, *inputs: torch.Tensor | None) -> Any:
+        loss, count = forward(self, *inputs)
         calls.append(self.training)
         return (loss * float("nan") if sum(calls) == 5 and self.training else loss), count
 
