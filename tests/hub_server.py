@@ -1,6 +1,7 @@
-"""A stand-in Hub on 127.0.0.1: as much of its HTTP interface as an upload of a model needs.
+"""A stand-in Hub on 127.0.0.1: as much of its HTTP interface as an upload of a model, or a dataset's stream, needs.
 
-Uploads land in `StandInHub.files`; `StandInHub.fail` makes one kind of request fail. With
+Uploads land in `StandInHub.files`; `StandInHub.datasets` are served to anyone; `StandInHub.fail` makes one
+kind of request fail. With
 HF_ENDPOINT set to `endpoint` and HF_HUB_DISABLE_XET=1 before huggingface_hub is imported, the
 library talks to it.
 """
@@ -10,15 +11,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_standInTokenThatMustAppearNowhere"
 USER = "someone"
+REVISION = "d" * 40
 LARGE_SUFFIXES = (".safetensors", ".png", ".bin")
 
 
@@ -33,6 +36,9 @@ class StandInHub:
         self.repositories: list[str] = []
         self.requests: list[str] = []  # "POST /api/repos/create"
         self.fail: dict[str, int] = {}  # part of "METHOD /path": status that it gets
+        self.datasets: dict[str, dict[str, bytes]] = {}  # "someone/words": {"train.jsonl": content}
+        self.hold: str | None = None  # part of the path of a file that does not come
+        self._is_over = Event()
         self._large: dict[str, bytes] = {}  # by sha256
 
     def answer(self, method: str, path: str, body: bytes, authorized: bool) -> tuple[int, Any]:
@@ -47,6 +53,14 @@ class StandInHub:
             return 200, {}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}
+        for name, files in self.datasets.items():
+            if path.startswith(f"/api/datasets/{name}"):
+                return 200, self._describe(name, files, path, body)
+            if path.startswith(f"/datasets/{name}/resolve/"):
+                if method == "GET" and self.hold is not None and self.hold in path:
+                    self._is_over.wait()
+                content = files.get(unquote(path.split("/resolve/")[1].split("/", 1)[1]))
+                return (404, {"error": "Entry not found"}) if content is None else (200, content)
         if method == "HEAD":
             return (200 if path in ("", "/") else 404), {}
         if not authorized:
@@ -86,6 +100,24 @@ class StandInHub:
             return 200, {"commitUrl": url, "commitOid": "c" * 40, "success": True}
         return 404, {"error": "not found"}
 
+    def close(self) -> None:
+        """Lets go of those whose file does not come."""
+        self._is_over.set()
+
+    def _describe(self, name: str, files: dict[str, bytes], path: str, body: bytes) -> Any:
+        """What the Hub says of a dataset: itself, or some of its files."""
+        entries = [
+            {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for file, content in files.items()
+        ]
+        if "/paths-info/" in path:
+            asked = parse_qs(body.decode()).get("paths", []) if b"=" in body[:6] else json.loads(body)["paths"]
+            return [entry for entry in entries if entry["path"] in asked]
+        if "/tree/" in path:
+            return entries
+        siblings = [{"rfilename": file} for file in files]
+        return {"id": name, "sha": REVISION, "private": False, "siblings": siblings, "tags": [], "downloads": 0}
+
     def _upload_mode(self, path: str) -> dict[str, Any]:
         return {
             "path": path,
@@ -120,12 +152,31 @@ def stand_in_hub() -> Iterator[StandInHub]:
             body = self._body()
             authorized = self.headers.get("Authorization") == f"Bearer {hub.token}"
             status, answer = hub.answer(self.command, urlsplit(self.path).path, body, authorized)
-            content = b"" if self.command == "HEAD" else json.dumps(answer).encode()
-            self.send_response(status)
+            if isinstance(answer, bytes):
+                content = answer
+            else:
+                content = b"" if self.command == "HEAD" else json.dumps(answer).encode()
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            self.send_response(206 if asked and status == 200 else status)
+            if asked:
+                first, last = int(asked[1]), min(int(asked[2] or len(content) - 1), len(content) - 1)
+                self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+                content = content[first : last + 1]
+            if isinstance(answer, bytes):
+                self.send_header("ETag", hashlib.sha1(answer).hexdigest())
+                self.send_header("X-Repo-Commit", REVISION)
+                self.send_header("Accept-Ranges", "bytes")
+            elif status == 404:
+                self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header(
+                "Content-Length", str(0 if self.command == "HEAD" and isinstance(answer, dict) else len(content))
+            )
             self.end_headers()
-            self.wfile.write(content)
+            # Whoever waited too long for a file has left.
+            if self.command != "HEAD":
+                with suppress(ConnectionError):
+                    self.wfile.write(content)
 
         do_GET = do_HEAD = do_POST = do_PUT = _answer
 
@@ -148,5 +199,6 @@ def stand_in_hub() -> Iterator[StandInHub]:
     try:
         yield hub
     finally:
+        hub.close()
         server.shutdown()
         server.server_close()

@@ -45,6 +45,7 @@ class DataOptions(Group):
     validation_dir: str | None = row(None, "token shards for validation, as --train_dir", metavar="DIR")
     text_column: str | None = row(None, "column that holds the text (default: the one called text)", metavar="NAME")
     no_keep_linebreaks: bool = row(False, "drop the line breaks of txt and md files")
+    streaming: bool = row(False, "train on the text as it arrives, in that order, and write its shards behind; needs --max_train_steps")
     block_size: int | None = row(None, "tokens a block (default: the smallest of 1024, the model's and the tokenizer's limit)", ge=2, metavar="N")
     document_mask: bool = row(False, "keep attention, positions and loss inside a document, where a block holds several")
     preprocessing_num_workers: int | None = row(None, "threads for tokenizing (default: all cores)", ge=1, metavar="N")
@@ -202,6 +203,14 @@ def _contradictions(options: Options) -> list[str | None]:
         "--validation_dir holds tokens: give the tokens to train on as --train_dir"
         if data.validation_dir is not None and not data.train_dir else None,
         _mistake_in_folders(data.train_dir or ()),
+        "--streaming does not know how long the text is: give --max_train_steps"
+        if data.streaming and training.max_train_steps is None else None,
+        "--streaming reads text, and --train_dir holds tokens already; leave --streaming out"
+        if data.streaming and data.train_dir else None,
+        "--tokenizer_name char needs all characters of the text, and --streaming meets new ones later; use train:bpe or name one"
+        if data.streaming and tokenizer.tokenizer_name == "char" else None,
+        "--checkpointing_steps epoch: the length of an epoch is not known with --streaming; give a number of updates"
+        if data.streaming and output.checkpointing_steps == "epoch" else None,
         "--global_batch_size and --gradient_accumulation_steps say the same thing twice; give one of them"
         if training.global_batch_size is not None and training.gradient_accumulation_steps != 1 else None,
         "--vocab_size belongs to --tokenizer_name train:bpe; other tokenizers have their own size"

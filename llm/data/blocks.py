@@ -141,16 +141,10 @@ def cut_blocks(
     Raises:
         UserError: the training text, or a source of it, makes not even one block.
     """
-
-    def cut(text: Stream) -> Blocks:
-        starts = text.starts if document_mask else None
-        assert starts is not None or not document_mask
-        return Blocks(text.tokens, block_size, vocabulary_size=streams.vocabulary_size, starts=starts)
-
     texts = {f"--train_dir {source.name}": source.text for source in streams.sources} or {
         "the training text": streams.train
     }
-    cuts = [cut(text) for text in texts.values()]
+    cuts = [_cut(text, block_size, streams.vocabulary_size, document_mask) for text in texts.values()]
     for name, text in texts.items():
         if len(text.tokens) <= block_size:
             raise UserError(
@@ -158,17 +152,28 @@ def cut_blocks(
                 f" --block_size {block_size} needs {block_size + 1}: give more text or a smaller block"
             )
     train = Mixture(cuts, [source.weight for source in streams.sources]) if streams.sources else cuts[0]
+    return train, cut_validation(streams, block_size, document_mask=document_mask)
+
+
+def cut_validation(streams: Streams, block_size: int, *, document_mask: bool = False) -> Blocks | None:
+    """The blocks for validation, None if that text makes not even one."""
     if streams.validation is None:
-        return train, None
-    validation = cut(streams.validation)
+        return None
+    validation = _cut(streams.validation, block_size, streams.vocabulary_size, document_mask)
     if len(validation) == 0:
         log.warning(
             "no validation: its text has %d tokens, and a block of --block_size %d needs %d (a smaller block or a "
             "larger --validation_split_percentage gives one)",
             *(len(streams.validation.tokens), block_size, block_size + 1),
         )
-        return train, None
-    return train, validation
+        return None
+    return validation
+
+
+def _cut(text: Stream, block_size: int, vocabulary_size: int, document_mask: bool) -> Blocks:
+    starts = text.starts if document_mask else None
+    assert starts is not None or not document_mask
+    return Blocks(text.tokens, block_size, vocabulary_size=vocabulary_size, starts=starts)
 
 
 def ledger(streams: Streams, block_size: int) -> Ledger:

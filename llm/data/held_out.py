@@ -1,8 +1,9 @@
-"""Where a text without validation data is cut: its end is held out."""
+"""Where a text without validation data is cut: its end is held out, or its head where it only streams by."""
 
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from typing import Literal, NamedTuple, TypeAlias
@@ -12,6 +13,9 @@ import numpy as np
 from llm.data.parts import Part, utf8_length
 
 Split: TypeAlias = Literal["train", "validation"]
+
+# Bytes of UTF-8: a cut that far inside a document has some text in front of it.
+_LONGEST_CHARACTER = 4
 
 
 class Cut(NamedTuple):
@@ -58,6 +62,38 @@ def find_cut(parts: Iterable[Part], percentage: float) -> Cut | None:
     num_held_out = int(np.argmin(np.abs(tails - total * percentage / 100))) + 1
     share = 100 * int(tails[num_held_out - 1]) / max(total, 1)
     return Cut(len(sizes) - num_held_out, 0, len(sizes), share, total)
+
+
+def find_head(parts: Iterable[Part], percentage: float, num_bytes: int) -> Cut | None:
+    """The cut behind the head of a text that is too long to be read once more; None if it has no text.
+
+    The head is so large a share of the first `num_bytes`, or of the whole text where that is less. It ends
+    with the document whose end is nearest to that place; inside a document where none ends before twice the
+    share, or only the text's last one. Nothing is read behind the first `num_bytes`.
+
+    Args:
+        parts: the text.
+        percentage: share of those bytes in front of the cut, above 0.
+        num_bytes: how much of the text is looked at.
+    """
+    ends: list[int] = []
+    size = 0
+    for part in parts:
+        size += utf8_length(part.text)
+        if part.ends:
+            ends.append(size)
+        if size >= num_bytes:
+            break
+    if not size:
+        return None
+    wanted = max(min(size, num_bytes) * percentage / 100, _LONGEST_CHARACTER)
+    inner = [end for end in ends if end < size]
+    nearest = min(inner, key=lambda end: abs(end - wanted), default=None)
+    if nearest is not None and nearest <= 2 * wanted:
+        return Cut(ends.index(nearest) + 1, 0, len(ends), 100 * nearest / size, size)
+    document = bisect_right(ends, wanted)
+    before = ends[document - 1] if document else 0
+    return Cut(document, int(wanted) - before, len(ends), percentage, size)
 
 
 def divide(parts: Iterable[Part], cut: Cut) -> Iterator[tuple[Split, Part]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from llm.config.errors import UserError
@@ -55,8 +56,13 @@ class StreamRows:
             yield row.get(self.column)
 
 
-def open_stream(options: DataOptions) -> Corpus:
-    """The text of a Hub dataset, of the revision that is the newest now.
+def is_remote(name: str | None) -> bool:
+    """Whether a dataset's name is one of the Hub, and nothing on this machine."""
+    return name is not None and not name.startswith("builtin:") and not Path(name).expanduser().exists()
+
+
+def open_stream(options: DataOptions, revision: str | None = None) -> Corpus:
+    """The text of a Hub dataset, of a revision, or of the one that is the newest now.
 
     Validation text is the split of that name, else the documents whose hash says so: a stream cannot be
     read twice to find where its last part begins.
@@ -65,7 +71,7 @@ def open_stream(options: DataOptions) -> Corpus:
         UserError: there is no such dataset or configuration, it cannot be reached, or has no split `train`.
     """
     name, configuration = str(options.dataset_name), options.dataset_config_name
-    splits, revision = load_stream(name, configuration)
+    splits, revision = load_stream(name, configuration, revision)
     if "train" not in splits:
         raise UserError(f"--dataset_name {name}: has no split called train; it has {', '.join(splits)}")
     shown = name if configuration is None else f"{name}/{configuration}"
@@ -77,18 +83,36 @@ def open_stream(options: DataOptions) -> Corpus:
     return Corpus(shown, fingerprint, sources["train"], sources.get("validation"), percentage, is_streamed=True)
 
 
-def load_stream(name: str, configuration: str | None) -> tuple[Mapping[str, Any], str]:
+def newest_revision(name: str) -> str:
+    """The commit that a Hub dataset is at now.
+
+    Raises:
+        UserError: there is no such dataset, or it cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name).sha)
+    except Exception as error:  # as above
+        raise loading_error(name, None, error) from error
+
+
+def load_stream(name: str, configuration: str | None, revision: str | None = None) -> tuple[Mapping[str, Any], str]:
     """The splits of a Hub dataset, each a `datasets.IterableDataset`, and the commit they are of.
+
+    Args:
+        name: the dataset's.
+        configuration: one of its configurations.
+        revision: a commit; None for the newest.
 
     Raises:
         UserError: there is no such dataset or configuration, or it cannot be reached.
     """
     import datasets
-    from huggingface_hub import HfApi
 
+    revision = revision or newest_revision(name)
     try:
-        revision = HfApi().dataset_info(name).sha
         splits: Mapping[str, Any] = datasets.load_dataset(name, configuration, revision=revision, streaming=True)
     except Exception as error:  # as above
         raise loading_error(name, configuration, error) from error
-    return splits, str(revision)
+    return splits, revision

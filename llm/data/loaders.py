@@ -24,7 +24,20 @@ _IGNORED = -100
 
 
 class Samples(Protocol):
-    """Blocks to train on, as an endless sequence: each is a pure function of the seed and its number."""
+    """Blocks to train on, as an endless sequence: each is a pure function of the seed and its number.
+
+    Attributes:
+        block_size: tokens predicted in a block.
+    """
+
+    block_size: int
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Samples of one epoch; None where nobody knows before they have arrived."""
+
+    def num_unread(self, num_samples: int) -> int:
+        """Blocks that so many samples never read; 0 where nobody knows."""
 
     def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
         """The block of a sample: int64 [block_size + 1], or [2, block_size + 1] with positions in documents."""

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from llm.config.options import Options
 from llm.data.blocks import Blocks
-from llm.data.loaders import evaluation_batches
-from llm.data.mixtures import Mixture
+from llm.data.loaders import Samples, evaluation_batches
 from llm.engine.central import CentralUpdater, StepReport
 from llm.engine.checkpoints import keep_newest, save_checkpoint
 from llm.engine.folder import RunFolder
@@ -49,7 +48,7 @@ class Actions:
         machine: Machine,
         folder: RunFolder | None,
         text: Text,
-        blocks: Blocks | Mixture,
+        blocks: Samples,
         validation: Blocks | None,
         plan: Plan,
         progress: Progress,
@@ -85,12 +84,13 @@ class Actions:
             "loss": loss,
             "lr": report.lr,
             "grad_norm": float(report.grad_norm),
-            "epoch": step * self.plan.global_batch / self.plan.num_blocks,
             "tokens": self.progress.tokens,
             "tokens_per_second": speed,
             "data_wait": window.data_seconds / max(window.seconds, 1e-9),
             "num_skipped": self.progress.num_skipped,
         }
+        if self.plan.num_blocks is not None:
+            values["epoch"] = step * self.plan.global_batch / self.plan.num_blocks
         if self.peak_flops:
             values["mfu"] = speed * self.flops_per_token / (self.peak_flops * self.world.size)
         eta = self.progress.train_seconds / step * (self.plan.num_steps - step)

@@ -58,7 +58,7 @@ def _num_checkpoints(plan: Plan, output: OutputOptions) -> int:
     if output.checkpointing_steps is None:
         return 0
     if output.checkpointing_steps == "epoch":
-        num_saved = int(plan.num_epochs)
+        num_saved = int(plan.num_epochs or 0)
     else:
         num_saved = plan.num_steps // output.checkpointing_steps
     return min(num_saved, output.save_total_limit or num_saved)

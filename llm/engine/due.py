@@ -25,13 +25,16 @@ def before(last_step: int) -> Due:
     return lambda step: step < last_step
 
 
-def every_epoch(num_blocks: int, global_batch: int) -> Due:
+def every_epoch(num_blocks: int | None, global_batch: int) -> Due:
     """True after the update in which the last block of an epoch was read.
 
-    Updates run across the epochs' boundaries, so this is the first update at or beyond one.
+    Updates run across the epochs' boundaries, so this is the first update at or beyond one. Never where the
+    length of an epoch is not known.
     """
 
     def due(step: int) -> bool:
+        if num_blocks is None:
+            return False
         return step * global_batch // num_blocks > (step - 1) * global_batch // num_blocks
 
     return due

@@ -13,7 +13,6 @@ from typing import Any
 
 from llm.config.errors import UserError
 from llm.config.options import Options
-from llm.data.blocks import ledger
 from llm.data.loaders import batch_of
 from llm.engine.actions import Actions
 from llm.engine.export import export_model
@@ -43,6 +42,8 @@ def finish(actions: Actions, *, command: str) -> None:
         actions.evaluate()  # resumed at the very end
     if actions.options.evaluation.sample_steps is not None:
         actions.sample(num_samples=_NUM_FINAL_SAMPLES)
+    for line in actions.text.closing_lines(actions.plan):
+        log.info("%s", line)
     actions.world.on_main(lambda: _finish(actions, command) if actions.folder else None)
 
 
@@ -85,8 +86,8 @@ def _results(actions: Actions) -> dict[str, Any]:
         "num_parameters": actions.model.num_parameters(),
         "seed": actions.plan.seed,
         **actions.text.identity(),
-        "ledger": asdict(ledger(actions.text.streams, actions.plan.block_size)),
-        "num_unreached_tokens": actions.plan.num_unreached_tokens,
+        "ledger": asdict(actions.text.ledger(actions.plan.block_size)),
+        "num_unreached_tokens": actions.text.num_unreached_tokens(actions.plan),
     }
     if newest is not None:
         results |= {

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm.data.blocks import Blocks, Ledger
+from llm.data.blocks import Ledger
+from llm.data.loaders import Samples
 from llm.data.mixtures import Mixture
 from llm.data.shards import Streams
 
 # Below that share of the time nobody would train faster with faster data.
 _NOTABLE_WAIT = 0.01
+
+
+# How many documents begin inside a block is not known without reading where all of them start.
+APART = "; document mask: the first token of a document is read, but never predicted"
 
 
 def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seconds: float) -> str:
@@ -41,15 +46,14 @@ def evaluation_line(step: int, record: dict[str, Any]) -> str:
 def ledger_line(ledger: Ledger, *, document_mask: bool = False) -> str:
     """Such as `tokens: 1,003,854 to train on + 111,540 held out + 37 dropped = 1,115,431`."""
     dropped = ledger.dropped_train + ledger.dropped_validation
-    # How many documents begin inside a block is not known without reading where all of them start.
-    masked = "; document mask: the first token of a document is read, but never predicted" if document_mask else ""
+    masked = APART if document_mask else ""
     return (
         f"tokens: {ledger.train_tokens:,} to train on + {ledger.validation_tokens:,} held out "
         f"+ {dropped:,} dropped = {ledger.total:,}{masked}"
     )
 
 
-def mixture_lines(streams: Streams, blocks: Blocks | Mixture, num_samples: int) -> list[str]:
+def mixture_lines(streams: Streams, blocks: Samples, num_samples: int) -> list[str]:
     """Of each source such as `mixture: data/a | 70.00% | 1,003,854 tokens | read 1.43 times`; of one text none."""
     if not isinstance(blocks, Mixture):
         return []

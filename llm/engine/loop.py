@@ -38,11 +38,12 @@ def run_updates(
     tokens_per_step: int,
     should_stop: Callable[[], bool],
 ) -> bool:
-    """Updates until `num_steps` are done, or until some rank was asked to stop.
+    """Updates until `num_steps` are done, or until some rank was asked to stop, or the batches end.
 
     Args:
         updater: makes the updates.
-        batches: this rank's micro-batches, one list an update, from update `progress.step` on.
+        batches: this rank's micro-batches, one list an update, from update `progress.step` on; on every rank
+            they may end early, at the same update.
         progress: counted up.
         events: asked, in their order, after every update.
         num_steps: updates of the whole run.
@@ -54,7 +55,9 @@ def run_updates(
     """
     while progress.step < num_steps:
         started = time.perf_counter()
-        micro_batches = next(batches)
+        micro_batches = next(batches, None)
+        if micro_batches is None:
+            return False
         data_seconds = time.perf_counter() - started
         report = updater.update(micro_batches, progress.step, stop=should_stop())
         seconds = time.perf_counter() - started

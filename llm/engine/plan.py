@@ -7,10 +7,9 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llm.config.errors import UserError
+from llm.config.errors import UsageError, UserError
 from llm.config.options import Options, TrainingOptions
-from llm.data.blocks import Blocks
-from llm.data.mixtures import Mixture
+from llm.data.loaders import Samples
 from llm.optim.schedules import build_schedule
 
 _DEFAULT_BLOCK_SIZE = 1024
@@ -22,7 +21,7 @@ class Plan:
 
     Attributes:
         block_size: tokens a block.
-        num_blocks: blocks of one epoch.
+        num_blocks: blocks of one epoch; None of a stream, whose length nobody knows.
         micro_batch: blocks of one backward on one rank.
         accumulation: backwards of one update on one rank.
         global_batch: blocks of one update over all ranks.
@@ -33,7 +32,7 @@ class Plan:
     """
 
     block_size: int
-    num_blocks: int
+    num_blocks: int | None
     micro_batch: int
     accumulation: int
     global_batch: int
@@ -48,21 +47,22 @@ class Plan:
         return self.global_batch * self.block_size
 
     @property
-    def num_epochs(self) -> float:
-        """Epochs that the updates read, as a fraction."""
-        return self.num_steps * self.global_batch / self.num_blocks
+    def num_epochs(self) -> float | None:
+        """Epochs that the updates read, as a fraction; None of a stream."""
+        return None if self.num_blocks is None else self.num_steps * self.global_batch / self.num_blocks
 
     @property
     def num_unreached_tokens(self) -> int:
-        """Tokens of the training blocks that the run never reads."""
+        """Tokens of the training blocks that the run never reads; 0 of a stream, where nobody knows yet."""
         return self.num_unread * self.block_size
 
     def __str__(self) -> str:
         """One line: updates, what one is, epochs."""
+        epochs = "of a stream" if self.num_epochs is None else f"{self.num_epochs:.2f} epochs"
         unreached = f", {self.num_unreached_tokens:,} tokens never reached" if self.num_unreached_tokens else ""
         return (
             f"updates: {self.num_steps:,} of {self.global_batch} blocks of {self.block_size} tokens, "
-            f"{self.num_epochs:.2f} epochs{unreached}; seed {self.seed}"
+            f"{epochs}{unreached}; seed {self.seed}"
         )
 
 
@@ -89,16 +89,20 @@ def choose_block_size(asked: int | None, model_limit: int, default_limit: int) -
 
 
 def plan_run(
-    options: TrainingOptions, blocks: Blocks | Mixture, *, num_ranks: int, seed: int, document_mask: bool = False
+    options: TrainingOptions, blocks: Samples, *, num_ranks: int, seed: int, document_mask: bool = False
 ) -> Plan:
     """Cuts the training blocks into updates.
 
     Raises:
         UserError: the global batch does not divide among the ranks.
+        UsageError: neither the length of the text is known nor that of the run.
     """
     per_backward, global_batch = _batches(options, num_ranks)
-    epochs_steps = math.ceil(options.num_train_epochs * blocks.num_blocks / global_batch)
-    num_steps = options.max_train_steps or epochs_steps
+    num_steps = options.max_train_steps
+    if num_steps is None:
+        if blocks.num_blocks is None:
+            raise UsageError("the length of a stream is not known: give --max_train_steps")
+        num_steps = math.ceil(options.num_train_epochs * blocks.num_blocks / global_batch)
     return Plan(
         block_size=blocks.block_size,
         num_blocks=blocks.num_blocks,

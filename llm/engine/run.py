@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from llm.config.options import ModelOptions, Options
-from llm.data.blocks import cut_blocks, ledger
-from llm.data.loaders import training_batches
+from llm.data.loaders import Batch, Samples, training_batches
 from llm.engine.actions import Actions
 from llm.engine.central import CentralUpdater
 from llm.engine.checkpoints import set_aside
@@ -20,14 +20,15 @@ from llm.engine.finish import finish
 from llm.engine.folder import RunFolder, claimed
 from llm.engine.hub import check_hub_access
 from llm.engine.journal import Bar, start_journal, stop_journal
-from llm.engine.lines import ledger_line, mixture_lines
+from llm.engine.lines import mixture_lines
 from llm.engine.loop import Event, run_updates
 from llm.engine.machine import Machine, start_machine
 from llm.engine.plan import Plan, check_training, choose_block_size, learning_rates, plan_run, resolved
 from llm.engine.randomness import seed_weights
 from llm.engine.resume import choose_start
 from llm.engine.signals import listening
-from llm.engine.text import Text, meet_the_hub, prepare_text
+from llm.engine.stream import opened_text
+from llm.engine.text import Text, meet_the_hub
 from llm.engine.tracking import Tracking, choose_trackers
 from llm.models.build import build_model, context_limit, load_config, read_config
 from llm.models.document_mask import require_document_mask
@@ -61,7 +62,7 @@ def train(options: Options, *, command: str) -> int:
         with ExitStack() as stack:
             if folder is not None and not options.output.dry_run:
                 stack.enter_context(claimed(folder, options, machine.world))
-            code = _run(options, command, machine, folder)
+            code = _run(options, command, machine, folder, stack)
         machine.release()
         return code
     finally:
@@ -70,7 +71,7 @@ def train(options: Options, *, command: str) -> int:
         stop_journal()
 
 
-def _run(options: Options, command: str, machine: Machine, folder: RunFolder | None) -> int:
+def _run(options: Options, command: str, machine: Machine, folder: RunFolder | None, stack: ExitStack) -> int:
     """The story itself, in its order."""
     world = machine.world
     log.info("%s", folder or "output: none, nothing is kept (give --output_dir to keep it)")
@@ -83,16 +84,16 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
     limit = context_limit(read_config(start.model))
     choose_block_size(options.data.block_size, limit, limit)
     check_training(options, num_ranks=world.size)
-    text = world.in_turn("the text", lambda: prepare_text(options, world))
+    text = stack.enter_context(opened_text(options, world, start.checkpoint))
     config = load_config(start.model, text.tokenizer)
     block_size = choose_block_size(options.data.block_size, limit, context_limit(config, text.tokenizer))
     masked = options.data.document_mask
-    blocks, validation = cut_blocks(text.streams, block_size, document_mask=masked)
+    blocks, validation = text.cut(block_size, document_mask=masked)
     text.require_same_on_all(world)
     plan = plan_run(options.training, blocks, num_ranks=world.size, seed=start.seed, document_mask=masked)
     start.check(plan, text)
     learning_rate = learning_rates(options, plan)
-    _say(ledger_line(ledger(text.streams, block_size), document_mask=masked))
+    _say(text.ledger_line(block_size, document_mask=masked))
     _say(*mixture_lines(text.streams, blocks, plan.num_steps * plan.global_batch), str(plan))
     if options.output.dry_run:
         _say(*dry_run_lines(config, plan, learning_rate, options.output))
@@ -122,17 +123,12 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
     with closing(tracking), listening() as stop, Bar(progress.step, plan.num_steps, is_main=world.is_main) as bar:
         done = run_updates(
             updater,
-            training_batches(
+            text.as_they_arrive(
+                _batches(options, plan, world, blocks, progress.step),
                 blocks,
-                seed=start.seed,
+                plan,
                 first_step=progress.step,
-                num_steps=plan.num_steps - progress.step,
-                micro_batch=plan.micro_batch,
-                accumulation=plan.accumulation,
-                rank=world.rank,
-                num_ranks=world.size,
-                num_workers=options.data.dataloader_num_workers,
-                pin_memory=world.device.type == "cuda",
+                should_stop=stop,
             ),
             progress,
             [*_events(options, plan, actions), Event(every(1), bar.advance)],
@@ -143,6 +139,7 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
         if not done:
             # Still listening: a rank that heard of the stop from another one may get its own signal now.
             actions.save()
+            text.check()
             actions.say_stopped(stop.reason)
             return EXIT_STOPPED
         finish(actions, command=command)
@@ -165,6 +162,22 @@ def _build_language_model(
 def _say(*lines: str) -> None:
     for line in lines:
         log.info("%s", line)
+
+
+def _batches(options: Options, plan: Plan, world: World, blocks: Samples, first_step: int) -> Iterator[list[Batch]]:
+    """This rank's micro-batches, one list an update."""
+    return training_batches(
+        blocks,
+        seed=plan.seed,
+        first_step=first_step,
+        num_steps=plan.num_steps - first_step,
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+        rank=world.rank,
+        num_ranks=world.size,
+        num_workers=options.data.dataloader_num_workers,
+        pin_memory=world.device.type == "cuda",
+    )
 
 
 def _check_push(options: Options, folder: RunFolder | None, world: World) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -18,14 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from llm.config.errors import UserError
 from llm.config.folders import weighted_folders
 from llm.config.options import Options
+from llm.data.blocks import Blocks, Ledger, cut_blocks, ledger
 from llm.data.corpus import open_corpus
 from llm.data.encoding import vocabulary_size
 from llm.data.files import named_folder
 from llm.data.foreign import is_token_file, open_files, open_foreign_folder
+from llm.data.loaders import Batch, Samples
 from llm.data.mixtures import mixed
 from llm.data.shards import OtherTokenizerError, Stream, Streams, is_folder_of_shards, open_folder
 from llm.data.starts import StartsBehindToken
 from llm.data.streams import tokenize
+from llm.engine.lines import ledger_line
+from llm.engine.plan import Plan
 from llm.models.tokenizers import (
     CHARACTERS,
     TRAINED,
@@ -81,6 +85,45 @@ class Text:
     def identity(self) -> dict[str, str]:
         """What a checkpoint must share with the run that continues it."""
         return {"data_hash": self.streams.data_hash, "tokenizer_hash": self.tokenizer_hash}
+
+    def cut(self, block_size: int, *, document_mask: bool) -> tuple[Samples, Blocks | None]:
+        """The blocks for training, and those for validation, None if there are none.
+
+        Raises:
+            UserError: the training text makes not even one block.
+        """
+        return cut_blocks(self.streams, block_size, document_mask=document_mask)
+
+    def ledger(self, block_size: int) -> Ledger:
+        """Where every token of the text is."""
+        return ledger(self.streams, block_size)
+
+    def ledger_line(self, block_size: int, *, document_mask: bool) -> str:
+        """The same in words, before the training."""
+        return ledger_line(self.ledger(block_size), document_mask=document_mask)
+
+    def num_unreached_tokens(self, plan: Plan) -> int:
+        """Tokens of the training blocks that the run does not read."""
+        return plan.num_unreached_tokens
+
+    def closing_lines(self, plan: Plan) -> list[str]:
+        """What is known of the tokens only after the training."""
+        return []
+
+    def as_they_arrive(
+        self,
+        batches: Iterator[list[Batch]],
+        blocks: Samples,
+        plan: Plan,
+        *,
+        first_step: int,
+        should_stop: Callable[[], bool],
+    ) -> Iterator[list[Batch]]:
+        """The batches, each when its tokens are there: at once."""
+        return batches
+
+    def check(self) -> None:
+        """Raises what ended the batches before their time."""
 
     def require_same_on_all(self, world: World) -> None:
         """Every rank trains on rank 0's text, or none does.

@@ -66,8 +66,12 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], T], *, meanwhile: Callable[[], None] | None = None) -> T:
         """Runs `work` on rank 0, however long it takes, and gives its (small) result to all.
+
+        Args:
+            work: rank 0's.
+            meanwhile: what the others do again and again while they wait.
 
         Raises:
             UserError: on every rank, when `work` raised it; on the others also when it raised anything else.
@@ -76,7 +80,7 @@ class World:
             return work()
         key = f"llm/on_main/{next(_calls)}"
         if not self.is_main:
-            _wait_for([key], "what rank 0 does", self.rank)
+            _wait_for([key], "what rank 0 does", self.rank, meanwhile=meanwhile)
             heard = cast(tuple[T, UserError | None], self.share(None))
             if heard[1] is not None:
                 heard[1].is_echo = True
@@ -95,6 +99,38 @@ class World:
         finally:
             _store().set(key, "")
             self.share(outcome)
+
+    def wait_on_main(self, look: Callable[[], T | None], what: str, should_stop: Callable[[], bool]) -> T | None:
+        """Rank 0 looks until it sees something, which all get; None once any rank was asked to stop before that.
+
+        Args:
+            look: rank 0's; quick.
+            what: what is waited for, of which rank 0 says a line a minute.
+            should_stop: whether this rank was asked to stop.
+
+        Raises:
+            UserError: on every rank, when `look` raised it.
+        """
+        wish = f"llm/stop/{next(_calls)}"
+
+        def is_over() -> bool:
+            return should_stop() or (self.size > 1 and bool(_store().check([wish])))
+
+        def wait() -> T | None:
+            started = said = time.monotonic()
+            while (found := look()) is None and not is_over():
+                time.sleep(_POLL_SECONDS)
+                now = time.monotonic()
+                if now - said >= _HEARTBEAT_SECONDS:
+                    said = now
+                    log.info("waiting for %s (%d min)", what, (now - started) // 60)
+            return found
+
+        def pass_on() -> None:
+            if should_stop():
+                _store().set(wish, "")
+
+        return self.on_main(wait, meanwhile=pass_on)
 
     def in_turn(self, name: str, work: Callable[[], T]) -> T:
         """Runs `work` on every rank: rank 0 first, then one process a node, then the others; returns when all have.
@@ -131,7 +167,14 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def _wait_for(keys: list[str], what: str, rank: int, error_key: str | None = None) -> None:
+def _wait_for(
+    keys: list[str],
+    what: str,
+    rank: int,
+    error_key: str | None = None,
+    *,
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
     """Returns when other ranks have set all the keys; raises what one of them reports instead."""
     store = _store()
     started = said = time.monotonic()
@@ -141,6 +184,8 @@ def _wait_for(keys: list[str], what: str, rank: int, error_key: str | None = Non
             mistake = UserError(message)
             mistake.exit_code, mistake.is_echo = int(code), True
             raise mistake
+        if meanwhile is not None:
+            meanwhile()
         time.sleep(_POLL_SECONDS)
         now = time.monotonic()
         if now - said >= _HEARTBEAT_SECONDS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm.data.held_out import divide, find_cut
+from llm.data.held_out import divide, find_cut, find_head
 from llm.data.parts import Part
 
 
@@ -62,3 +62,37 @@ def test_cut_when_share_is_less_or_more_than_documents_allow_then_one_on_each_si
 
 def test_cut_when_no_document_then_none() -> None:
     assert find_cut([], 5) is None
+
+
+@pytest.mark.parametrize(
+    ("documents", "percentage", "num_bytes", "place"),
+    [
+        (["0123456789"] * 10, 20, 1000, (2, 0)),  # of 100 bytes
+        (["0123456789"] * 10, 20, 50, (1, 0)),  # of the first 50
+        (["0123456789"] * 10, 26, 1000, (3, 0)),  # the nearest end
+        (["0123456789"] * 10, 5, 1000, (1, 0)),  # ends at twice the share
+        (["0123456789"] * 10, 4, 1000, (0, 4)),  # ends beyond it
+        (["0123456789"] * 2, 95, 1000, (1, 0)),  # never all of the text
+        (["0123456789"], 60, 1000, (0, 6)),
+        (["0123456789"], 10, 1000, (0, 4)),  # never less than a character
+        (["0123456789" * 9, "0123456789"], 30, 1000, (0, 30)),
+        (["0" * 10, "1" * 90], 40, 1000, (1, 0)),
+        (["0" * 10, "1" * 990], 40, 1000, (1, 0)),
+        (["0" * 10, "1" * 90], 30, 14, (0, 4)),
+    ],
+)
+def test_head_when_found_then_is_about_the_share_and_ends_with_a_document_if_one_does(
+    documents: list[str], percentage: float, num_bytes: int, place: tuple[int, int]
+) -> None:
+    cut = find_head(_parts(*documents), percentage, num_bytes)
+    assert cut is not None
+    assert (cut.document, cut.byte) == place
+
+
+def test_head_when_it_is_found_then_nothing_behind_it_is_read() -> None:
+    def parts():
+        yield from _parts(*["0123456789"] * 10)
+        pytest.fail("read on")
+
+    assert find_head(parts(), 20, 95) is not None
+    assert find_head([], 20, 95) is None

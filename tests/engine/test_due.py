@@ -54,3 +54,7 @@ def test_all_when_one_is_not_due_then_is_not() -> None:
 
 def test_before_when_the_last_update_is_reached_then_no_more() -> None:
     assert steps(before(4)) == [1, 2, 3]
+
+
+def test_epoch_when_its_length_is_not_known_then_never() -> None:
+    assert steps(every_epoch(None, 8)) == []

@@ -99,3 +99,18 @@ def test_seed_when_given_then_is_kept_and_otherwise_drawn() -> None:
     drawn = {choose_seed(None) for _ in range(20)}
     assert len(drawn) > 1
     assert all(0 <= seed < 2**31 for seed in drawn)
+
+
+class Endless(Blocks):
+    """Blocks of which nobody knows how many there are."""
+
+    num_blocks = None  # type: ignore[assignment]
+
+
+def test_plan_when_the_length_of_the_text_is_not_known_then_counts_updates_alone() -> None:
+    text = Endless(np.zeros(17, np.uint16), 16)
+    plan = plan_run(TrainingOptions(max_train_steps=9), text, num_ranks=1, seed=5)
+    assert (plan.num_blocks, plan.num_epochs, plan.num_unreached_tokens) == (None, None, 0)
+    assert str(plan) == "updates: 9 of 8 blocks of 16 tokens, of a stream; seed 5"
+    with pytest.raises(UserError, match="give --max_train_steps"):
+        plan_run(TrainingOptions(), text, num_ranks=1, seed=5)

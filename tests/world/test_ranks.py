@@ -58,6 +58,10 @@ def rank_program(world: World, folder: Path) -> None:
     note("on_main_user_error", lambda: world.on_main(lambda: fail(UserError("no text"))))
     note("on_main_usage_error", lambda: world.on_main(lambda: fail(UsageError("no such\noption"))))
     note("after_errors", lambda: world.sum_(torch.ones(())).item())
+    seen = iter([None, None, 5])
+    note("wait", lambda: world.wait_on_main(lambda: next(seen), "a number", lambda: False))
+    note("wait_stopped", lambda: world.wait_on_main(lambda: None, "nothing", lambda: world.rank == 2))
+    note("wait_error", lambda: world.wait_on_main(lambda: fail(UserError("broke")), "nothing", lambda: False))
     note("in_turn", lambda: world.in_turn("turn", take_turn))
     world.barrier()
     note("in_turn_own_error", lambda: world.in_turn("own", lambda: fail(UserError("full disk"), on=2)))
@@ -115,6 +119,16 @@ def test_on_main_when_it_fails_then_all_ranks_raise_and_the_others_echo(
 ) -> None:
     assert answers[f"on_main_{name}_error"] == [[kind, message, code, rank > 0] for rank in range(3)]
     assert answers["after_errors"] == [3.0] * 3  # nobody is one collective ahead
+
+
+def test_wait_on_main_when_something_is_seen_then_all_get_it(answers: Answers) -> None:
+    assert answers["wait"] == [5] * 3
+    assert answers["wait_error"] == [["UserError", "broke", 1, rank > 0] for rank in range(3)]
+
+
+def test_wait_on_main_when_another_rank_is_asked_to_stop_then_all_end(answers: Answers) -> None:
+    assert answers["wait_stopped"] == [None] * 3
+    assert ALONE.wait_on_main(lambda: None, "nothing", lambda: True) is None
 
 
 def test_in_turn_when_all_work_then_the_first_rank_does_before_each_node_and_that_before_its_ranks(
