@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS = $(shell $(BIN)/python -c 'import os; print(min(2, os.cpu_count() or 1))')
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test test-exhaustive check clean
 
 help:
 	@echo "make demo    train a small GPT on this machine's own Python source: about three minutes"
 	@echo "make test    run the tests"
+	@echo "make test-exhaustive  run those that take minutes, too many for every change"
 	@echo "make check   lint, format, types, import layers"
 	@echo "make setup   install everything into $(VENV) (the others do it when needed)"
 	@echo "make clean   remove what the above left behind, $(VENV) and runs/demo included"
@@ -30,6 +31,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+test-exhaustive: $(STAMP)
+	$(BIN)/python -m pytest -q -m exhaustive
 
 check: $(STAMP)
 	$(BIN)/ruff check .

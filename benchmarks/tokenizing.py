@@ -1,12 +1,20 @@
 """Text to tokens, run_clm's way and ours: `python -m benchmarks.tokenizing --text FILE… --tokenizer DIR --json OUT`.
 
-Both ways take the same text from a file, one after the other in every round, each in a process of its own.
-What counts is CPU seconds, children included, imports and reading the rows into Arrow (run_clm's) not.
+All take the same text from a file, one after the other in every round, each in a process of its own.
+
+ratio                  CPU seconds, children included, of run_clm's way by those of ours; imports and reading the
+                       rows into Arrow (run_clm's) are not counted
+speedup_of_2_workers   wall seconds from the text file to shards on the disk with one worker by those with two, the
+                       start of the workers included, imports not: of medians
+same_by_same           the same quotient of one worker by one worker: how far noise alone takes it from 1
+peak_megabytes         resident memory of all processes together at its highest, ten times a second, by text size
+                       and workers; what the imports take is in it
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -22,66 +30,88 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 BLOCK_SIZE = 1024
 _LETTERS_CHANGED = 0.01
 _CHECKED_CHARACTERS = 4_000_000
-_SCALING_CHARACTERS = 16_000_000
-_SCALING_REPEATS = 5
+_SCALING_ROUNDS = 5
+_MEMORY_MEGABYTES = (20, 200)
+_SECONDS_BETWEEN_SAMPLES = 0.1
 
 
 def main() -> None:
     """Measures, prints and writes the result; with `--way`, is one of the measured processes."""
     options = _parser().parse_args()
-    if options.way:
-        way = {"run_clm": measure_run_clm, "llm": measure_llm, "scaling": measure_scaling}[options.way]
-        print(json.dumps(way(options.text[0], options.tokenizer)))
+    if options.way == "run_clm":
+        print(json.dumps(measure_run_clm(options.text[0], options.tokenizer)))
+        return
+    if options.way == "llm":
+        print(json.dumps(measure_llm(options.text[0], options.tokenizer, options.workers, check=options.check)))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "text.txt")
         size = write_text(options.text, path, options.megabytes)
-        result = compare(path, size, options.tokenizer, options.rounds)
+        result = {"text_bytes": size, **compare(path, size, options.tokenizer, options.rounds)}
+        result |= scale(path, options.tokenizer)
+        result |= measure_memory(options.text, path, options.tokenizer)
+    result["machine"] = _machine()
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"ratio {result['ratio']:.2f}, 2 workers {result['speedup_of_2_workers']:.2f}x; written to {options.json}")
+    for name in ("ratio", "speedup_of_2_workers", "same_by_same"):
+        print(f"{name} {result[name]:.2f}")
+    print(f"peak_megabytes {result['peak_megabytes']}; written to {options.json}")
     if not result["ids_are_equal"]:
         sys.exit("the ids differ from the tokenizer's")
 
 
 def compare(path: Path, size: int, tokenizer: Path, rounds: int) -> dict[str, Any]:
-    """The rounds, and what follows from them."""
-    ways = ("run_clm", "llm")
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
+    """run_clm's way and ours, in turn."""
+    found: dict[str, list[dict[str, Any]]] = {"run_clm": [], "llm": []}
     for number in range(rounds):
-        for name in ways:
-            found[name].append(_measured(name, path, tokenizer))
-            print(f"round {number + 1}, {name}: {found[name][-1]}", flush=True)
-
-    scaling = _measured("scaling", path, tokenizer)
-    # Of wall times on a machine that others use too, the least is the truest.
-    best = {workers: min(clock["wall_seconds"] for clock in clocks) for workers, clocks in scaling.items()}
-
-    def median(name: str, key: str) -> float:
-        return float(statistics.median(measured[key] for measured in found[name]))
-
+        for name, clocks in found.items():
+            clocks.append(_measured(name, path, tokenizer, check=True))
+            print(f"round {number + 1}, {name}: {clocks[-1]}", flush=True)
+    seconds = {name: _median(clocks, "cpu_seconds") for name, clocks in found.items()}
     return {
-        "ratio": median("run_clm", "cpu_seconds") / median("llm", "cpu_seconds"),
-        "speedup_of_2_workers": best["1"] / best["2"],
-        "megabytes_per_cpu_second": {name: size / 1e6 / median(name, "cpu_seconds") for name in ways},
+        "ratio": seconds["run_clm"] / seconds["llm"],
+        "megabytes_per_cpu_second": {name: size / 1e6 / seconds[name] for name in found},
         "ids_are_equal": all(measured["ids_are_equal"] for measured in found["llm"]),
-        "text_bytes": size,
         "rounds": found,
-        "scaling": scaling,
         "block_size": BLOCK_SIZE,
-        "machine": {
-            "platform": platform.platform(),
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "load": os.getloadavg(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("tokenizers", "transformers", "tiktoken", "datasets", "numpy")},
-        },
     }
+
+
+def scale(path: Path, tokenizer: Path) -> dict[str, Any]:
+    """One worker, two workers, one worker again, in turn."""
+    found: dict[str, list[dict[str, Any]]] = {"1": [], "2": [], "1 again": []}
+    for number in range(_SCALING_ROUNDS):
+        for name, clocks in found.items():
+            clocks.append(_measured("llm", path, tokenizer, workers=int(name[0])))
+            print(f"round {number + 1}, workers {name}: {clocks[-1]}", flush=True)
+    seconds = {name: _median(clocks, "wall_seconds") for name, clocks in found.items()}
+    return {
+        "speedup_of_2_workers": seconds["1"] / seconds["2"],
+        "same_by_same": seconds["1"] / seconds["1 again"],
+        "scaling": found,
+    }
+
+
+def measure_memory(sources: list[Path], path: Path, tokenizer: Path) -> dict[str, Any]:
+    """The peak of a short text and of one ten times as long, by one and two workers."""
+    peaks: dict[str, dict[str, float]] = {}
+    for megabytes in _MEMORY_MEGABYTES:
+        write_text(sources, path, megabytes)
+        peaks[f"{megabytes} MB"] = {}
+        for workers in (1, 2):
+            measured = _measured("llm", path, tokenizer, workers=workers)
+            peaks[f"{megabytes} MB"][f"{workers} workers"] = measured["peak_megabytes"]
+            print(f"{megabytes} MB, {workers} workers: {measured}", flush=True)
+    return {"peak_megabytes": peaks}
+
+
+def _median(clocks: list[dict[str, Any]], key: str) -> float:
+    return float(statistics.median(measured[key] for measured in clocks))
 
 
 def write_text(sources: list[Path], path: Path, megabytes: float) -> int:
@@ -127,8 +157,8 @@ def measure_run_clm(path: Path, tokenizer_dir: Path) -> dict[str, Any]:
         return {**clock.read(), "num_tokens": len(packed) * BLOCK_SIZE}
 
 
-def measure_llm(path: Path, tokenizer_dir: Path) -> dict[str, Any]:
-    """The file to token files through `llm.data`, hashes, fsync and all; then a look at the ids."""
+def measure_llm(path: Path, tokenizer_dir: Path, workers: int, *, check: bool) -> dict[str, Any]:
+    """The file to token files through `llm.data`, hashes, fsync and all; then a look at the ids, if asked for."""
     from transformers import AutoTokenizer
 
     from llm.config.options import DataOptions
@@ -138,41 +168,18 @@ def measure_llm(path: Path, tokenizer_dir: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     with tempfile.TemporaryDirectory() as cache:
         clock = _Clock()
-        options = DataOptions(train_file=(str(path),), validation_split_percentage=0, preprocessing_num_workers=1)
+        options = DataOptions(train_file=(str(path),), validation_split_percentage=0, preprocessing_num_workers=workers)
         streams = tokenize(
             open_corpus(options), tokenizer, tokenizer_hash="benchmark", options=options, cache_dir=Path(cache)
         )
-        found = clock.read()
+        found = {**clock.read(), "num_tokens": len(streams.train.tokens)}
+        if not check:
+            return found
         with path.open(encoding="utf-8", newline="") as file:
             expected = tokenizer(file.read(_CHECKED_CHARACTERS), add_special_tokens=False, verbose=False)["input_ids"]
         # Where the text was cut for the check, the last ids may differ.
         equal = np.array_equal(streams.train.tokens[: len(expected) - 100], expected[:-100])
-        return {**found, "num_tokens": len(streams.train.tokens), "ids_are_equal": bool(equal)}
-
-
-def measure_scaling(path: Path, tokenizer_dir: Path) -> dict[str, Any]:
-    """Text in memory to ids in memory, by one and by two workers in turn, several times."""
-    from transformers import AutoTokenizer
-
-    from llm.data.encoding import Encoder, batches
-    from llm.data.held_out import Split
-    from llm.data.parts import Part
-
-    encoder = Encoder(AutoTokenizer.from_pretrained(tokenizer_dir))
-    with path.open(encoding="utf-8", newline="") as file:
-        text = file.read(_SCALING_CHARACTERS)
-    encoder.encode([text[: 1 << 21]])  # Making and trying the engine is not what the workers share.
-    parts: list[tuple[Split, Part]] = [
-        ("train", Part(text[start : start + (1 << 20)], ends=False)) for start in range(0, len(text), 1 << 20)
-    ]
-    found: dict[str, list[dict[str, float]]] = {"1": [], "2": []}
-    for _ in range(_SCALING_REPEATS):
-        for workers, clocks in found.items():
-            clock = _Clock()
-            for _ in encoder.encode_batches(batches(parts, encoder), int(workers)):
-                pass
-            clocks.append(clock.read())
-    return found
+        return {**found, "ids_are_equal": bool(equal)}
 
 
 class _Clock:
@@ -188,19 +195,50 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def _measured(way: str, path: Path, tokenizer: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.tokenizing", "--way", way]
+def _measured(way: str, path: Path, tokenizer: Path, *, workers: int = 1, check: bool = False) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.tokenizing", "--way", way, "--workers", str(workers)]
+    command += ["--check"] if check else []
     # One thread each, so that waiting threads do not count; no Hub.
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(
+    with subprocess.Popen(
         [*command, "--text", str(path), "--tokenizer", str(tokenizer)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **quiet},
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    ) as process:
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _resident_bytes(process.pid))
+            time.sleep(_SECONDS_BETWEEN_SAMPLES)
+        assert process.stdout is not None
+        printed = process.stdout.read()
+    if process.returncode:
+        sys.exit(f"{way} failed")
+    return {**json.loads(printed.splitlines()[-1]), "peak_megabytes": peak / 1e6}
+
+
+def _resident_bytes(pid: int) -> int:
+    """Of a process and of all that it started."""
+    total = 0
+    try:
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += each.memory_info().rss
+    except psutil.Error:
+        pass
+    return total
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("tokenizers", "transformers", "tiktoken", "datasets", "numpy")},
+    }
 
 
 def _processor() -> str:
@@ -219,7 +257,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/tokenizing.json"), help="the result")
     parser.add_argument("--megabytes", type=float, default=50, help="how much text is made of the files")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--way", choices=("run_clm", "llm", "scaling"), help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=("run_clm", "llm"), help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     return parser
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
+
+from tqdm import tqdm
 
 from llm.config.errors import UserError
 from llm.config.outcome import outcome
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 # The trainer of a tokenizer counts the words of all that it is given; more text changes no merge of note.
 _TOKENIZER_CHARS = 1 << 30
 _JOB = "prepare.json"
-_JOB_VERSION = 1
+# Raised when the same text begins to be cut into other pieces, by whose number a shard says where it ends.
+_JOB_VERSION = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,11 +82,19 @@ def _verify(folder: Path) -> int:
     return 0
 
 
+class _Lines(logging.StreamHandler[TextIO]):
+    """Prints above a progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+        self.flush()
+
+
 @contextmanager
 def _speaking() -> Iterator[None]:
     """Lets the package's own lines through to the standard output while the block runs."""
     logger = logging.getLogger("llm")
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Lines(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     level = logger.level
     logger.addHandler(handler)
@@ -140,24 +152,37 @@ def _claim(folder: Path, options: PrepareOptions, corpus: Corpus) -> None:
             f"--output_dir {folder}: was begun with another {' and another '.join(changed)};"
             " give what it was begun with, or name another folder"
         )
+    _remove_left(folder)
+
+
+def _remove_left(folder: Path) -> None:
+    """Removes what an earlier process was killed over; nobody else writes here now."""
+    for left in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def _write(folder: Path, options: PrepareOptions, corpus: Corpus) -> None:
     from llm.data.encoding import encoding_threads
     from llm.data.tokenizing import write_shards
+    from llm.engine.text_bar import text_bar
     from llm.models.tokenizers import is_character_level, tokenizer_hash
 
     with encoding_threads(options.preprocessing_num_workers):
         tokenizer = _tokenizer(folder, options, corpus)
-        write_shards(
-            corpus,
-            tokenizer,
-            folder,
-            tokenizer_hash=tokenizer_hash(tokenizer),
-            shard_size=options.shard_size,
-            eos_in_single_text=not is_character_level(tokenizer),
-            num_workers=options.preprocessing_num_workers,
-        )
+        with text_bar() as watch:
+            write_shards(
+                corpus,
+                tokenizer,
+                folder,
+                tokenizer_hash=tokenizer_hash(tokenizer),
+                shard_size=options.shard_size,
+                eos_in_single_text=not is_character_level(tokenizer),
+                num_workers=options.preprocessing_num_workers,
+                watch=watch,
+            )
 
 
 def _tokenizer(folder: Path, options: PrepareOptions, corpus: Corpus) -> PreTrainedTokenizerBase:

@@ -69,6 +69,20 @@ def test_prepare_when_run_then_shards_that_say_everything(
     assert _content(folder) == made
 
 
+def test_prepare_when_on_a_terminal_then_a_bar_and_lines_above_it(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm.data.cutting.BATCH_LENGTH", 20_000)
+    monkeypatch.setattr("llm.engine.text_bar._DELAY_SECONDS", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(_words(rows, tiny_gpt2_dir, tmp_path / "out", "--validation_split_percentage", "0")) == 0
+    printed = capsys.readouterr()
+    bar = printed.err.replace("\r", "\n").splitlines()
+    assert any("tokenizing" in line and "B/s" in line and "M tokens" in line and "%" in line for line in bar)
+    assert "\nskipped: " in printed.out and "tokenized rows.jsonl" in printed.out
+    assert "tokenizing rows.jsonl" not in printed.out
+
+
 def test_prepare_when_a_byte_changed_then_verify_says_where(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +157,7 @@ def test_prepare_when_a_stream_breaks_then_one_line_and_the_next_start_continues
     tiny_gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = [{"text": f"document {i} " * 20} for i in range(200)]
-    monkeypatch.setattr("llm.data.encoding.BATCH_LENGTH", 4000)
+    monkeypatch.setattr("llm.data.cutting.BATCH_LENGTH", 4000)
     monkeypatch.setattr("llm.world.network.hub_is_reachable", lambda: True)
 
     def prepare(folder: Path, length: int) -> int:
@@ -169,12 +183,12 @@ def test_prepare_when_a_stream_breaks_then_one_line_and_the_next_start_continues
 # Killed while it imports, it has done nothing: the clock of a kill starts at the first text.
 SLOWLY = """
 import sys, time
-from llm.data import encoding
+from llm.data import cutting
 from llm.data.encoding import Encoder
 from llm import prepare
 encode = Encoder.encode
 told = []
-encoding.BATCH_LENGTH = 30_000
+cutting.BATCH_LENGTH = 30_000
 def slow(self, texts):
     if not told:
         told.append(sys.stderr.write("ready\\n"))
@@ -185,11 +199,32 @@ Encoder.encode = slow
 sys.exit(prepare.main(sys.argv[1:]))
 """
 
+# The same by processes, which take any text here; their numbers are told.
+SLOWLY_BY_TWO = """
+import sys, time
+from llm.data import cutting, encoding
+from llm.data.encoding import Encoder
+from llm import prepare
+begin = Encoder._begin
+told = []
+cutting.BATCH_LENGTH = 30_000
+encoding._WORTH_LENGTH = 0
+def slow(self, texts):
+    begun = begin(self, texts)
+    if not told:
+        told.append(print("ready", *(worker._process.pid for worker in self._workers._workers), file=sys.stderr))
+        sys.stderr.flush()
+    time.sleep(0.04)
+    return begun
+Encoder._begin = slow
+sys.exit(prepare.main(sys.argv[1:]))
+"""
 
-def _start(words: list[str]) -> subprocess.Popen[str]:
+
+def _start(words: list[str], program: str = SLOWLY) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, *words],
+        [sys.executable, "-c", program, *words],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -197,44 +232,78 @@ def _start(words: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def _kill_and_compare(rows: Path, tokenizer: Path, tmp_path: Path, num_kills: int) -> None:
+def _kill_and_compare(rows: Path, tokenizer: Path, tmp_path: Path, num_kills: int, program: str, *more: str) -> None:
     """Kills prepare at random instants, in rounds of a few, each round to its end and compared."""
     assert main(_words(rows, tokenizer, tmp_path / "whole")) == 0
     expected = _content(tmp_path / "whole")
     draw = random.Random(num_kills)
     killed, attempt, found_shards = 0, 0, set()
+    workers: list[int] = []
     while killed < num_kills:
         folder = tmp_path / f"killed_{attempt}"
         attempt += 1
-        words = _words(rows, tokenizer, folder)
         for _ in range(3):
-            process = _start(words)
+            process = _start(_words(rows, tokenizer, folder, *more), program)
             assert process.stderr is not None
-            process.stderr.readline()
+            workers += map(int, process.stderr.readline().split()[1:])
             time.sleep(draw.uniform(0.0, 1.0))
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
             found_shards.add(len(list(folder.glob("*.json"))))
-        assert main(words) == 0
+        assert main(_words(rows, tokenizer, folder)) == 0
         assert _content(folder) == expected
+        assert not [*folder.glob(".*.tmp"), *folder.glob(".*.old")]
         assert np.array_equal(open_folder(folder).train.tokens[:], open_folder(tmp_path / "whole").train.tokens[:])
     assert len(found_shards) > 1  # not all before the first shard, or behind the last
+    time.sleep(1.0)
+    assert len(workers) >= (2 * num_kills if program == SLOWLY_BY_TWO else 0)
+    assert not [pid for pid in workers if _is_worker(pid)]
 
 
+def _is_worker(pid: int) -> bool:
+    done = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], stdout=subprocess.PIPE, text=True, check=False)
+    return "llm.data.workers" in done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(170)
 def test_prepare_when_killed_at_random_instants_then_continues_to_the_same_bytes(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path
 ) -> None:
-    _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 6)
+    _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 3, SLOWLY)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.skipif("LLM_SLOW" not in os.environ, reason="fifty kills take minutes: set LLM_SLOW=1")
-def test_prepare_when_killed_fifty_times_then_continues_to_the_same_bytes(
+@pytest.mark.timeout(170)
+def test_prepare_when_killed_with_two_workers_then_none_is_left_and_the_same_bytes(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path
 ) -> None:
-    _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 50)
+    _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 3, SLOWLY_BY_TWO, "--preprocessing_num_workers", "2")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_prepare_when_killed_fifty_times_then_continues_to_the_same_bytes(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, num_workers: int
+) -> None:
+    program = SLOWLY if num_workers == 1 else SLOWLY_BY_TWO
+    more = ("--preprocessing_num_workers", str(num_workers))
+    _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 50, program, *more)
+
+
+def test_prepare_when_killed_while_saving_the_tokenizer_then_its_files_go(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    assert main(_words(rows, tiny_gpt2_dir, folder)) == 0
+    expected = _content(folder)
+    (folder / "manifest.json").unlink()
+    (folder / "tokenizer").rename(folder / ".tokenizer.123.tmp")
+    (folder / ".manifest.json.123.tmp").write_text("{")
+    assert main(_words(rows, tiny_gpt2_dir, folder)) == 0
+    assert _content(folder) == expected
+    assert not list(folder.glob(".*.tmp"))
 
 
 def test_options_when_shared_with_the_trainer_then_the_same_rows() -> None:

@@ -48,7 +48,7 @@ class DataOptions(Group):
     streaming: bool = row(False, "train on the text as it arrives, in that order, and write its shards behind; needs --max_train_steps")
     block_size: int | None = row(None, "tokens a block (default: the smallest of 1024, the model's and the tokenizer's limit)", ge=2, metavar="N")
     document_mask: bool = row(False, "keep attention, positions and loss inside a document, where a block holds several")
-    preprocessing_num_workers: int | None = row(None, "threads for tokenizing (default: all cores)", ge=1, metavar="N")
+    preprocessing_num_workers: int | None = row(None, "processes for tokenizing (default: all cores)", ge=1, metavar="N")
     overwrite_cache: bool = row(False, "tokenize again although a cached copy exists")
     dataloader_num_workers: int = row(0, "processes that read blocks ahead (0: the training process itself)", ge=0, metavar="N")
 

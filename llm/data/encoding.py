@@ -1,47 +1,34 @@
-"""Text to token ids: exactly the tokenizer's own, in batches, and long documents in pieces."""
+"""Text to token ids: exactly the tokenizer's own, by one process or several."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from llm.config.errors import UserError
 from llm.data.held_out import Split
-from llm.data.merges import MergeEngine
-from llm.data.parts import Part
+from llm.data.merges import MergeEngine, encode_packed, unpacked
 from llm.data.patterns import ODD_TEXTS, UnsuitableError
-from llm.data.workers import map_in_threads, usable_cores
+from llm.data.workers import Workers, usable_cores
 
 log = logging.getLogger(__name__)
 
-# Characters. A batch keeps all cores busy; its encodings take some hundred bytes a token meanwhile.
-BATCH_LENGTH = 4 << 20
-LONG_DOCUMENT = 4 << 20
-PIECE_LENGTH = 1 << 16
-
-# How much of a long document is encoded whole and in pieces, to see whether that is the same.
-_TRIAL_LENGTH = 1 << 20
-_TRIAL_PIECE_LENGTH = 1 << 14
 _SAMPLE_LENGTH = 1 << 14
 
-# Characters. Less text than that is encoded before the faster engine is made and tried (about a second).
+# Characters. Less text than that is encoded before the faster engine is made and tried, which takes
+# most of a second. Processes start meanwhile (0.2 s each) and help with it, so that they cost no time.
 _WORTH_LENGTH = 1 << 20
-
-_FEWEST_TRIAL_PIECES = 8
-
-# Where few tokenizers join: behind a newline at the end of a line of text, in front of a word; or,
-# as WikiText has them, in front of a space and a word. (Special tokens, which may swallow the space
-# around them, begin with < or [ and end with > or ].) Each is tried before it is used.
-_PLACES = (re.compile(r"(?<=[^\s>\]]\n)(?=\w)"), re.compile(r"(?<=\n)(?= [^\s<\[])"))
 
 
 class Piece(NamedTuple):
@@ -58,19 +45,32 @@ class Encoder:
 
     That is tiktoken with the tokenizer's own vocabulary, else a fast tokenizer's engine without the
     Python objects around it, else the tokenizer's call. Which one is found out by the first texts.
+    Used with several workers it is a context, at whose end its processes end.
+
+    Args:
+        tokenizer: whose ids are wanted.
+        num_workers: processes that encode long texts, None: one for each core. One is this process.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_workers: int | None = 1) -> None:
         self.vocabulary_size = vocabulary_size(tokenizer)
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
         self._merges: MergeEngine | None = None
         self._is_tried = self._backend is None
         self._is_merges_tried = self._backend is None
-        self._is_place_tried = False
-        self._place: re.Pattern[str] | None = None
-        # The tokenizer's engine is set before each use, and is parallel itself.
-        self._lock = threading.Lock()
+        self._num_workers = usable_cores() if num_workers is None else num_workers
+        self._workers: Workers | None = None
+
+    def __enter__(self) -> Encoder:
+        """The encoder itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends its processes."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
 
     def encode(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         """The ids of each text, without special tokens around them: uint32 [number of tokens].
@@ -78,67 +78,93 @@ class Encoder:
         Raises:
             UserError: the tokenizer gave an id beyond its vocabulary.
         """
-        self._choose(texts)
+        self.choose(texts)
         if self._merges is None:
             return self._from_tokenizers(texts)
-        quick = self._merges.encode(texts)
+        return self._completed(texts, self._merges.encode(texts))
+
+    def _completed(self, texts: list[str], quick: list[NDArray[Any] | None]) -> list[NDArray[Any]]:
+        """Encodes what the faster engine left to the tokenizer."""
         rest = iter(self._from_tokenizers([text for text, ids in zip(texts, quick, strict=True) if ids is None]))
         return [next(rest) if ids is None else ids for ids in quick]
 
-    def encode_batches(
-        self, batches: Iterable[list[Piece]], num_workers: int | None = None
-    ) -> Iterator[tuple[list[Piece], list[NDArray[np.uint32]]]]:
-        """Each batch with the ids of its pieces, in the order of the batches, a few batches ahead of their use.
+    def encode_batches(self, batches: Iterable[list[Piece]]) -> Iterator[tuple[list[Piece], list[NDArray[Any]]]]:
+        """Each batch with the ids of its pieces (uint32 or uint16), in the order of the batches.
 
-        Args:
-            batches: lists of pieces.
-            num_workers: threads that encode, None: one for each core.
+        Where processes encode, a few batches are read ahead of their use.
 
         Raises:
-            UserError: the tokenizer gave an id beyond its vocabulary.
+            UserError: the tokenizer gave an id beyond its vocabulary, or a process was killed.
         """
+        waiting: deque[tuple[list[Piece], Callable[[], list[NDArray[Any]]]]] = deque()
+        for batch in batches:
+            waiting.append((batch, self._begin([piece.text for piece in batch])))
+            while len(waiting) > (0 if self._workers is None else 2 * self._num_workers):
+                begun, ids = waiting.popleft()
+                yield begun, ids()
+        for begun, ids in waiting:
+            yield begun, ids()
 
-        def encoded(batch: list[Piece]) -> tuple[list[Piece], list[NDArray[np.uint32]]]:
-            return batch, self.encode([piece.text for piece in batch])
+    def _begin(self, texts: list[str]) -> Callable[[], list[NDArray[Any]]]:
+        """Has a process begin to encode, if there is one; gives what waits for the ids."""
+        self.choose(texts)
+        if self._workers is None:
+            return partial(self.encode, texts)
+        made = self._workers.submit(encode_packed, texts, smallest_dtype(self.vocabulary_size))
+        return lambda: self._completed(texts, unpacked(*made.result()))
 
-        return map_in_threads(encoded, batches, usable_cores() if num_workers is None else num_workers)
+    @property
+    def added_tokens(self) -> list[AddedToken]:
+        """The tokens that are found before the text is split."""
+        return [] if self._backend is None else list(self._backend.get_added_tokens_decoder().values())
 
-    def safe_place(self, text: str) -> re.Pattern[str] | None:
-        """Where a long text can be cut so that the pieces give the ids of the whole.
+    @property
+    def joins_nothing(self) -> bool:
+        """Whether every token is a character, or a part of one, so that a text can be cut anywhere."""
+        if self._backend is None or self._backend.normalizer is not None:
+            return False
+        added = {token.content for token in self.added_tokens}
+        return all(len(token) == 1 or token in added for token in self._backend.get_vocab(with_added_tokens=False))
 
-        Tried once, on the beginning of the first long text; None if there is no such place.
+    def splits_at(self, place: re.Pattern[str], text: str) -> bool:
+        """Whether the tokenizer splits a text at every such place, whatever its vocabulary is."""
+        if self._backend is None or self._backend.pre_tokenizer is None:
+            return False
+        words = self._backend.pre_tokenizer.pre_tokenize_str(text[:_SAMPLE_LENGTH])
+        edges = {edge for _, span in words for edge in span}
+        return all(match.start() in edges for match in place.finditer(text[:_SAMPLE_LENGTH]))
+
+    def choose(self, texts: list[str]) -> None:
+        """Finds out, once for each engine, whether it gives the tokenizer's ids; encoding does so by itself.
+
+        Args:
+            texts: of the kind, and about as many, as will be encoded.
         """
-        if not self._is_place_tried:
-            self._is_place_tried = True
-            trial = text[:_TRIAL_LENGTH]
-            whole = self.encode([trial])[0]
-            for place in _PLACES:
-                pieces = cut(trial, _TRIAL_PIECE_LENGTH, place)
-                if len(pieces) >= _FEWEST_TRIAL_PIECES and np.array_equal(np.concatenate(self.encode(pieces)), whole):
-                    self._place = place
-                    break
-        return self._place
-
-    def _choose(self, texts: list[str]) -> None:
-        """Finds out, once for each engine, whether it gives the tokenizer's ids."""
-        with self._lock:
-            if self._is_tried and (self._is_merges_tried or sum(map(len, texts)) < _WORTH_LENGTH):
-                return
-            sample = [*ODD_TEXTS, *(text[:_SAMPLE_LENGTH] for text in texts[:16])]
-            expected = self._from_tokenizer(sample)
-            if not self._is_tried:
-                self._is_tried = True
-                if not _are_equal(self._from_backend(sample), expected):
-                    self._backend = None
-                    self._is_merges_tried = True
-            if not self._is_merges_tried and sum(map(len, texts)) >= _WORTH_LENGTH:
+        if self._is_tried and (self._is_merges_tried or sum(map(len, texts)) < _WORTH_LENGTH):
+            return
+        sample = [*ODD_TEXTS, *(text[:_SAMPLE_LENGTH] for text in texts[:16])]
+        expected = self._from_tokenizer(sample)
+        if not self._is_tried:
+            self._is_tried = True
+            if not _are_equal(self._from_backend(sample), expected):
+                self._backend = None
                 self._is_merges_tried = True
-                self._try_merges(sample, expected)
+        if not self._is_merges_tried and sum(map(len, texts)) >= _WORTH_LENGTH:
+            self._is_merges_tried = True
+            self._workers = _start(self._num_workers)
+            self._try_merges(sample, expected)
+            if self._workers is not None and self._merges is not None:
+                self._workers.share(self._merges)
+            else:
+                # A tokenizer's own engine has its own threads.
+                self.__exit__()
 
     def _try_merges(self, sample: list[str], expected: list[NDArray[np.uint32]]) -> None:
         assert self._backend is not None
         try:
-            merges = MergeEngine(self._backend, split_special_tokens=self._tokenizer.split_special_tokens)
+            merges = MergeEngine(
+                self._backend, split_special_tokens=self._tokenizer.split_special_tokens, workers=self._workers
+            )
         except UnsuitableError as reason:
             log.debug("the tokenizer's own engine encodes: %s", reason)
             return
@@ -152,8 +178,7 @@ class Encoder:
     def _from_tokenizers(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         if not texts:
             return []
-        with self._lock:
-            found = self._from_tokenizer(texts) if self._backend is None else self._from_backend(texts)
+        found = self._from_tokenizer(texts) if self._backend is None else self._from_backend(texts)
         largest = max((int(ids.max()) for ids in found if ids.size), default=-1)
         if largest >= self.vocabulary_size:
             raise UserError(
@@ -182,8 +207,24 @@ class Encoder:
         return [np.array(ids, dtype=np.uint32) for ids in found["input_ids"]]
 
 
+def _start(num_workers: int) -> Workers | None:
+    """The processes; None for one worker, and with a warning where there can be none."""
+    if num_workers <= 1:
+        return None
+    try:
+        return Workers(num_workers)
+    except OSError as error:
+        log.warning("tokenizing in one process: no other can be started (%s)", error)
+        return None
+
+
 def _are_equal(found: list[NDArray[np.uint32]], expected: list[NDArray[np.uint32]]) -> bool:
     return all(map(np.array_equal, found, expected))
+
+
+def smallest_dtype(vocabulary_size: int) -> str:
+    """`uint16` or `uint32`: the smaller type that holds every id."""
+    return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -214,81 +255,3 @@ def encoding_threads(number: int | None) -> Iterator[None]:
             elif name == "RAYON_NUM_THREADS":
                 del os.environ[name]
         # TOKENIZERS_PARALLELISM stays set: unset, tokenizers warns in every process forked later.
-
-
-def batches(parts: Iterable[tuple[Split, Part]], encoder: Encoder) -> Iterator[list[Piece]]:
-    """Groups the text into lists of pieces worth encoding at once, a few megabytes each."""
-    batch: list[Piece] = []
-    length = 0
-    for piece in pieces(parts, encoder):
-        batch.append(piece)
-        length += len(piece.text)
-        if length >= BATCH_LENGTH:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
-
-
-def pieces(parts: Iterable[tuple[Split, Part]], encoder: Encoder) -> Iterator[Piece]:
-    """Documents whole, but long ones in pieces if the ids stay the same.
-
-    The last piece of a document that goes on in another split has `ends` false.
-    """
-    document: _Document | None = None
-    for split, part in parts:
-        if document is not None and document.split != split:
-            yield from document.close(ends=False)
-            document = None
-        if document is None:
-            document = _Document(split, encoder)
-        yield from document.add(part.text)
-        if part.ends:
-            yield from document.close(ends=True)
-            document = None
-    if document is not None:
-        yield from document.close(ends=False)
-
-
-class _Document:
-    """The text of a document that is not encoded yet."""
-
-    def __init__(self, split: Split, encoder: Encoder) -> None:
-        self.split = split
-        self._encoder = encoder
-        self._texts: list[str] = []
-        self._length = 0
-        self._limit = LONG_DOCUMENT
-        self._begins = True
-
-    def add(self, text: str) -> Iterator[Piece]:
-        """Takes more text; what has become long is given out, but for its last piece."""
-        self._texts.append(text)
-        self._length += len(text)
-        if self._length < self._limit:
-            return
-        whole = "".join(self._texts)
-        place = self._encoder.safe_place(whole)
-        found = [whole] if place is None else cut(whole, PIECE_LENGTH, place)
-        for head in found[:-1]:
-            yield Piece(self.split, head, self._begins, ends=False)
-            self._begins = False
-        self._texts, self._length = found[-1:], len(found[-1])
-        # Where nothing can be cut, joining again and again must not take quadratic time.
-        self._limit = max(LONG_DOCUMENT, 2 * self._length)
-
-    def close(self, *, ends: bool) -> Iterator[Piece]:
-        """Gives out the last piece."""
-        text = "".join(self._texts)
-        if text:
-            yield Piece(self.split, text, self._begins, ends)
-
-
-def cut(text: str, length: int, place: re.Pattern[str]) -> list[str]:
-    """Cuts a text at the first place after every `length` characters; nothing is lost."""
-    found: list[str] = []
-    start = 0
-    while match := place.search(text, start + length):
-        found.append(text[start : match.start()])
-        start = match.start()
-    return [*found, text[start:]]

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llm.data.patterns import GPT2_PATTERN, UnsuitableError, differing_characters, read_pattern
+from llm.data.workers import Workers
 
 # Characters encoded by one call: what is being worked on fits in the processor's cache.
 _CHUNK_LENGTH = 1 << 16
@@ -38,13 +39,18 @@ class Vocabulary(NamedTuple):
 
 
 class MergeEngine:
-    """Texts to ids by tiktoken. Any number of threads may encode at once, and do so in parallel.
+    """Texts to ids by tiktoken. It can be pickled, and costs a process that uses it few imports.
+
+    Args:
+        backend: the tokenizer's own engine.
+        split_special_tokens: whether added tokens are taken for text where they occur in it.
+        workers: processes that may help to make the engine; what they share is not used.
 
     Raises:
         UnsuitableError: tiktoken would not give the ids of this tokenizer, or is not installed.
     """
 
-    def __init__(self, backend: Tokenizer, *, split_special_tokens: bool) -> None:
+    def __init__(self, backend: Tokenizer, *, split_special_tokens: bool, workers: Workers | None = None) -> None:
         try:
             import tiktoken
         except ImportError as error:
@@ -54,6 +60,8 @@ class MergeEngine:
             raise UnsuitableError("the tokenizer changes the text before it splits it")
         self._pattern = read_pattern(facts["pre_tokenizer"])
         added = facts["added_tokens"]
+        # Both take a good part of a second: at the same time, where somebody can help.
+        differing = None if workers is None else workers.submit(_differing_characters, self._pattern)
         vocabulary = read_vocabulary(facts["model"], {token["content"] for token in added})
         self._plain = _plain_tokens(added, split_special_tokens)
         self._odd = [token["content"] for token in added if token["content"] not in self._plain]
@@ -68,7 +76,8 @@ class MergeEngine:
         self._sizes = np.array([len(token) for token in vocabulary.ranks] + [len(token.encode()) for token in special])
         self._special = frozenset(special)
         self._awkward_ascii = _any_of(self._odd)
-        self._awkward: re.Pattern[str] | None = None
+        differing_here = differing_characters(self._pattern) if differing is None else differing.result()
+        self._awkward = _any_of([*self._odd, _BETWEEN, *differing_here])
         self._encoding = tiktoken.Encoding(
             "llm", pat_str=self._pattern, mergeable_ranks=vocabulary.ranks, special_tokens=special
         )
@@ -105,17 +114,44 @@ class MergeEngine:
             yield chunk
 
     def _is_awkward(self, text: str) -> bool:
-        if text.isascii():
-            pattern = self._awkward_ascii
-        else:
-            if self._awkward is None:
-                self._awkward = _any_of([*self._odd, _BETWEEN, *differing_characters(self._pattern)])
-            pattern = self._awkward
+        pattern = self._awkward_ascii if text.isascii() else self._awkward
         if pattern is not None and pattern.search(text) is not None:
             return True
         # A run of twice that length has a stretch that begins at a multiple of it.
         starts = range(0, len(text) - _WHITE_SPACE_LENGTH, _WHITE_SPACE_LENGTH)
         return any(text[start : start + _WHITE_SPACE_LENGTH].isspace() for start in starts)
+
+
+def encode_packed(engine: MergeEngine, texts: list[str], dtype: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """What `engine.encode` gives, as two arrays, for the way between processes.
+
+    Args:
+        engine: encodes.
+        texts: what to encode.
+        dtype: of the ids; holds every id of the vocabulary.
+
+    Returns:
+        The number of ids of each text, -1 for None: int64 [number of texts]; and all ids, one text's
+        behind the other's.
+    """
+    found = engine.encode(texts)
+    lengths = np.array([-1 if ids is None else len(ids) for ids in found], dtype=np.int64)
+    some = [ids for ids in found if ids is not None]
+    return lengths, np.concatenate(some, dtype=dtype, casting="same_kind") if some else np.array([], dtype=dtype)
+
+
+def unpacked(lengths: NDArray[np.int64], ids: NDArray[Any]) -> list[NDArray[Any] | None]:
+    """The ids of each text again, None where there are none, as views of what `encode_packed` gave."""
+    found: list[NDArray[Any] | None] = []
+    start = 0
+    for length in lengths.tolist():
+        found.append(None if length < 0 else ids[start : start + length])
+        start += max(length, 0)
+    return found
+
+
+def _differing_characters(_: object, pattern: str) -> str:
+    return differing_characters(pattern)
 
 
 def read_vocabulary(model: dict[str, Any], added: set[str]) -> Vocabulary:
@@ -156,15 +192,21 @@ def read_vocabulary(model: dict[str, Any], added: set[str]) -> Vocabulary:
         raise UnsuitableError("a token cannot be reached by merges")
     _check_merges(vocab, order, merges, whole)
     ids = np.array([vocab[token] for token in order], dtype=np.uint32)
-    return Vocabulary({bytes(alphabet[character] for character in token): rank for token, rank in order.items()}, ids)
+    # Characters 0 to 255 have these bytes in Latin-1.
+    table = str.maketrans({character: chr(byte) for character, byte in alphabet.items()})
+    return Vocabulary({token.translate(table).encode("latin-1"): rank for token, rank in order.items()}, ids)
 
 
 def _check_merges(
     vocab: dict[str, int], order: dict[str, int], merges: list[tuple[str, ...]], whole_words_first: bool
 ) -> None:
     """Sees whether every token is what the merges make of its bytes."""
-    plain = Tokenizer(models.BPE(vocab=vocab, merges=[(left, right) for left, right in merges]))
+    plain = Tokenizer(models.BPE(vocab=vocab, merges=[(left, right) for left, right in merges], cache_capacity=0))
     tokens = list(order)
+    # All of them as words of one text: quicker than one by one, and nearly always all there is to see.
+    plain.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    if len(plain.encode_batch_fast([" ".join(tokens)], add_special_tokens=False)[0]) == len(tokens):
+        return
     pairs = set(merges)
     for token, encoding in zip(tokens, plain.encode_batch_fast(tokens, add_special_tokens=False), strict=True):
         if len(encoding) == 1:

@@ -167,7 +167,6 @@ def _of_tiktoken(kind: str, characters: str) -> set[str]:
 
 def _of_tokenizers(kind: str, characters: str) -> set[str]:
     from tokenizers import Regex
-    from tokenizers.pre_tokenizers import Split
+    from tokenizers.normalizers import Replace
 
-    split = Split(Regex(f"{kind}+"), behavior="removed", invert=True)
-    return set("".join(word for word, _ in split.pre_tokenize_str(characters)))
+    return set(characters) - set(Replace(Regex(kind), "").normalize_str(characters))

@@ -6,11 +6,12 @@ import os
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data.encoding import Piece
+from llm.data.encoding import Piece, smallest_dtype
 from llm.data.held_out import Split
 from llm.data.shards import (
     DTYPES,
@@ -49,7 +50,7 @@ class Form:
     @property
     def dtype(self) -> str:
         """The smaller type that holds every id."""
-        return "uint16" if self.vocabulary_size <= 1 << 16 else "uint32"
+        return smallest_dtype(self.vocabulary_size)
 
 
 class _File:
@@ -65,8 +66,8 @@ class _File:
         self._hash = blake2b(digest_size=HASH_BYTES)
         self._min, self._max = 1 << 32, -1
 
-    def write(self, ids: NDArray[np.uint32], dtype: str) -> None:
-        data = ids.astype(DTYPES[dtype]).tobytes()
+    def write(self, ids: NDArray[Any], dtype: str) -> None:
+        data = np.ascontiguousarray(ids, DTYPES[dtype]).data
         self._hash.update(data)
         self._file.write(data)
         self.num_tokens += len(ids)
@@ -129,9 +130,9 @@ class SplitWriter:
         self.num_bytes = 0
         self._num_pieces = 0
         self._file: _File | None = None
-        self._eos = np.array([] if form.eos is None else [form.eos], dtype=np.uint32)
+        self._eos = np.array([] if form.eos is None else [form.eos], dtype=form.dtype)
         self._eos_is_due = False
-        self._runs: list[NDArray[np.uint32]] = []
+        self._runs: list[NDArray[Any]] = []
         self._documents: list[int] = []
         self._starts: list[int] = []
         self._num_waiting = 0
@@ -144,10 +145,13 @@ class SplitWriter:
         self._account(piece)
         return True
 
-    def add(self, piece: Piece, ids: NDArray[np.uint32]) -> None:
+    def add(self, piece: Piece, ids: NDArray[Any]) -> None:
         """Appends a document, or a piece of one, and the end-of-text token where it ends."""
         in_front, behind = self._account(piece)
-        run = np.concatenate([self._eos] * in_front + [ids] + [self._eos] * behind)
+        # All in the type of the file, half as much to copy; a text in several types mixes them.
+        run = np.concatenate(
+            [self._eos] * in_front + [ids] + [self._eos] * behind, dtype=self._form.dtype, casting="same_kind"
+        )
         # The head of the first run lies in the last finished shard.
         cut = 0 if self._runs else self._cut_at
         start = self.num_tokens + self._num_waiting - cut + in_front * len(self._eos)

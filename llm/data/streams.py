@@ -12,6 +12,8 @@ import logging
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
@@ -22,22 +24,12 @@ from llm.config.options import DataOptions
 from llm.data.corpus import Corpus
 from llm.data.encoding import encoding_threads
 from llm.data.shards import VERSION, ShardError, Streams, open_folder
-from llm.data.tokenizing import SHARD_SIZE, write_shards
+from llm.data.tokenizing import SHARD_SIZE, Watch, write_shards
 from llm.files.atomic import sync_folder, sync_tree
 
 log = logging.getLogger(__name__)
 
 _SECONDS_UNTIL_ABANDONED = 24 * 3600.0
-
-
-def find_streams(
-    corpus: Corpus, *, tokenizer_hash: str, cache_dir: Path, eos_in_single_text: bool = True
-) -> Streams | None:
-    """The streams that an earlier `tokenize` with the same arguments left, None if there are none.
-
-    The sizes of the files are checked, not their content: opening takes the same time for any text.
-    """
-    return _open(_folder_of(corpus, tokenizer_hash, eos_in_single_text, cache_dir))
 
 
 def tokenize(
@@ -48,6 +40,7 @@ def tokenize(
     options: DataOptions,
     cache_dir: Path,
     eos_in_single_text: bool = True,
+    watch: Watch | None = None,
 ) -> Streams:
     """The streams of a text: from the cache, or else made and put there.
 
@@ -58,9 +51,10 @@ def tokenize(
         corpus: the text.
         tokenizer: gives the ids, without special tokens around a text.
         tokenizer_hash: changes when the tokenizer does.
-        options: whether to tokenize again, and with how many threads.
+        options: whether to tokenize again, and with how many processes.
         cache_dir: where streams are kept, in a folder `tokens`.
         eos_in_single_text: whether a split that is one document ends with the token, too.
+        watch: shown how far it is, None: lines are logged.
 
     Raises:
         UserError: the text cannot be read, holds nothing, or the cache cannot be written.
@@ -70,21 +64,33 @@ def tokenize(
     if found is not None:
         log.info("tokens of %s: from the cache %s", corpus.name, folder)
         return found
+    num_workers = options.preprocessing_num_workers
+    with _new_folder(folder, replace=options.overwrite_cache) as temporary, encoding_threads(num_workers):
+        write_shards(
+            corpus,
+            tokenizer,
+            temporary,
+            tokenizer_hash=tokenizer_hash,
+            shard_size=SHARD_SIZE,
+            eos_in_single_text=eos_in_single_text,
+            num_workers=num_workers,
+            watch=watch,
+        )
+    made = _open(folder)
+    if made is None:
+        raise UserError(f"the token cache {folder} vanished while it was written; start again")
+    return made
+
+
+@contextmanager
+def _new_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
+    """A folder in which to write, that takes its name when the block ends well and else goes."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
         _remove_abandoned(folder)
-        with encoding_threads(options.preprocessing_num_workers):
-            write_shards(
-                corpus,
-                tokenizer,
-                temporary,
-                tokenizer_hash=tokenizer_hash,
-                shard_size=SHARD_SIZE,
-                eos_in_single_text=eos_in_single_text,
-                num_workers=options.preprocessing_num_workers,
-            )
-        _put_in_place(temporary, folder, replace=options.overwrite_cache)
+        yield temporary
+        _put_in_place(temporary, folder, replace=replace)
     except OSError as error:
         raise UserError(
             f"the token cache {folder.parent} cannot be written ({error.strerror});"
@@ -92,10 +98,6 @@ def tokenize(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    made = _open(folder)
-    if made is None:
-        raise UserError(f"the token cache {folder} vanished while it was written; start again")
-    return made
 
 
 def _folder_of(corpus: Corpus, tokenizer_hash: str, eos_in_single_text: bool, cache_dir: Path) -> Path:

@@ -6,14 +6,16 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from llm.data.corpus import Corpus, no_text
-from llm.data.encoding import Encoder, Piece, batches
+from llm.data.cutting import batches
+from llm.data.encoding import Encoder, Piece
 from llm.data.held_out import Split
 from llm.data.parts import Skipped, describe
 from llm.data.shards import FOLDER_MAGIC, MANIFEST, SPLITS, VERSION
@@ -27,6 +29,41 @@ SHARD_SIZE = 100_000_000
 _SECONDS_BETWEEN_LINES = 5.0
 
 
+class Counts(NamedTuple):
+    """How far tokenizing is.
+
+    Attributes:
+        num_bytes: bytes of text in UTF-8 read so far, those of shards found finished included.
+        num_bytes_found: of these, bytes in shards found finished, which cost reading only.
+        total_bytes: of the whole text, or about so many; None where nobody knows.
+        num_tokens: ids in shards.
+        num_documents: documents begun.
+        seconds: since the first text that was not found finished.
+    """
+
+    num_bytes: int
+    num_bytes_found: int
+    total_bytes: int | None
+    num_tokens: int
+    num_documents: int
+    seconds: float
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Of what this process tokenized."""
+        return (self.num_bytes - self.num_bytes_found) / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None where nobody knows."""
+        if self.total_bytes is None or self.bytes_per_second == 0:
+            return None
+        return max(self.total_bytes - self.num_bytes, 0) / self.bytes_per_second
+
+
+Watch: TypeAlias = Callable[[Counts], None]
+
+
 def write_shards(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
@@ -36,6 +73,7 @@ def write_shards(
     shard_size: int,
     eos_in_single_text: bool,
     num_workers: int | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Tokenizes a text into a folder, from where an earlier attempt with the same arguments was killed.
 
@@ -43,36 +81,60 @@ def write_shards(
     two has it at its end only. The shards are the same bytes however often the work was interrupted:
     what finished shards hold is read again, but not tokenized again.
 
+    Args:
+        corpus: the text.
+        tokenizer: gives the ids, without special tokens around a text.
+        folder: where the shards lie, or will.
+        tokenizer_hash: changes when the tokenizer does.
+        shard_size: tokens of a shard.
+        eos_in_single_text: whether a split that is one document ends with the token, too.
+        num_workers: processes that encode, None: one for each core.
+        watch: shown how far it is after every megabyte or so, None: a line is logged every few seconds.
+
     Raises:
         UserError: the text cannot be read or holds nothing; or shards there are of something else.
         OSError: the folder cannot be written.
     """
     if tokenizer.eos_token_id is None:
         log.warning("the tokenizer has no end-of-text token: documents are joined without one")
-    encoder = Encoder(tokenizer)
     skipped: Skipped = Counter()
-    form = Form(encoder.vocabulary_size, tokenizer_hash, shard_size, tokenizer.eos_token_id, eos_in_single_text)
-    writers = {split: SplitWriter(folder, split, form) for split in SPLITS}
-    progress = _Progress(corpus, list(writers.values()))
-    try:
-        due = _not_in_shards(batches(corpus.parts(skipped), encoder), writers, progress)
-        for batch, ids in encoder.encode_batches(due, num_workers):
-            for piece, piece_ids in zip(batch, ids, strict=True):
-                writers[piece.split].add(piece, piece_ids)
+    with Encoder(tokenizer, num_workers) as encoder:
+        form = Form(encoder.vocabulary_size, tokenizer_hash, shard_size, tokenizer.eos_token_id, eos_in_single_text)
+        writers = {split: SplitWriter(folder, split, form) for split in SPLITS}
+        progress = _Progress(corpus, list(writers.values()), watch)
+        try:
+            _write_documents(corpus, encoder, writers, skipped, progress)
+        finally:
             for writer in writers.values():
-                writer.flush()
-            progress.tell()
-        if writers["train"].num_documents == 0:
-            raise no_text(corpus.name, skipped)
-        if corpus.validation is not None and writers["validation"].num_documents == 0:
-            raise no_text(f"the validation text of {corpus.name}", skipped)
-        for writer in writers.values():
-            writer.finish()
-    finally:
-        for writer in writers.values():
-            writer.close()
+                writer.close()
     progress.end(skipped)
     _write_manifest(folder, corpus, form, writers, skipped)
+
+
+def _write_documents(
+    corpus: Corpus,
+    encoder: Encoder,
+    writers: Mapping[Split, SplitWriter],
+    skipped: Skipped,
+    progress: _Progress,
+) -> None:
+    found = batches(corpus.parts(skipped), encoder, corpus.name)
+    for batch, ids in encoder.encode_batches(_not_in_shards(found, writers, progress)):
+        for piece, piece_ids in zip(batch, ids, strict=True):
+            writers[piece.split].add(piece, piece_ids)
+        for writer in writers.values():
+            writer.flush()
+        progress.tell()
+    _require_text(corpus, writers, skipped)
+    for writer in writers.values():
+        writer.finish()
+
+
+def _require_text(corpus: Corpus, writers: Mapping[Split, SplitWriter], skipped: Skipped) -> None:
+    if writers["train"].num_documents == 0:
+        raise no_text(corpus.name, skipped)
+    if corpus.validation is not None and writers["validation"].num_documents == 0:
+        raise no_text(f"the validation text of {corpus.name}", skipped)
 
 
 def _write_manifest(
@@ -107,11 +169,12 @@ def _not_in_shards(
 
 
 class _Progress:
-    """Says every few seconds how far a long text is, and at the end what came of it."""
+    """Shows how far a long text is, or says it every few seconds, and at the end what came of it."""
 
-    def __init__(self, corpus: Corpus, writers: list[SplitWriter]) -> None:
+    def __init__(self, corpus: Corpus, writers: list[SplitWriter], watch: Watch | None) -> None:
         self._corpus = corpus
         self._writers = writers
+        self._watch = watch
         self._start = self._told = time.monotonic()
         # Tokens that an earlier attempt left: they cost this one nothing but reading.
         self._tokens_found = sum(writer.num_tokens for writer in writers)
@@ -121,40 +184,45 @@ class _Progress:
 
     def tell(self) -> None:
         now = time.monotonic()
-        num_tokens, num_bytes = self._counts()
-        if num_tokens == self._tokens_found:
-            self._bytes_found = num_bytes
+        if sum(writer.num_tokens for writer in self._writers) == self._tokens_found:
+            self._bytes_found = sum(writer.num_bytes for writer in self._writers)
             self._start = now
-        if now - self._told >= _SECONDS_BETWEEN_LINES:
+        if self._watch is not None:
+            self._watch(self._counts(now))
+        elif now - self._told >= _SECONDS_BETWEEN_LINES:
             self._told = now
-            total = self._corpus.num_bytes
-            speed = (num_bytes - self._bytes_found) / max(now - self._start, 1e-9)
+            counts = self._counts(now)
             rest = ""
-            if total is not None and speed > 0:
-                left = max(total - num_bytes, 0)
-                rest = f", {min(100 * num_bytes / max(total, 1), 100):.0f} %, eta {_clock(left / speed)}"
-            self._line("tokenizing", now, rest)
+            if counts.total_bytes is not None and counts.seconds_left is not None:
+                share = min(100 * counts.num_bytes / max(counts.total_bytes, 1), 100)
+                rest = f", {share:.0f} %, eta {_clock(counts.seconds_left)}"
+            self._line("tokenizing", counts, rest)
 
     def end(self, skipped: Skipped) -> None:
         if skipped:
             log.warning("%s: skipped %s", self._corpus.name, describe(skipped))
-        self._line("tokenized", time.monotonic(), "")
+        self._line("tokenized", self._counts(time.monotonic()), "")
 
-    def _counts(self) -> tuple[int, int]:
-        tokens = sum(writer.num_tokens for writer in self._writers)
-        return tokens, sum(writer.num_bytes for writer in self._writers)
+    def _counts(self, now: float) -> Counts:
+        return Counts(
+            num_bytes=sum(writer.num_bytes for writer in self._writers),
+            num_bytes_found=self._bytes_found,
+            total_bytes=self._corpus.num_bytes,
+            num_tokens=sum(writer.num_tokens for writer in self._writers),
+            num_documents=sum(writer.num_documents for writer in self._writers),
+            seconds=now - self._start,
+        )
 
-    def _line(self, verb: str, now: float, rest: str) -> None:
-        num_tokens, num_bytes = self._counts()
+    def _line(self, verb: str, counts: Counts, rest: str) -> None:
         log.info(
             "%s %s: %.1f MB, %.1f MB/s, %s documents, %s tokens, %.2f bytes a token%s",
             verb,
             self._corpus.name,
-            num_bytes / 1e6,
-            (num_bytes - self._bytes_found) / 1e6 / max(now - self._start, 1e-9),
-            f"{sum(writer.num_documents for writer in self._writers):,}",
-            f"{num_tokens:,}",
-            num_bytes / max(num_tokens, 1),
+            counts.num_bytes / 1e6,
+            counts.bytes_per_second / 1e6,
+            f"{counts.num_documents:,}",
+            f"{counts.num_tokens:,}",
+            counts.num_bytes / max(counts.num_tokens, 1),
             rest,
         )
 

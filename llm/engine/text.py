@@ -30,6 +30,7 @@ from llm.data.starts import StartsBehindToken
 from llm.data.streams import tokenize
 from llm.engine.lines import ledger_line
 from llm.engine.plan import Plan
+from llm.engine.text_bar import text_bar
 from llm.models.tokenizers import (
     CHARACTERS,
     TRAINED,
@@ -171,14 +172,16 @@ def prepare_text(options: Options, world: World) -> Text:
         cache_dir=cache_dir,
     )
     identity = tokenizer_hash(tokenizer)
-    streams = tokenize(
-        corpus,
-        tokenizer,
-        tokenizer_hash=identity,
-        options=options.data if world.is_main else options.data.model_copy(update={"overwrite_cache": False}),
-        cache_dir=cache_dir,
-        eos_in_single_text=not is_character_level(tokenizer),
-    )
+    with text_bar() as watch:
+        streams = tokenize(
+            corpus,
+            tokenizer,
+            tokenizer_hash=identity,
+            options=options.data if world.is_main else options.data.model_copy(update={"overwrite_cache": False}),
+            cache_dir=cache_dir,
+            eos_in_single_text=not is_character_level(tokenizer),
+            watch=watch,
+        )
     return Text(corpus.name, tokenizer, identity, streams)
 
 

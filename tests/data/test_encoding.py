@@ -7,16 +7,13 @@ import random
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from llm.config.errors import UserError
 from llm.data import encoding
-from llm.data.encoding import Encoder, Piece, batches, encoding_threads, vocabulary_size
+from llm.data.encoding import Encoder, Piece, encoding_threads, vocabulary_size
 from llm.data.merges import MergeEngine
-from llm.data.parts import Part
 
 SHARED = Path(os.environ.get("LLM_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
@@ -28,30 +25,8 @@ def gpt2():
     return AutoTokenizer.from_pretrained(SHARED / "gpt2-tokenizer")
 
 
-def _encoded(parts: list, tokenizer) -> list[int]:
-    encoder = Encoder(tokenizer)
-    ids: list[int] = []
-    for batch in batches(parts, encoder):
-        for found in encoder.encode([piece.text for piece in batch]):
-            assert found.dtype == np.uint32
-            ids += found.tolist()
-    return ids
-
-
-def _in_parts(text: str, size: int) -> list:
-    starts = range(0, len(text), size)
-    return [("train", Part(text[start : start + size], ends=False)) for start in starts]
-
-
-@pytest.mark.parametrize("name", ["tinyshakespeare.txt", "wikitext2-valid.txt"])
-def test_encoding_when_long_text_is_cut_then_ids_of_the_whole(gpt2, name: str, monkeypatch) -> None:
-    monkeypatch.setattr(encoding, "LONG_DOCUMENT", 1 << 18)
-    monkeypatch.setattr(encoding, "PIECE_LENGTH", 1 << 14)
-    monkeypatch.setattr(encoding, "_TRIAL_LENGTH", 1 << 17)
-    text = (SHARED / name).read_text()[: 1 << 19]
-    whole = gpt2(text, add_special_tokens=False, verbose=False)["input_ids"]
-    assert _encoded(_in_parts(text, 1 << 16), gpt2) == whole
-    assert len(list(encoding.pieces(_in_parts(text, 1 << 16), Encoder(gpt2)))) > 20
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_encoding_when_texts_are_odd_then_ids_of_the_tokenizer(gpt2) -> None:
@@ -161,11 +136,39 @@ def test_encoding_when_text_is_short_then_no_engine_is_made(gpt2) -> None:
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_encode_batches_when_several_workers_then_order_kept(byte_tokenizer, at_once, num_workers: int) -> None:
-    given = [[Piece("train", f"{number} é " * (1 + number % 7), True, True)] * 3 for number in range(40)]
-    found = list(Encoder(byte_tokenizer).encode_batches(iter(given), num_workers))
+    given = [[Piece("train", f"{number} é \ufdd0" * (1 + number % 7), True, True)] * 3 for number in range(40)]
+    given[7] *= 0
+    with Encoder(byte_tokenizer, num_workers) as encoder:
+        found = list(encoder.encode_batches(iter(given)))
+        assert (encoder._workers is not None) == (num_workers > 1)
     assert [batch for batch, _ in found] == given
     for batch, ids in found:
-        assert [list(map(len, ids))] == [[len(piece.text.encode()) for piece in batch]]
+        assert [part.tolist() for part in ids] == [_ids(byte_tokenizer, piece.text) for piece in batch]
+        assert {part.dtype.name for part in ids} <= {"uint16", "uint32"}
+
+
+def test_encode_batches_when_results_wait_then_reads_no_further_ahead(byte_tokenizer, at_once) -> None:
+    read = []
+
+    def given():
+        for number in range(100):
+            read.append(number)
+            yield [Piece("train", str(number), True, True)]
+
+    with Encoder(byte_tokenizer, 2) as encoder:
+        made = encoder.encode_batches(given())
+        assert [next(made)[0][0].text for _ in range(5)] == list("01234")
+        assert len(read) <= 5 + 2 * 2 + 1
+
+
+def test_encode_batches_when_no_process_can_start_then_in_this_one_and_said(
+    byte_tokenizer, at_once, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr("sys.executable", "")
+    with Encoder(byte_tokenizer, 2) as encoder:
+        [(_, ids)] = encoder.encode_batches([[Piece("train", "some words", True, True)]])
+    assert ids[0].tolist() == _ids(byte_tokenizer, "some words")
+    assert "tokenizing in one process" in caplog.text
 
 
 def test_encoding_when_tokenizer_was_told_to_truncate_then_it_does_not(byte_tokenizer) -> None:
@@ -219,41 +222,6 @@ def test_encoding_when_id_is_beyond_the_vocabulary_then_refused(byte_tokenizer, 
     encoder.vocabulary_size = 10
     with pytest.raises(UserError, match="has 10 tokens"):
         encoder.encode(["hello"])
-
-
-def test_encoding_when_pieces_would_differ_then_whole(byte_tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr(encoding, "LONG_DOCUMENT", 400)
-    monkeypatch.setattr(encoding, "PIECE_LENGTH", 50)
-    monkeypatch.setattr(encoding, "_TRIAL_PIECE_LENGTH", 20)
-    text = "some words in a line\n" * 100
-    parts = [*_in_parts(text, 64), ("train", Part("", ends=True))]
-    pieces = [piece for batch in batches(parts, Encoder(byte_tokenizer)) for piece in batch]
-    assert len(pieces) > 5
-    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert "".join(piece.text for piece in pieces) == text
-
-    backend = byte_tokenizer.backend_tokenizer
-    before = backend.pre_tokenizer
-    try:
-        # A space in front of every text that is encoded, as some tokenizers put.
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        pieces = [piece for batch in batches(parts, Encoder(byte_tokenizer)) for piece in batch]
-    finally:
-        backend.pre_tokenizer = before
-    assert [piece.text for piece in pieces] == [text]
-
-
-def test_cut_when_space_surrounds_newlines_then_not_there() -> None:
-    text = "one two\nthree \nfour\n\nfive\n six<|x|>\nseven.\neight\n <|x|>"
-    behind_words, before_spaces = encoding._PLACES
-    assert encoding.cut(text, 1, behind_words) == [
-        "one two\n",
-        "three \nfour\n\nfive\n six<|x|>\nseven.\n",
-        "eight\n <|x|>",
-    ]
-    assert encoding.cut(text, 1, before_spaces)[1].startswith(" six<|x|>\nseven")
-    assert "".join(encoding.cut(text, 1, before_spaces)) == text
 
 
 def test_vocabulary_size_when_it_has_holes_then_beyond_the_largest_id(byte_tokenizer) -> None:

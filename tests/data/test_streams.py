@@ -19,10 +19,10 @@ from llm.data.blocks import ledger
 from llm.data.corpus import open_corpus
 from llm.data.encoding import Encoder
 from llm.data.shards import Streams
-from llm.data.streams import find_streams, tokenize
+from llm.data.streams import tokenize
 from llm.data.tokens import Tokens
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(os.environ.get("LLM_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 EOS = 256
 
 
@@ -123,19 +123,19 @@ def test_tokenize_when_told_to_overwrite_then_done_again_and_old_map_stays(make,
     assert [path.name for path in first.dir.parent.iterdir()] == [first.dir.name]
 
 
-def test_tokenize_when_text_or_tokenizer_changes_then_another_folder(make, rows, tmp_path) -> None:
+def test_tokenize_when_text_or_tokenizer_changes_then_another_folder(
+    make, rows, tmp_path, byte_tokenizer, monkeypatch
+) -> None:
     first = make(rows)
     rows.write_text(rows.read_text() + '\n{"text": "more"}\n')
     second = make(rows)
     assert second.dir != first.dir
     assert second.data_hash != first.data_hash
     data = DataOptions(train_file=(str(rows),))
-    found = {
-        name: find_streams(open_corpus(data), tokenizer_hash=name, cache_dir=tmp_path / "cache")
-        for name in ("bytes", "another")
-    }
-    assert found["bytes"].dir == second.dir
-    assert found["another"] is None
+    third = tokenize(open_corpus(data), byte_tokenizer, tokenizer_hash="another", options=data, cache_dir=tmp_path)
+    assert third.dir.name not in (first.dir.name, second.dir.name)
+    monkeypatch.setattr(Encoder, "encode", lambda *_: pytest.fail("tokenized again"))
+    assert make(rows).dir == second.dir
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no manifest", "broken manifest", "no tokens"])
@@ -217,11 +217,31 @@ def test_tokenize_when_no_share_held_out_then_no_validation(make, rows) -> None:
 
 def test_tokenize_when_it_takes_long_then_progress_is_logged(make, rows, monkeypatch, caplog) -> None:
     monkeypatch.setattr("llm.data.tokenizing._SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr("llm.data.encoding.BATCH_LENGTH", 100)
+    monkeypatch.setattr("llm.data.cutting.BATCH_LENGTH", 100)
     caplog.set_level("INFO")
     make(rows)
     assert caplog.text.count("tokenizing rows.jsonl: ") > 5
     assert "100 documents" in caplog.text
+
+
+def test_tokenize_when_watched_then_shown_how_far_and_no_lines(
+    rows, tmp_path, byte_tokenizer, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr("llm.data.tokenizing._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("llm.data.cutting.BATCH_LENGTH", 100)
+    caplog.set_level("INFO")
+    shown = []
+    data = DataOptions(train_file=(str(rows),), validation_split_percentage=10)
+    streams = tokenize(
+        open_corpus(data), byte_tokenizer, tokenizer_hash="", options=data, cache_dir=tmp_path, watch=shown.append
+    )
+    assert len(shown) > 5
+    assert [counts.num_bytes for counts in shown] == sorted(counts.num_bytes for counts in shown)
+    last = shown[-1]
+    assert last.num_bytes == last.total_bytes == streams.train.num_bytes + streams.validation.num_bytes
+    assert last.num_tokens == len(streams.train.tokens) + len(streams.validation.tokens)
+    assert last.seconds_left == 0 and last.bytes_per_second > 0
+    assert "tokenizing rows.jsonl: " not in caplog.text
 
 
 def test_tokenize_when_vocabulary_is_large_then_four_bytes_a_token(make, rows, monkeypatch) -> None:
