@@ -97,13 +97,23 @@ class Encoder:
             UserError: the tokenizer gave an id beyond its vocabulary, or a process was killed.
         """
         waiting: deque[tuple[list[Piece], Callable[[], list[NDArray[Any]]]]] = deque()
-        for batch in batches:
+        source, failure = iter(batches), None
+        while True:
+            try:
+                batch = next(source, None)
+            except UserError as error:
+                failure = error  # what was read before it is not lost
+                break
+            if batch is None:
+                break
             waiting.append((batch, self._begin([piece.text for piece in batch])))
             while len(waiting) > (0 if self._workers is None else 2 * self._num_workers):
                 begun, ids = waiting.popleft()
                 yield begun, ids()
         for begun, ids in waiting:
             yield begun, ids()
+        if failure is not None:
+            raise failure
 
     def _begin(self, texts: list[str]) -> Callable[[], list[NDArray[Any]]]:
         """Has a process begin to encode, if there is one; gives what waits for the ids."""

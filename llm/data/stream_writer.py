@@ -36,7 +36,6 @@ from llm.data.parts import Part, Skipped, Source
 from llm.data.shards import MANIFEST, VERSION, Stream, open_folder, shard_path
 from llm.data.text_streams import TextStream
 from llm.data.tokenizing import write_shards
-from llm.data.workers import usable_cores
 from llm.files.atomic import write_text
 from llm.files.lock import locked
 
@@ -44,8 +43,6 @@ from llm.files.lock import locked
 # 1,024 tokens to shuffle.
 SHARD_SIZE = 1 << 22
 
-# More threads would read so much ahead of the first shard that it came later.
-_MOST_THREADS = 4
 # Bytes of text between two looks at what is wanted.
 _BYTES_BETWEEN_LOOKS = 1 << 20
 _LOOK_SECONDS = 0.5
@@ -139,7 +136,7 @@ class StreamJob:
         eos_in_single_text: whether a split that is one document ends with the end-of-text token, too.
         cache_dir: the folder of all tokenized text.
         shard_size: tokens of a shard.
-        num_workers: threads that tokenize; None for a few.
+        num_workers: processes that tokenize; None for this one.
     """
 
     text: TextStream
@@ -187,7 +184,8 @@ class StreamJob:
         if (folder / MANIFEST).is_file():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        num_workers = self.num_workers or min(usable_cores(), _MOST_THREADS)
+        # One, or text that has arrived would wait with the processes for text that has not.
+        num_workers = self.num_workers or 1
         with encoding_threads(num_workers):
             write_shards(
                 Corpus(self.text.name, self.text.fingerprint, source, None, 0, is_streamed=True),

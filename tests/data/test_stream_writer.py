@@ -76,9 +76,10 @@ def begun(made: StreamJob, wanted: int) -> StreamWriter:
 
 
 def processes() -> set[str]:
-    """The writers that live."""
-    listed = subprocess.run(["ps", "-wweo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
-    return {line for line in listed.splitlines() if "spawn_main" in line and " Z" not in line}
+    """The writers of this process that live; other tests may run beside these."""
+    listed = subprocess.run(["ps", "-wweo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
+    mine = [line for line in listed.splitlines() if line.split()[1] == str(os.getpid())]
+    return {line for line in mine if "spawn_main" in line and " Z" not in line}
 
 
 @pytest.fixture(autouse=True)

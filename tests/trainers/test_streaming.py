@@ -31,8 +31,8 @@ SHARD = 4000
 # The trainer with small shards, in a process of its own; the writer's process reads this file too.
 PROGRAM = f"""
 import sys
-import llm.data.encoding
-llm.data.encoding.BATCH_LENGTH = 2000
+import llm.data.cutting
+llm.data.cutting.BATCH_LENGTH = 2000
 if __name__ == "__main__":
     import llm.engine.stream
     from llm.trainers.gpt import main
@@ -48,16 +48,28 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_process_stays() -> Iterator[None]:
-    before = writers()
+def _no_process_stays(tmp_path: Path) -> Iterator[None]:
     yield
-    until(lambda: writers() <= before, 10)
+    until(lambda: not writers(tmp_path), 10)
 
 
-def writers() -> set[str]:
-    """The processes that write, alive."""
-    listed = subprocess.run(["ps", "-wweo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
-    return {line.split()[0] for line in listed.splitlines() if "spawn_main" in line and " Z" not in line}
+def writers(folder: Path) -> set[str]:
+    """The processes that write, alive, of a test with this folder; other tests may run beside it."""
+    listed = subprocess.run(["ps", "-wweo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
+    found = set()
+    for line in listed.splitlines():
+        if "spawn_main" in line and " Z" not in line:
+            pid, parent = line.split()[:2]
+            if parent == str(os.getpid()) or str(folder).encode() in _environment(pid):
+                found.add(pid)
+    return found
+
+
+def _environment(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
 
 
 def until(condition: Callable[[], object], seconds: float = 90) -> None:
@@ -349,13 +361,12 @@ def test_stream_when_the_trainer_is_killed_then_nothing_of_it_stays(
     run: Callable[..., subprocess.Popen[str]], hub: StandInHub, tmp_path: Path
 ) -> None:
     hub.hold = "train-00001"
-    before = writers()
     process = run(
         *NOTHING_HELD_OUT, "--max_train_steps", "900", "--logging_steps", "1", "--dataloader_num_workers", "2"
     )
     reach(process, "step 1/")
     time.sleep(3)  # until all wait
-    assert len(writers() - before) == 1
+    assert len(writers(tmp_path)) == 1
     group = subprocess.run(["ps", "-wweo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
     children = [line.split()[0] for line in group.splitlines() if line.split()[1] == str(process.pid)]
     assert len(children) >= 3  # the writer and two workers
