@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS = $(shell $(BIN)/python -c 'import os; print(min(2, os.cpu_count() or 1))')
 
-.PHONY: help setup demo test test-exhaustive check clean
+.PHONY: help setup demo test test-exhaustive test-faults check clean
 
 help:
 	@echo "make demo    train a small GPT on this machine's own Python source: about three minutes"
 	@echo "make test    run the tests"
 	@echo "make test-exhaustive  run those that take minutes, too many for every change"
+	@echo "make test-faults  of these, the runs that are killed 200 times"
 	@echo "make check   lint, format, types, import layers"
 	@echo "make setup   install everything into $(VENV) (the others do it when needed)"
 	@echo "make clean   remove what the above left behind, $(VENV) and runs/demo included"
@@ -34,6 +35,9 @@ test: $(STAMP)
 
 test-exhaustive: $(STAMP)
 	$(BIN)/python -m pytest -q -m exhaustive
+
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -q -m exhaustive tests/faults
 
 check: $(STAMP)
 	$(BIN)/ruff check .

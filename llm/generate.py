@@ -67,7 +67,7 @@ def model_place(name: str) -> str:
     if (folder / "config.json").is_file():
         return str(folder)
 
-    from llm.engine.checkpoints import saved_steps
+    from llm.engine.checkpoint_files import saved_steps
 
     steps = saved_steps(folder / "checkpoints") or saved_steps(folder)
     if not steps:

@@ -20,7 +20,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # No test reads or fills the user's own caches, or uses the user's own accounts.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="llm-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "WANDB_API_KEY", "WORLD_SIZE", "RANK"):
+_SCHEDULERS = ("LLM_END_TIME", "SLURM_JOB_ID", "SLURM_JOB_END_TIME", "PBS_JOBID", "TORCHELASTIC_RESTART_COUNT")
+for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "WANDB_API_KEY", "WORLD_SIZE", "RANK", *_SCHEDULERS):
     os.environ.pop(name, None)
 
 WORDS = "the a king queen sword runs speaks to of and love night day with from into crown blood".split()

@@ -21,11 +21,13 @@ from llm.config.options import Options
 from llm.config.plot import PlotOptions
 from llm.config.prepare import PrepareOptions
 from llm.config.reader import read_options
+from llm.config.runs import RunsOptions
 from llm.data.blocks import Ledger
 from llm.engine.lines import ledger_line
 from llm.generate import main as generate
 from llm.plot import main as plot
 from llm.prepare import main as prepare
+from llm.runs import main as list_runs
 from llm.trainers.gpt import main as train
 from llm.world.network import come_online
 from tests.hub_cache import plant_model
@@ -38,6 +40,7 @@ SHORTER = {
     "llm.trainers.gpt": ["--max_train_steps", "2", "--max_eval_batches", "1", "--block_size", "32", "--use_cpu"],
     "llm.generate": ["--max_new_tokens", "4", "--use_cpu"],
     "llm.plot": [],
+    "llm.runs": [],
     "llm.prepare": ["--preprocessing_num_workers", "1"],
 }
 # Files that the README's reader brings along.
@@ -173,7 +176,13 @@ def test_command_when_typed_as_it_stands_then_works(
         launch(launcher, [*before, *shortened(module, words)])
         return
     assert launcher == "python", f"no stand-in for: {line}"
-    program = {"llm.trainers.gpt": train, "llm.generate": generate, "llm.plot": plot, "llm.prepare": prepare}[module]
+    program = {
+        "llm.trainers.gpt": train,
+        "llm.generate": generate,
+        "llm.plot": plot,
+        "llm.prepare": prepare,
+        "llm.runs": list_runs,
+    }[module]
     assert program(shortened(module, words)) == 0, capfd.readouterr().err
     check_result(module, words, capfd.readouterr().out)
 
@@ -185,6 +194,9 @@ def check_result(module: str, words: list[str], out: str) -> None:
         assert num_samples == "1" or f"--- sample {num_samples} of {num_samples} -" in out
     elif module == "llm.plot":
         assert Path(words[words.index("--output") + 1]).read_bytes().startswith(b"\x89PNG")
+    elif module == "llm.runs":
+        assert f"{words[0]}: done after step 2" in out
+        assert "newest, best" in out
     elif module == "llm.prepare":
         assert (Path(words[words.index("--output_dir") + 1]) / "train_00000.bin").is_file()
     else:
@@ -202,6 +214,7 @@ def test_command_when_inside_a_sentence_then_its_options_are_read(line: str) -> 
         "llm.generate": GenerateOptions,
         "llm.plot": PlotOptions,
         "llm.prepare": PrepareOptions,
+        "llm.runs": RunsOptions,
     }[module]
     if "--help" in words:
         with pytest.raises(SystemExit) as end:
@@ -242,7 +255,11 @@ def test_ledger_when_shown_then_is_a_line_that_a_run_prints_and_adds_up() -> Non
 
 
 def test_flags_when_mentioned_then_are_options() -> None:
-    known = {name for table in (Options, GenerateOptions, PlotOptions, PrepareOptions) for name in flags_of(table)}
+    known = {
+        name
+        for table in (Options, GenerateOptions, PlotOptions, PrepareOptions, RunsOptions)
+        for name in flags_of(table)
+    }
     mentioned = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)}
     assert len(mentioned) > 10
     assert mentioned - known - set(BUILT_IN) - LAUNCHER_FLAGS == set()

@@ -18,3 +18,14 @@ class UsageError(UserError):
     """The command line or the TOML file is wrong."""
 
     exit_code = 2
+
+
+class Stopped(BaseException):
+    """The run was asked to stop and does; the message is the reason, such as SIGTERM or walltime.
+
+    Like KeyboardInterrupt it is no `Exception`, since it may be raised in the middle of a library that takes
+    every one of those for a broken file. An ``is_echo`` was met by another process of the run.
+    """
+
+    exit_code = 75
+    is_echo = False

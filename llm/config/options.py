@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from llm.config.durations import FORMS, seconds_of
 from llm.config.folders import weighted_folders
 from llm.config.rows import Group, row
 
@@ -87,6 +88,8 @@ class TrainingOptions(Group):
     mixed_precision: Literal["no", "bf16", "fp16", "fp8"] = row("no", "arithmetic of the forward and backward pass (fp8 is refused)")
     use_cpu: bool = row(False, "use no accelerator")
     torch_compile: bool = row(False, "compile the model")
+    max_skipped_updates: int = row(3, "updates in a row with a gradient that is not finite that end the run; one alone is skipped", ge=1, metavar="N")
+    max_time: float | str | None = row(None, f"save and stop that long after the start of the process: {FORMS}; a job's walltime is found by itself", metavar="TIME")
     full_determinism: bool = row(False, "only deterministic kernels: the same bits on every run of a CUDA device, slower")
 
 
@@ -127,7 +130,8 @@ class OutputOptions(Group):
     output_dir: str | None = row(None, "folder of the run (default: nothing is kept)", metavar="DIR")
     overwrite_output_dir: bool = row(False, "remove what an earlier run wrote there, and nothing else")
     checkpointing_steps: int | Literal["epoch"] | None = row(None, "updates between checkpoints, or epoch", metavar="N|epoch")
-    save_total_limit: int | None = row(None, "checkpoints kept (default: all)", ge=1, metavar="N")
+    save_minutes: float = row(1, "minutes between saves by the clock, of which the newest two are kept (0: none); more where saving would cost more than 2 % of the time", ge=0, metavar="MIN")
+    save_total_limit: int | None = row(None, "checkpoints of --checkpointing_steps that are kept (default: all); the newest and the best always are", ge=1, metavar="N")
     resume_from_checkpoint: bool | str = row(False, "continue from a checkpoint: the newest good one (bare), latest, best, or a path", metavar="PATH")
     logging_steps: int = row(10, "updates between records", ge=1, metavar="N")
     run_name: str | None = row(None, "name of the run in trackers and in the model card (default: the output folder's)", metavar="NAME")
@@ -221,6 +225,7 @@ def _contradictions(options: Options) -> list[str | None]:
         if options.hub.push_to_hub and output.output_dir is None else None,
         "--checkpointing_steps must be a number of updates >= 1, or epoch"
         if isinstance(output.checkpointing_steps, int) and output.checkpointing_steps < 1 else None,
+        _duration_mistake("--max_time", training.max_time),
     ]
 
 
@@ -229,4 +234,13 @@ def _mistake_in_folders(words: tuple[str, ...]) -> str | None:
         weighted_folders(words)
     except ValueError as error:
         return str(error)
+    return None
+
+
+def _duration_mistake(flag: str, given: float | str | None) -> str | None:
+    try:
+        if given is not None:
+            seconds_of(given)
+    except ValueError as mistake:
+        return f"{flag} {given}: {mistake}"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -202,8 +203,18 @@ def _read_by_workers(
         pin_memory=pin_memory,
         # Its own generator, or it would draw from the one that everything else is seeded by.
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     yield from loader
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Launchers signal whole groups of processes; a worker that dies of it takes the polite stop from the run.
+
+    It ends when its parent says so, or is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batch_of(rows: Sequence[NDArray[np.int64]]) -> Batch:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from llm.config.errors import Stopped, UserError
 from llm.config.options import Options
 from llm.data.blocks import Blocks
 from llm.data.loaders import Samples, evaluation_batches
 from llm.engine.central import CentralUpdater, StepReport
-from llm.engine.checkpoints import keep_newest, save_checkpoint
+from llm.engine.checkpoints import save_checkpoint
 from llm.engine.folder import RunFolder
 from llm.engine.lines import evaluation_line, training_line
 from llm.engine.machine import Machine
 from llm.engine.plan import Plan
 from llm.engine.progress import Progress, Window
 from llm.engine.randomness import mixed
+from llm.engine.saving import Saver
+from llm.engine.signals import StopRequest
 from llm.engine.text import Text
 from llm.engine.tracking import Tracking
+from llm.engine.watchdog import Watchdog
 from llm.evaluation.perplexity import Evaluation, evaluate
+from llm.files.atomic import sync_file
 from llm.models.flops import flops_per_token, peak_flops
 from llm.models.language_model import LanguageModel
 from llm.models.sampling import sample
@@ -55,17 +63,22 @@ class Actions:
         updater: CentralUpdater,
         language_model: LanguageModel,
         tracking: Tracking,
+        saver: Saver | None,
+        stop: StopRequest,
+        watchdog: Watchdog,
     ) -> None:
         self.options, self.machine, self.world, self.folder = options, machine, machine.world, folder
         self.text, self.blocks, self.validation, self.plan = text, blocks, validation, plan
         self.progress, self.updater = progress, updater
-        self.language_model, self.tracking = language_model, tracking
+        self.language_model, self.tracking, self.saver = language_model, tracking, saver
         self.token_bytes, self.bytes_per_token = text.bytes_of_ids()
         self.flops_per_token = flops_per_token(self.model, plan.block_size)
         dtype = _DTYPES[machine.accelerator.mixed_precision]
         self.peak_flops = peak_flops(self.world.device, dtype)
+        self.stop, self.watchdog = stop, watchdog
+        self._first_step = progress.step
         self.newest: Evaluation | None = None
-        self._saved_step: int | None = None
+        self._is_best = False
 
     @property
     def model(self) -> PreTrainedModel:
@@ -98,7 +111,11 @@ class Actions:
         self.tracking.record(step, values)
 
     def evaluate(self, report: StepReport | None = None) -> None:
-        """Loss, perplexity and bits per byte of the validation text, on all ranks."""
+        """Loss, perplexity and bits per byte of the validation text, on all ranks.
+
+        Raises:
+            Stopped: on all ranks, when one was asked to stop; nothing is kept of what was measured.
+        """
         if self.validation is None:
             return
         batches = evaluation_batches(
@@ -108,15 +125,20 @@ class Actions:
             num_ranks=self.world.size,
             max_batches=self.options.evaluation.max_eval_batches,
         )
-        self.newest = evaluate(
-            self.language_model,
-            batches,
-            device=self.world.device,
-            token_bytes=self.token_bytes,
-            bytes_per_token=self.bytes_per_token,
-            sum_over_ranks=self.world.sum_,
-        )
-        self.progress.eval_loss = self.newest.loss
+        with self.watchdog.phase("the evaluation"):
+            found = evaluate(
+                self.language_model,
+                batches,
+                device=self.world.device,
+                token_bytes=self.token_bytes,
+                bytes_per_token=self.bytes_per_token,
+                sum_over_ranks=self.world.sum_,
+                should_stop=self.stop,
+            )
+        if found is None:
+            raise Stopped(self.stop.reason)
+        self.newest = found
+        self._is_best = self.progress.add_evaluation(self.newest.loss)
         values = {
             "eval_loss": self.newest.loss,
             "perplexity": self.newest.perplexity,
@@ -126,9 +148,11 @@ class Actions:
         self.tracking.record(self.progress.step, values)
 
     def sample(self, report: StepReport | None = None, *, num_samples: int = 1) -> None:
-        """Text of the model as it is now, on rank 0; the others wait at the next update."""
-        if not self.world.is_main:
-            return
+        """Text of the model as it is now, on rank 0; the others wait, but in no collective. A stop cuts it short."""
+        with self.watchdog.phase("the samples"):
+            self.world.on_main(lambda: self._sample(num_samples))
+
+    def _sample(self, num_samples: int) -> None:
         texts = sample(
             self.model,
             self.text.tokenizer,
@@ -138,39 +162,105 @@ class Actions:
             temperature=_SAMPLE_TEMPERATURE,
             top_k=_SAMPLE_TOP_K,
             seed=mixed(self.plan.seed, 2, self.progress.step),
+            should_stop=self.stop,
         )
+        if self.stop():
+            return
         for number, text in enumerate(texts, 1):
             log.info("--- sample %d of step %d ---\n%s", number, self.progress.step, text)
         self.tracking.record(self.progress.step, {"samples": texts})
 
-    def save(self, report: StepReport | None = None) -> None:
-        """A durable checkpoint, written by rank 0; `saved step N` is said when it is one."""
-        if self.folder is None or self._saved_step == self.progress.step:
-            return
-        self._saved_step = self.progress.step
-        if self.world.is_main:
-            tensors, numbers = self.updater.state()
+    def check_health(self, report: StepReport) -> None:
+        """Ends a run whose gradients are not finite any more, on all ranks at once.
+
+        Raises:
+            UserError: too many updates in a row were skipped. A loss scale of fp16 that still has room to
+                fall is no illness.
+        """
+        scaler = self.machine.accelerator.scaler
+        if report.skipped and scaler is not None and scaler.get_scale() >= 1:
+            self.progress.num_skipped_in_a_row = 0
+        number = self.progress.num_skipped_in_a_row
+        if number >= self.options.training.max_skipped_updates:
+            raise UserError(
+                f"the gradients of {number} updates in a row were not finite (the last is {self.progress.step}): the"
+                " run stops, its checkpoints are as they were; try a lower --learning_rate or more --num_warmup_steps"
+            )
+
+    def save_what_is_due(self, report: StepReport | None = None) -> None:
+        """A checkpoint, if one is due after this update; the training goes on while it is written.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        is_best, self._is_best = self._is_best, False
+        if self.saver is not None and (reasons := self.saver.reasons(self.progress.step) + ["best"] * is_best):
+            self._save(self.saver, reasons)
+
+    def save_now(self, reason: str) -> None:
+        """A checkpoint, if this update has none yet; rank 0 returns when it is durable, the others at once.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self.saver is not None:
+            if self.saver.step != self.progress.step:
+                self._save(self.saver, [reason])
+            self.saver.wait()
+
+    def _save(self, saver: Saver, reasons: list[str]) -> None:
+        assert self.folder is not None
+        folder, step = self.folder, self.progress.step
+        tensors, numbers = self.updater.state()
+        state = {
+            "reasons": reasons,
+            "progress": self.progress.state(),
+            "plan": asdict(self.plan),
+            "identity": self.text.identity(),
+            "updater": numbers,
+        }
+
+        def write(*, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+            started = time.monotonic()
+            if folder.metrics.exists():
+                sync_file(folder.metrics)  # the records up to this step are as durable as the checkpoint
             save_checkpoint(
-                self.folder.checkpoints,
-                self.progress.step,
+                folder.checkpoints,
+                step,
                 model=self.model,
                 tokenizer=self.text.tokenizer,
+                weights=weights,
                 tensors=tensors,
-                state={
-                    "progress": self.progress.state(),
-                    "plan": asdict(self.plan),
-                    "identity": self.text.identity(),
-                    "updater": numbers,
-                },
+                state=state,
             )
-            keep_newest(self.folder.checkpoints, self.options.output.save_total_limit)
-            log.info("saved step %d", self.progress.step)
-        self.world.barrier()
+            self.stop.deadline.note_save(time.monotonic() - started)
 
-    def say_stopped(self, reason: str | None) -> None:
-        """Says, and writes down, that a signal ended the run early."""
-        step = self.progress.step
+        with self.watchdog.phase("the checkpoint before this one, which is still being written"):
+            saver.save(self.progress.step, self.model.state_dict(), tensors, write, reasons)
+
+    def close(self) -> None:
+        """Ends what still goes on: the checkpoint that is being written, and the trackers."""
+        if self.saver is not None:
+            self.saver.close()
+        self.tracking.close()
+
+    def stop_here(self) -> None:
+        """Saves what was trained since the last checkpoint, and says and writes down why the run ends early.
+
+        All ranks return when that is durable: a launcher kills the others when the first one leaves.
+
+        Raises:
+            UserError: on every rank, when the checkpoint could not be written.
+        """
+        with self.watchdog.phase("the last checkpoint"):
+            self.world.on_main(self._stop_here)
+
+    def _stop_here(self) -> None:
+        step, reason = self.progress.step, self.stop.reason or "another rank"
+        if step > self._first_step:
+            self.save_now("stop")
+        self.text.check()  # a stream that broke is saved like a stop, and is none
         kept = "; continue with --resume_from_checkpoint" if self.folder else "; nothing was kept"
-        log.info("stopped by %s after step %d%s", reason or "another rank", step, kept)
-        if self.folder is not None and self.world.is_main:
-            self.folder.write_status("stopped", step=step, reason=reason, exit_code=75)
+        log.info("stopped by %s after step %d%s", reason, step, kept)
+        if self.folder is not None:
+            self.folder.write_status("stopped", step=step, reason=reason, exit_code=Stopped.exit_code)

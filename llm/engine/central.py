@@ -15,6 +15,9 @@ from llm.engine.machine import Machine
 from llm.engine.randomness import seed_micro_batch
 from llm.models.language_model import IGNORED
 
+Wish = Callable[[], bool]
+"""Whether this rank was asked to stop."""
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -26,6 +29,7 @@ class StepReport:
         lr: learning rate of the update.
         skipped: the gradient was not finite, so no weight was changed, on any rank.
         stop: some rank was asked to stop.
+        abandoned: the stop came between the micro-batches, so no weight was changed, on any rank.
     """
 
     loss: float
@@ -33,6 +37,7 @@ class StepReport:
     lr: float
     skipped: bool
     stop: bool
+    abandoned: bool = False
 
 
 class CentralUpdater:
@@ -62,15 +67,18 @@ class CentralUpdater:
         self.learning_rate, self.max_grad_norm, self.seed = learning_rate, max_grad_norm, seed
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def update(self, micro_batches: Sequence[Batch], step: int, *, stop: bool = False) -> StepReport:
-        """One update from this rank's micro-batches; `stop` is this rank's wish, heard by all."""
+    def update(self, micro_batches: Sequence[Batch], step: int, *, should_stop: Wish = lambda: False) -> StepReport:
+        """One update from this rank's micro-batches; `should_stop` is this rank's wish, heard by all."""
         device = self.world.device
         batches = [batch.to(device) for batch in micro_batches]
         num_tokens = self.world.sum_(torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum())
         loss = torch.zeros((), device=device)
+        abandoned = False
         for index, batch in enumerate(batches):
-            seed_micro_batch(self.seed, step, index, self.world.rank)
             last = index == len(batches) - 1
+            if not last and (abandoned := abandoned or should_stop()):
+                continue  # the last one is never left out: its backward is where the ranks meet
+            seed_micro_batch(self.seed, step, index, self.world.rank)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss_sum, _ = self.model(*batch)
                 # DDP takes the mean over ranks; times their number it is the sum that we want.
@@ -80,27 +88,28 @@ class CentralUpdater:
             self.accelerator.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        flags = torch.stack([loss, bad.float(), torch.full_like(loss, float(stop))])
-        loss_value, num_bad, num_stop = self.world.sum_(flags).tolist()  # the one read of the device
-        if num_bad == 0:
+        wishes = [torch.full_like(loss, float(wish)) for wish in (should_stop(), abandoned)]
+        flags = torch.stack([loss, bad.float(), *wishes])
+        loss_value, num_bad, num_stop, num_abandoned = self.world.sum_(flags).tolist()  # the one read of the device
+        if num_bad == num_abandoned == 0:
             if self.max_grad_norm > 0:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, grad_norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(step)
             self.optimizer.step()
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and num_abandoned == 0:
             self.accelerator.scaler.update()
         self.optimizer.zero_grad()
-        return StepReport(loss_value, grad_norm, self.learning_rate(step), num_bad > 0, num_stop > 0)
+        return StepReport(loss_value, grad_norm, self.learning_rate(step), num_bad > 0, num_stop > 0, num_abandoned > 0)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the next update depends on beside the weights.
 
         Returns:
-            Tensors on the CPU named `<parameter>/<what>`, and numbers that JSON holds.
+            Tensors named `<parameter>/<what>`, which the next update changes, and numbers that JSON holds.
         """
         tensors = {
-            f"{name}/{key}": value.detach().cpu().contiguous()
+            f"{name}/{key}": value.detach()
             for name, parameter in self._named_parameters()
             for key, value in self.optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)

@@ -32,11 +32,14 @@ _NUM_FINAL_SAMPLES = 3
 def finish(actions: Actions, *, command: str) -> None:
     """Samples, exports, verifies, and writes the papers; then pushes, if so asked.
 
-    Rank 0 does it; the others wait for the end.
+    Rank 0 does it; the others wait for the end. A stop cuts the evaluation and the samples short, not what
+    follows them: that takes about as long as a checkpoint, nothing is lost if it is killed, and left for the
+    next start it would have to be done anyway.
 
     Raises:
         UserError: on every rank, when the export does not give back the model or the push failed (the
             finished folder is then whole).
+        Stopped: on every rank, in the evaluation.
     """
     if actions.newest is None:
         actions.evaluate()  # resumed at the very end
@@ -44,12 +47,14 @@ def finish(actions: Actions, *, command: str) -> None:
         actions.sample(num_samples=_NUM_FINAL_SAMPLES)
     for line in actions.text.closing_lines(actions.plan):
         log.info("%s", line)
-    actions.world.on_main(lambda: _finish(actions, command) if actions.folder else None)
+    with actions.watchdog.phase("the finished model and its papers"):
+        actions.world.on_main(lambda: _finish(actions, command) if actions.folder else None)
 
 
 def _finish(actions: Actions, command: str) -> None:
     folder, options = actions.folder, actions.options
     assert folder is not None
+    actions.save_now("end")  # the checkpoint of the last update must be durable before the run is `done`
     probe = batch_of([actions.blocks.of_sample(0, actions.plan.seed)])
     export_model(
         folder.path,

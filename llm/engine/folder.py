@@ -7,15 +7,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from llm.config.errors import UserError
+from llm.clusters.job import job_id
+from llm.config.errors import Stopped, UserError
 from llm.config.options import Options, OutputOptions
 from llm.config.toml import to_toml
-from llm.engine.checkpoints import saved_steps
+from llm.engine.checkpoint_files import saved_steps
 from llm.engine.hub import FINISHED_FILES
 from llm.engine.journal import keep_journal
 from llm.files.atomic import write_text
@@ -25,7 +26,16 @@ from llm.world.ranks import World
 # Everything that a run writes, by name: --overwrite_output_dir removes these and nothing else.
 _WRITTEN = (
     *FINISHED_FILES,
-    *("config.toml", "status.json", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints", "unverified"),
+    *(
+        "config.toml",
+        "status.json",
+        "metrics.jsonl",
+        "log.txt",
+        "trackers.json",
+        "tensorboard",
+        "checkpoints",
+        "unverified",
+    ),
 )
 _FINISHED = ("model.safetensors", "model.safetensors.index.json")
 # Any of these means that a run got as far as training here.
@@ -41,6 +51,7 @@ class RunFolder:
         self.status = path / "status.json"
         self.metrics = path / "metrics.jsonl"
         self.log = path / "log.txt"
+        self.trackers = path / "trackers.json"
         self.curves = path / "curves.png"
         self.checkpoints = path / "checkpoints"
         self.results = path / "all_results.json"
@@ -113,7 +124,8 @@ class RunFolder:
         ]
 
     def _is_ours(self) -> bool:
-        return self.status.exists() or self.metrics.exists() or self.checkpoints.exists()
+        # A start that was killed early leaves its lock, and a log.
+        return any(path.exists() for path in (self.status, self.metrics, self.checkpoints, self.lock))
 
     def remove_leftovers(self) -> None:
         """Removes what a killed run left half written; called under the lock."""
@@ -135,21 +147,35 @@ class RunFolder:
 
 
 @contextmanager
-def claimed(folder: RunFolder, options: Options, world: World) -> Iterator[None]:
+def claimed(
+    folder: RunFolder,
+    options: Options,
+    world: World,
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[None]:
     """Holds a run's folder for one start of the run.
 
     Nothing of an earlier run is touched before this one is going to train (`RunFolder.begin`). However the
-    block ends after that, status.json says so: `done` and `stopped` are written by the run itself, a mistake
-    or a crash here.
+    block ends after that, status.json says so: `done` and `stopped` are written by the run itself, a mistake,
+    a crash or a stop before the first update here.
+
+    Args:
+        folder: the run's.
+        options: of the run.
+        world: its processes.
+        interruptible: what waiting for another run's lock is done in.
 
     Raises:
         UserError: on every rank, when the folder is another run's or cannot be written.
+        Stopped: on every rank, by `interruptible`.
     """
     with ExitStack() as stack:
 
         def claim() -> None:
             folder.check(options.output)
-            stack.enter_context(locked(folder.lock))
+            resumes = bool(options.output.resume_from_checkpoint)
+            with interruptible():
+                stack.enter_context(locked(folder.lock, job=job_id(), is_patient=resumes))
             if options.output.overwrite_output_dir and not options.output.resume_from_checkpoint:
                 _refuse_to_remove_what_is_read(folder, options)
             folder.remove_leftovers()
@@ -159,6 +185,12 @@ def claimed(folder: RunFolder, options: Options, world: World) -> Iterator[None]
         world.on_main(claim)
         try:
             yield
+        except Stopped as stopped:
+            if world.is_main:
+                steps = [step for step, _ in saved_steps(folder.checkpoints)]
+                facts = {"step": max(steps, default=0), "reason": str(stopped), "exit_code": stopped.exit_code}
+                folder.write_status("stopped", **facts)
+            raise
         except BaseException as error:
             if world.is_main and (not earlier or folder.read_status() != earlier):
                 code = getattr(error, "exit_code", 1)

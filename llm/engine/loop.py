@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,8 +17,10 @@ from llm.engine.progress import Progress
 class Updater(Protocol):
     """What the loop drives: the central updater, or another one with the same verbs."""
 
-    def update(self, micro_batches: Sequence[Batch], step: int, *, stop: bool = False) -> StepReport:
-        """One update of the weights."""
+    def update(
+        self, micro_batches: Sequence[Batch], step: int, *, should_stop: Callable[[], bool] = lambda: False
+    ) -> StepReport:
+        """One update of the weights; an abandoned one has changed nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,11 @@ def run_updates(
     num_steps: int,
     tokens_per_step: int,
     should_stop: Callable[[], bool],
+    watched: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> bool:
     """Updates until `num_steps` are done, or until some rank was asked to stop, or the batches end.
+
+    An update that the stop came into is abandoned; it is as if it had not begun.
 
     Args:
         updater: makes the updates.
@@ -49,6 +55,7 @@ def run_updates(
         num_steps: updates of the whole run.
         tokens_per_step: tokens predicted in one update.
         should_stop: whether this rank was asked to stop.
+        watched: what each update is made in.
 
     Returns:
         Whether all updates were made.
@@ -59,7 +66,10 @@ def run_updates(
         if micro_batches is None:
             return False
         data_seconds = time.perf_counter() - started
-        report = updater.update(micro_batches, progress.step, stop=should_stop())
+        with watched():
+            report = updater.update(micro_batches, progress.step, should_stop=should_stop)
+        if report.abandoned:
+            return False
         seconds = time.perf_counter() - started
         progress.add(report, num_tokens=tokens_per_step, seconds=seconds, data_seconds=data_seconds)
         for event in events:

@@ -17,7 +17,11 @@ from llm.config.errors import UserError
 from llm.config.options import TrainingOptions
 from llm.world.ranks import World, launched_size
 
-_COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+# Minutes, so that a rank that is gone does not cost the others half an hour. What rank 0 does alone for long
+# (text, samples, the last checkpoint, the export) the others wait for at the store; in a collective they wait
+# for an update, for the slowest rank to load the model, and for rank 0 where a save has to wait for the one
+# before it. Longer than the watchdog's five minutes, whose stacks say more than a collective's error.
+_COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 
 from llm.config.errors import UserError
 from llm.config.options import ModelOptions, Options
 from llm.engine.central import CentralUpdater
+from llm.engine.checkpoint_files import saved_steps
 from llm.engine.checkpoints import Checkpoint, find_checkpoint
 from llm.engine.folder import RunFolder
+from llm.engine.foreign import ForeignCheckpoint
 from llm.engine.plan import Plan, choose_seed
 from llm.engine.progress import Progress
 from llm.engine.text import Text
@@ -31,14 +34,22 @@ class Start:
     """Where a run starts.
 
     Attributes:
-        checkpoint: verified, or None for a fresh run.
+        checkpoint: verified, or None for a fresh run; another program's holds less.
         seed: of the order and of everything random.
         model: the model's options; of a resumed run, pointed at the checkpoint, which is a model's folder.
     """
 
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | ForeignCheckpoint | None
     seed: int
     model: ModelOptions
+
+    def with_its_batch(self, options: Options) -> Options:
+        """The options with the checkpoint's global batch, unless they name one: other ranks, the same updates."""
+        training = options.training
+        if not isinstance(self.checkpoint, Checkpoint) or training.global_batch_size is not None:
+            return options
+        kept = training.model_copy(update={"global_batch_size": int(self.checkpoint.state["plan"]["global_batch"])})
+        return options.model_copy(update={"training": kept})
 
     def check(self, plan: Plan, text: Text) -> None:
         """Refuses to continue another run under this one's name; before any weight is loaded.
@@ -46,8 +57,15 @@ class Start:
         Raises:
             UserError: the checkpoint was made with another text, tokenizer or order than this run's.
         """
-        if self.checkpoint is not None:
+        if self.checkpoint is None:
+            return
+        if isinstance(self.checkpoint, Checkpoint):
             _check_identity(self.checkpoint, plan, text)
+        if self.checkpoint.step > plan.num_steps:
+            raise UserError(
+                f"checkpoint {self.checkpoint.path} is at step {self.checkpoint.step}, beyond the {plan.num_steps} of "
+                "this run"
+            )
 
     def resume(self, updater: CentralUpdater) -> Progress:
         """Gives the updater its state back, and the run its counters.
@@ -58,6 +76,9 @@ class Start:
         if self.checkpoint is None:
             return Progress()
         try:
+            if isinstance(self.checkpoint, ForeignCheckpoint):
+                self.checkpoint.load(updater)
+                return Progress(step=self.checkpoint.step)
             updater.load(self.checkpoint.tensors(), self.checkpoint.state["updater"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(
@@ -65,6 +86,26 @@ class Start:
             ) from error
         log.info("resumed from step %d (%s)", self.checkpoint.step, self.checkpoint.path)
         return Progress.of(self.checkpoint.state["progress"])
+
+
+def as_restarted(options: Options, folder: RunFolder) -> Options:
+    """The options of a start that torchrun makes again because a process died: it continues what was begun.
+
+    Then `--overwrite_output_dir` removes nothing, and a checkpoint named by its path counts only until the run
+    has one of its own.
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count == "0":
+        return options
+    log.info("started again by torchrun (%s): as with --resume_from_checkpoint", count)
+    asked = not saved_steps(folder.checkpoints) and options.output.resume_from_checkpoint
+    return options.model_copy(
+        update={
+            "output": options.output.model_copy(
+                update={"resume_from_checkpoint": asked or True, "overwrite_output_dir": False}
+            )
+        }
+    )
 
 
 def choose_start(options: Options, folder: RunFolder | None) -> Start:
@@ -79,6 +120,8 @@ def choose_start(options: Options, folder: RunFolder | None) -> Start:
         if asked:
             log.info("resume: no checkpoint yet, a fresh run")
         return Start(None, choose_seed(options.training.seed), options.model)
+    if isinstance(checkpoint, ForeignCheckpoint):
+        return Start(checkpoint, choose_seed(options.training.seed), checkpoint.model_options(options.model))
     seed = options.training.seed
     if seed is None:
         seed = int(checkpoint.state["plan"]["seed"])
@@ -100,10 +143,6 @@ def _check_identity(checkpoint: Checkpoint, plan: Plan, text: Text) -> None:
     if checkpoint.state["identity"] != text.identity():
         raise UserError(
             f"checkpoint {checkpoint.path} was made on other text or with another tokenizer than this run's"
-        )
-    if checkpoint.step > plan.num_steps:
-        raise UserError(
-            f"checkpoint {checkpoint.path} is at step {checkpoint.step}, beyond the {plan.num_steps} of this run"
         )
     if was["num_steps"] != plan.num_steps:
         log.warning(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from llm.config.errors import Stopped
 from llm.config.options import ModelOptions, Options
 from llm.data.loaders import Batch, Samples, training_batches
 from llm.engine.actions import Actions
 from llm.engine.central import CentralUpdater
 from llm.engine.checkpoints import set_aside
+from llm.engine.deadline import find_deadline
+from llm.engine.disk import require_room
 from llm.engine.dry_run import dry_run_lines
-from llm.engine.due import all_of, any_of, at_end, before, every, every_epoch
+from llm.engine.due import Due, all_of, any_of, at_end, before, every, every_epoch
 from llm.engine.finish import finish
 from llm.engine.folder import RunFolder, claimed
 from llm.engine.hub import check_hub_access
@@ -25,11 +29,13 @@ from llm.engine.loop import Event, run_updates
 from llm.engine.machine import Machine, start_machine
 from llm.engine.plan import Plan, check_training, choose_block_size, learning_rates, plan_run, resolved
 from llm.engine.randomness import seed_weights
-from llm.engine.resume import choose_start
-from llm.engine.signals import listening
+from llm.engine.resume import Start, as_restarted, choose_start
+from llm.engine.saving import Saver
+from llm.engine.signals import StopRequest, listening
 from llm.engine.stream import opened_text
 from llm.engine.text import Text, meet_the_hub
 from llm.engine.tracking import Tracking, choose_trackers
+from llm.engine.watchdog import Watchdog, watching
 from llm.models.build import build_model, context_limit, load_config, read_config
 from llm.models.document_mask import require_document_mask
 from llm.models.language_model import LanguageModel
@@ -39,52 +45,75 @@ from llm.world.ranks import World
 
 log = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_STOPPED = 0, 75
+EXIT_DONE, EXIT_STOPPED = 0, Stopped.exit_code
 
 
-def train(options: Options, *, command: str) -> int:
+def train(options: Options, *, command: str, started: float | None = None) -> int:
     """Trains a model as the options say.
 
     Args:
         options: checked options.
         command: the command line that made them, without secrets; goes into the model card.
+        started: when the process began, in seconds since the epoch: `--max_time` counts from there; now when None.
 
     Returns:
-        0 when all updates were made, 75 when a signal stopped the run after saving it.
+        0 when all updates were made, 75 when a signal or a deadline stopped the run after saving it.
 
     Raises:
         UserError: something outside the program is wrong; one line says what.
     """
+    started = time.time() if started is None else started
     machine = start_machine(options.training)
-    start_journal(is_main=machine.world.is_main, rank=machine.world.rank)
+    world = machine.world
+    start_journal(is_main=world.is_main, rank=world.rank)
     folder = RunFolder(Path(options.output.output_dir)) if options.output.output_dir else None
     try:
         with ExitStack() as stack:
+            stop = stack.enter_context(listening(find_deadline(options.training, world, started=started)))
+            watchdog = stack.enter_context(watching(world, folder))
             if folder is not None and not options.output.dry_run:
-                stack.enter_context(claimed(folder, options, machine.world))
-            code = _run(options, command, machine, folder, stack)
+                options = as_restarted(options, folder)
+                stack.enter_context(claimed(folder, options, world, stop.at_once))
+            code = _run(options, command, machine, folder, stack, stop, watchdog)
         machine.release()
         return code
+    except Stopped as stopped:
+        # Before the first update, on all ranks; afterwards the run itself sees to it.
+        log.info("stopped by %s before an update was made", stopped)
+        machine.release()
+        return EXIT_STOPPED
     finally:
         # The process as it was found: a notebook, or the next run in it, may need the Hub.
         come_online()
         stop_journal()
 
 
-def _run(options: Options, command: str, machine: Machine, folder: RunFolder | None, stack: ExitStack) -> int:
+def _run(
+    options: Options,
+    command: str,
+    machine: Machine,
+    folder: RunFolder | None,
+    stack: ExitStack,
+    stop: StopRequest,
+    watchdog: Watchdog,
+) -> int:
     """The story itself, in its order."""
     world = machine.world
     log.info("%s", folder or "output: none, nothing is kept (give --output_dir to keep it)")
     log.info("%s", machine)
+    for line in stop.deadline.lines():
+        log.info("%s", line)
     trackers = choose_trackers(options.tracking)
     meet_the_hub(options, world)
     _check_push(options, folder, world)
-    start = world.on_main(lambda: choose_start(options, folder))
+    start = world.on_main(stop.interrupting(lambda: choose_start(options, folder)))
+    options = start.with_its_batch(options)
     # Before the text is read: names, overrides and a block beyond the model are known from one small file.
     limit = context_limit(read_config(start.model))
     choose_block_size(options.data.block_size, limit, limit)
     check_training(options, num_ranks=world.size)
-    text = stack.enter_context(opened_text(options, world, start.checkpoint))
+    with watchdog.phase("the text"):
+        text = stack.enter_context(opened_text(options, world, start.checkpoint, stop))
     config = load_config(start.model, text.tokenizer)
     block_size = choose_block_size(options.data.block_size, limit, context_limit(config, text.tokenizer))
     masked = options.data.document_mask
@@ -99,8 +128,11 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
         _say(*dry_run_lines(config, plan, learning_rate, options.output))
         return EXIT_DONE
 
+    if folder is not None:
+        world.on_main(lambda: _require_room(folder, config, options, start))
     seed_weights(start.seed)
-    language_model = _build_language_model(options, start.model, config, text, world)
+    with watchdog.phase("the model"), stop.at_once():
+        language_model = _build_language_model(options, start.model, config, text, world)
     wrapped = machine.accelerator.prepare_model(language_model)  # on the device before the optimizer sees it
     updater = CentralUpdater(
         machine=machine,
@@ -115,35 +147,49 @@ def _run(options: Options, command: str, machine: Machine, folder: RunFolder | N
         set_aside(folder.checkpoints, progress.step)
         folder.begin(resolved(options, plan), fresh=start.checkpoint is None)
     tracking = Tracking(machine.accelerator, folder)
+    saver = _saver(options, plan, folder) if world.is_main else None
     actions = Actions(
-        options, machine, folder, text, blocks, validation, plan, progress, updater, language_model, tracking
+        *(options, machine, folder, text, blocks, validation, plan, progress, updater, language_model),
+        *(tracking, saver, stop, watchdog),
     )
     tracking.start(trackers, options, first_step=progress.step)
-    # Before this nothing can be lost, so that a signal simply ends the process.
-    with closing(tracking), listening() as stop, Bar(progress.step, plan.num_steps, is_main=world.is_main) as bar:
-        done = run_updates(
-            updater,
-            text.as_they_arrive(
-                _batches(options, plan, world, blocks, progress.step),
-                blocks,
-                plan,
-                first_step=progress.step,
-                should_stop=stop,
-            ),
+    with closing(actions), Bar(progress.step, plan.num_steps, is_main=world.is_main) as bar:
+        try:
+            if _make_updates(options, actions, bar):
+                finish(actions, command=command)
+                return EXIT_DONE
+        except Stopped:
+            pass  # an evaluation heard of it, on all ranks
+        actions.stop_here()
+    return EXIT_STOPPED
+
+
+def _make_updates(options: Options, actions: Actions, bar: Bar) -> bool:
+    """The updates that are left; whether all were made."""
+    plan, progress = actions.plan, actions.progress
+    _evaluate_if_it_was_cut(options, actions)
+    batches = actions.text.as_they_arrive(
+        _batches(options, plan, actions.world, actions.blocks, progress.step),
+        actions.blocks,
+        plan,
+        first_step=progress.step,
+        should_stop=actions.stop,
+    )
+    with actions.watchdog.phase("what follows an update"):
+        return run_updates(
+            actions.updater,
+            batches,
             progress,
             [*_events(options, plan, actions), Event(every(1), bar.advance)],
             num_steps=plan.num_steps,
             tokens_per_step=plan.tokens_per_step,
-            should_stop=stop,
+            should_stop=actions.stop,
+            watched=actions.watchdog.update,
         )
-        if not done:
-            # Still listening: a rank that heard of the stop from another one may get its own signal now.
-            actions.save()
-            text.check()
-            actions.say_stopped(stop.reason)
-            return EXIT_STOPPED
-        finish(actions, command=command)
-    return EXIT_DONE
+
+
+def _require_room(folder: RunFolder, config: PretrainedConfig, options: Options, start: Start) -> None:
+    require_room(folder.checkpoints, config, options.optimizer.optim, is_fresh=start.checkpoint is None)
 
 
 def _build_language_model(
@@ -185,16 +231,35 @@ def _check_push(options: Options, folder: RunFolder | None, world: World) -> Non
         world.on_main(lambda: check_hub_access(options.hub.hub_model_id, folder.path, options.hub.hub_token))
 
 
+def _evaluating(options: Options, plan: Plan) -> Due:
+    each = options.evaluation.eval_steps
+    return any_of(every(each) if each else every_epoch(plan.num_blocks, plan.global_batch), at_end(plan.num_steps))
+
+
+def _evaluate_if_it_was_cut(options: Options, actions: Actions) -> None:
+    """A stop in an evaluation saved the update before it; the run that goes on from there still owes it."""
+    progress = actions.progress
+    is_owed = actions.validation is not None and progress.step > 0 and progress.eval_step != progress.step
+    if is_owed and _evaluating(options, actions.plan)(progress.step):
+        actions.evaluate()
+        actions.save_what_is_due()
+
+
 def _events(options: Options, plan: Plan, actions: Actions) -> list[Event]:
     """What happens after an update, in this order."""
     last = at_end(plan.num_steps)
-    epoch = every_epoch(plan.num_blocks, plan.global_batch)
-    evaluation, output = options.evaluation, options.output
-    evaluating = every(evaluation.eval_steps) if evaluation.eval_steps else epoch
-    saving = epoch if output.checkpointing_steps == "epoch" else every(output.checkpointing_steps)
     return [
-        Event(any_of(every(output.logging_steps), last), actions.record),
-        Event(any_of(evaluating, last), actions.evaluate),
-        Event(all_of(every(evaluation.sample_steps), before(plan.num_steps)), actions.sample),
-        Event(saving, actions.save),
+        Event(every(1), actions.check_health),
+        Event(any_of(every(options.output.logging_steps), last), actions.record),
+        Event(_evaluating(options, plan), actions.evaluate),
+        Event(all_of(every(options.evaluation.sample_steps), before(plan.num_steps)), actions.sample),
+        Event(every(1), actions.save_what_is_due),
     ]
+
+
+def _saver(options: Options, plan: Plan, folder: RunFolder | None) -> Saver | None:
+    if folder is None:
+        return None
+    each = options.output.checkpointing_steps
+    regular = every_epoch(plan.num_blocks, plan.global_batch) if each == "epoch" else every(each)
+    return Saver(options.output, folder.path, folder.checkpoints, regular=regular, last=at_end(plan.num_steps))

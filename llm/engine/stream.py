@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
-from llm.config.errors import UsageError, UserError
+from llm.config.errors import Stopped, UsageError, UserError
 from llm.config.options import DataOptions, Options
 from llm.data.arriving import ArrivingBlocks, ArrivingTokens
 from llm.data.blocks import Blocks, Ledger, cut_validation, ledger
@@ -27,8 +27,10 @@ from llm.data.shards import MANIFEST, Stream, Streams, open_folder
 from llm.data.stream_writer import SHARD_SIZE, StreamJob, StreamWriter, cannot_be_written
 from llm.data.text_streams import TextStream
 from llm.engine.checkpoints import Checkpoint
+from llm.engine.foreign import ForeignCheckpoint
 from llm.engine.lines import APART
 from llm.engine.plan import Plan
+from llm.engine.signals import StopRequest
 from llm.engine.text import Text, prepare_text
 from llm.files.lock import locked
 from llm.models.tokenizers import is_character_level, load_tokenizer, tokenizer_hash
@@ -194,26 +196,31 @@ class StreamedText(Text):
 
 
 @contextmanager
-def opened_text(options: Options, world: World, checkpoint: Checkpoint | None) -> Iterator[Text]:
+def opened_text(
+    options: Options, world: World, checkpoint: Checkpoint | ForeignCheckpoint | None, stop: StopRequest
+) -> Iterator[Text]:
     """Yields the tokenizer and the text of a run: tokenized before it starts, or streamed while the block runs.
 
     Args:
         options: of the run.
         world: its processes.
         checkpoint: where it continues; a stream then is the one that it was made on.
+        stop: interrupts the work.
 
     Raises:
+        Stopped: it was asked to stop.
         UserError: the text or the tokenizer is not what it was said to be.
     """
     if not options.data.streaming:
-        yield world.in_turn("the text", lambda: prepare_text(options, world))
+        yield world.in_turn("the text", stop.interrupting(lambda: prepare_text(options, world)))
         return
-    job = _job(options, world, checkpoint)
+    job = _job(options, world, checkpoint, stop)
     with ExitStack() as stack:
         writers: list[StreamWriter] = []
         world.on_main(lambda: writers.append(_started(job, stack, anew=options.data.overwrite_cache)))
         writer = writers[0] if writers else None
-        world.wait_on_main(lambda: _is_settled(job, writer), "the held-out text of the stream", lambda: False)
+        if world.wait_on_main(lambda: _is_settled(job, writer), "the held-out text of the stream", stop) is None:
+            raise Stopped(stop.reason or "another rank")
         validation = world.in_turn("the held-out text", lambda: _held_out(job))
         _say(job, validation)
         train = ArrivingTokens(job.folder.train, shard_size=job.shard_size, tokenizer_hash=job.tokenizer_hash)
@@ -229,12 +236,14 @@ def opened_text(options: Options, world: World, checkpoint: Checkpoint | None) -
         yield StreamedText(job.text.name, job.tokenizer, job.tokenizer_hash, streams, job, writer, world, [])
 
 
-def _job(options: Options, world: World, checkpoint: Checkpoint | None) -> StreamJob:
+def _job(
+    options: Options, world: World, checkpoint: Checkpoint | ForeignCheckpoint | None, stop: StopRequest
+) -> StreamJob:
     if any(map(is_token_file, options.data.train_file or ())):
         raise UsageError("--streaming reads text, and --train_file holds tokens already; leave --streaming out")
     cache_dir = Path(constants.HF_HOME) / "llm"
-    text = TextStream(options.data, world.on_main(lambda: _revision(options.data, checkpoint)))
-    tokenizer = world.in_turn("the tokenizer", lambda: _tokenizer(options, text, cache_dir))
+    text = TextStream(options.data, world.on_main(stop.interrupting(lambda: _revision(options.data, checkpoint))))
+    tokenizer = world.in_turn("the tokenizer", stop.interrupting(lambda: _tokenizer(options, text, cache_dir)))
     return StreamJob(
         text,
         tokenizer,
@@ -246,11 +255,11 @@ def _job(options: Options, world: World, checkpoint: Checkpoint | None) -> Strea
     )
 
 
-def _revision(options: DataOptions, checkpoint: Checkpoint | None) -> str | None:
+def _revision(options: DataOptions, checkpoint: Checkpoint | ForeignCheckpoint | None) -> str | None:
     """The commit of a Hub dataset: that which the run began with, else the newest."""
     if not is_remote(options.dataset_name):
         return None
-    if checkpoint is not None:
+    if isinstance(checkpoint, Checkpoint):
         name, _, revision = str(checkpoint.state["identity"].get("revision", "")).rpartition("@")
         if name == options.dataset_name:
             return revision

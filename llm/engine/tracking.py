@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class Tracking:
     def __init__(self, accelerator: Accelerator, folder: RunFolder | None) -> None:
         self.accelerator = accelerator
         self.metrics = folder.metrics if folder else None
+        self.identity = folder.trackers if folder else None
 
     def start(self, trackers: list[str], options: Options, *, first_step: int) -> None:
         """Opens the trackers and cuts metrics.jsonl back to update `first_step`.
@@ -94,7 +96,10 @@ class Tracking:
         self.accelerator.project_configuration.set_directories(str(self.metrics.parent))
         self.accelerator.log_with = [tensorboard, *(name for name in trackers if name != "tensorboard")]
         try:
-            self.accelerator.init_trackers(options.output.run_name or self.metrics.parent.resolve().name)
+            # A run that is resumed goes on under its name in the tracker, too.
+            continued = {"wandb": {"id": self._run_id(first_step), "resume": "allow"}}
+            name = options.output.run_name or self.metrics.parent.resolve().name
+            self.accelerator.init_trackers(name, init_kwargs=continued)
             for tracker in self.accelerator.trackers:
                 if tracker is not tensorboard:
                     tracker.store_init_configuration(_flat(options))
@@ -111,8 +116,22 @@ class Tracking:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
-        if numbers:
-            self.accelerator.log(numbers, step=step)
+        for tracker in self.accelerator.trackers if numbers else ():
+            # What a killed start of this run has sent already cannot be sent again, or taken back.
+            if tracker.name != "wandb" or step >= tracker.tracker.step:
+                tracker.log(numbers, step=step)
+
+    def _run_id(self, first_step: int) -> str:
+        """The name of this run in trackers, kept in its folder over all its starts."""
+        assert self.identity is not None
+        try:
+            kept = json.loads(self.identity.read_text())["run_id"] if first_step else None
+        except (OSError, ValueError, KeyError, TypeError):
+            kept = None
+        run_id = str(kept or uuid.uuid4().hex)
+        if self.accelerator.is_main_process and kept is None:
+            write_text(self.identity, json.dumps({"run_id": run_id}) + "\n")
+        return run_id
 
     def close(self) -> None:
         """Ends the trackers (Accelerate's `end_training` would give up the process group too)."""

@@ -51,11 +51,12 @@ def evaluate(
     token_bytes: Tensor | None,
     bytes_per_token: float,
     sum_over_ranks: Callable[[Tensor], Tensor],
-) -> Evaluation:
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Evaluates the model in eval mode, weighting every token of every rank alike.
 
-    All ranks call it together, each with its own batches, of which some rank may have none. The
-    device is read once, at the end. The model's mode is left as it was.
+    All ranks call it together, each with its own batches, of which some rank may have none. The device is read once,
+    at the end. The model's mode is left as it was. None comes out, everywhere, where some rank had to stop early.
 
     Args:
         model: `forward(ids, targets, positions) -> (loss_sum, num_tokens)`; not wrapped by DDP,
@@ -66,6 +67,7 @@ def evaluate(
         token_bytes: int [vocab], UTF-8 bytes of each token; None to use `bytes_per_token`.
         bytes_per_token: mean bytes of a token, used without a table.
         sum_over_ranks: adds a float64 tensor (float32 on MPS) up over all ranks.
+        should_stop: whether this rank was asked to stop; asked before each batch.
 
     Raises:
         ValueError: no rank had a token to predict.
@@ -74,16 +76,18 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        sums = [_sums(model, batch, device, table) for batch in batches]
+        sums, is_cut = _sums_of_batches(model, batches, device, table, should_stop)
     finally:
         model.train(training)
-    # Each batch's counts fit float32 exactly; their sum over a long text needs float64, which MPS
-    # lacks.
+    # Each batch's counts fit float32 exactly; their sum over a long text needs float64, which MPS lacks.
     exact = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.zeros(3, dtype=exact, device=device)
+    total = torch.zeros(4, dtype=exact, device=device)
     if sums:
-        total += torch.stack(sums).to(exact).sum(0)
-    loss_sum, num_tokens, num_bytes = sum_over_ranks(total).tolist()
+        total[:3] += torch.stack(sums).to(exact).sum(0)
+    total[3] = is_cut
+    loss_sum, num_tokens, num_bytes, num_cut = sum_over_ranks(total).tolist()
+    if num_cut:
+        return None
     if num_tokens == 0:
         raise ValueError("an evaluation needs at least one predicted token")
     if table is None:
@@ -99,6 +103,22 @@ def _evaluation(loss_sum: float, num_tokens: float, num_bytes: float) -> Evaluat
         bits_per_byte=loss_sum / math.log(2) / num_bytes if num_bytes else math.nan,
         num_tokens=round(num_tokens),
     )
+
+
+def _sums_of_batches(
+    model: nn.Module,
+    batches: Iterable[_Batch],
+    device: torch.device,
+    table: Tensor | None,
+    should_stop: Callable[[], bool],
+) -> tuple[list[Tensor], bool]:
+    """The sums of each batch, and whether a stop came before the last one."""
+    sums: list[Tensor] = []
+    for batch in batches:
+        if should_stop():
+            return sums, True
+        sums.append(_sums(model, batch, device, table))
+    return sums, False
 
 
 def _sums(model: nn.Module, batch: _Batch, device: torch.device, table: Tensor | None) -> Tensor:

@@ -70,12 +70,17 @@ def sync_tree(folder: Path) -> None:
         for name in names:
             path = os.path.join(parent, name)
             os.chmod(path, 0o666 & ~umask)
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_file(Path(path))
         sync_folder(Path(parent))
+
+
+def sync_file(path: Path) -> None:
+    """Makes what was written into a file durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,38 +3,64 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
 from llm.config.errors import UserError
 
+log = logging.getLogger(__name__)
+
 _HEARTBEAT_SECONDS = 10.0
 _STALE_SECONDS = 60.0
+_LOOK_SECONDS = 1.0
 
 # Locks of this very process; another one that has its number (in another container) is not it.
 _held: set[Path] = set()
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, job: str | None = None, is_patient: bool = False) -> Iterator[None]:
     """Holds the lock file while the block runs, and touches it every ten seconds.
 
-    A lock is taken over when its process is gone from this host, or when nobody touched it for a minute:
-    its holder was killed, perhaps on another host, where it cannot be asked.
+    A lock is taken over when its process is gone from this host, when it is of this very job on another host
+    (which runs once at a time), or when nobody touched it for a minute: its holder was killed, perhaps on
+    another host, where it cannot be asked.
+
+    Args:
+        path: of the lock file.
+        job: the scheduler's job that this process belongs to.
+        is_patient: whether to wait, up to that minute, for a lock of another host that nobody touches any more.
 
     Raises:
         UserError: another run holds it.
     """
     path = path.resolve()
-    content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex})
+    content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": job, "id": uuid.uuid4().hex})
+    touched: float | None = None
     while not _taken(path, content):
-        _clear_if_stale(path)
+        found = _read(path)
+        if found is None:
+            continue
+        if found.is_stale(job):
+            _remove(path, found.content)
+        elif is_patient and not found.is_here and touched in (None, found.touched):
+            if touched is None:
+                touched = found.touched
+                log.info("waiting for the lock of %s, last touched %.0f s ago", found.holder, found.age)
+            time.sleep(_LOOK_SECONDS)
+        else:
+            raise UserError(
+                f"{path.parent} is used by another run ({found.holder}): wait for it (a minute, if it was killed on "
+                f"another host), choose another --output_dir, or remove {path}"
+            )
     _held.add(path)
     ended = Event()
     Thread(target=_touch, args=(path, ended), name="lock", daemon=True).start()
@@ -75,23 +101,77 @@ def _touch(path: Path, ended: Event) -> None:
             return
 
 
-def _clear_if_stale(path: Path) -> None:
-    """Removes a lock that nobody holds any more.
+@dataclass(frozen=True)
+class _Lock:
+    """Somebody's lock file, as it was read.
 
-    Raises:
-        UserError: somebody does.
+    Attributes:
+        touched: when, by the clock of the file system.
+        age: seconds from there, by the same clock.
+        host: of the holder; None in a file that is no lock of ours.
     """
+
+    path: Path
+    content: str
+    touched: float
+    age: float
+    host: str | None
+    pid: int
+    job: str | None
+
+    @property
+    def holder(self) -> str:
+        return f"process {self.pid} on {self.host}" + (f", job {self.job}" if self.job else "")
+
+    @property
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    def is_stale(self, job: str | None) -> bool:
+        """Whether nobody holds it any more, as seen from this job."""
+        if self.host is None or self.age >= _STALE_SECONDS:
+            return True
+        if not self.is_here:
+            return job is not None and self.job == job
+        if self.pid == os.getpid():
+            return self.path not in _held
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        return False
+
+
+def _read(path: Path) -> _Lock | None:
+    """The lock that is there; None when it is there no more."""
     try:
-        content, age = path.read_text(), time.time() - path.stat().st_mtime
+        content, touched = path.read_text(), path.stat().st_mtime
     except FileNotFoundError:
-        return
-    holder = _holder(content)
-    if holder is not None and age < _STALE_SECONDS and _may_live(path, *holder):
-        host, pid = holder
-        raise UserError(
-            f"{path.parent} is used by another run (process {pid} on {host}): wait for it (a minute, if it was "
-            f"killed on another host), choose another --output_dir, or remove {path}"
-        )
+        return None
+    host: str | None = None
+    pid, job = 0, None
+    try:
+        facts = json.loads(content)
+        pid, job, host = int(facts["pid"]), facts.get("job"), str(facts["host"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return _Lock(path, content, touched, _now(path) - touched, host, pid, job)
+
+
+def _now(path: Path) -> float:
+    """The time by the clock that stamps the files there, which may be another machine's."""
+    probe = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _remove(path: Path, content: str) -> None:
+    """Removes a stale lock."""
     # Moved away before it is judged again: another starter may have put its own in place since we read it.
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -104,24 +184,10 @@ def _clear_if_stale(path: Path) -> None:
     aside.unlink()
 
 
-def _holder(content: str) -> tuple[str, int] | None:
-    """Host and process of a lock; None when it is none of ours."""
+def holder_of(path: Path) -> tuple[str, int] | None:
+    """Host and process that hold the lock; None when nobody does, or only somebody who was killed."""
     try:
-        holder = json.loads(content)
-        return str(holder["host"]), int(holder["pid"])
-    except (ValueError, KeyError, TypeError):
+        found = _read(path.resolve())
+    except OSError:
         return None
-
-
-def _may_live(path: Path, host: str, pid: int) -> bool:
-    if host != socket.gethostname():
-        return True
-    if pid == os.getpid():
-        return path in _held
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return None if found is None or found.host is None or found.is_stale(None) else (found.host, found.pid)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Texts that continue a prompt, the prompt included, each up to its end-of-text token.
 
@@ -42,13 +43,14 @@ def sample(
         temperature: divides the logits; 0 takes the likeliest token always.
         top_k: only the k likeliest tokens are drawn; None or 0 for all.
         seed: the same seed, model and arguments give the same texts.
+        should_stop: asked after each token; the texts then end where they are.
     """
     start = _start(tokenizer, prompt).to(model.device)
     ids = start.repeat(num_samples, 1)
     window = context_limit(model.config)
     with _evaluating(model), _own_randomness(model.device, seed):
-        end = ids.shape[1] + max_new_tokens
-        while ids.shape[1] < end and not _all_ended(ids[:, start.shape[1] :], tokenizer.eos_token_id):
+        end, eos = ids.shape[1] + max_new_tokens, tokenizer.eos_token_id
+        while ids.shape[1] < end and not (should_stop() or _all_ended(ids[:, start.shape[1] :], eos)):
             room = min(end - ids.shape[1], max(1, window // 2))
             context = ids if ids.shape[1] < window else ids[:, -max(1, window - room) :]
             num_new = min(end - ids.shape[1], window - context.shape[1])
@@ -56,6 +58,7 @@ def sample(
                 context,
                 attention_mask=torch.ones_like(context),
                 generation_config=_settings(tokenizer, num_new, temperature, top_k),
+                stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), should_stop(), device=ids.device)],
             )
             ids = torch.cat([ids, drawn[:, context.shape[1] :]], dim=1)
     return [_text(tokenizer, prompt or "", start[0], row[start.shape[1] :]) for row in ids]

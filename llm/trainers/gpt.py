@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 
 from llm.config.options import Options
@@ -31,13 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: list[str]) -> int:
+    started = time.time()
     options = read_options(Options, argv, prog=PROGRAM, description="Pre-train or fine-tune a GPT-like model on text.")
     # Trackers store and upload the command line of the process: it keeps no secret.
     sys.argv[1:] = shlex.split(command_line(argv))
     # Imported after the options are read, so that --help and mistakes cost no import of torch.
     from llm.engine.run import train
 
-    return train(options, command=f"{PROGRAM} {command_line(argv)}")
+    return train(options, command=f"{PROGRAM} {command_line(argv)}", started=started)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from llm.config.errors import UserError
+from llm.config.errors import Stopped, UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -75,22 +75,23 @@ class World:
 
         Raises:
             UserError: on every rank, when `work` raised it; on the others also when it raised anything else.
+            Stopped: on every rank, when `work` raised it.
         """
         if self.size == 1:
             return work()
         key = f"llm/on_main/{next(_calls)}"
         if not self.is_main:
             _wait_for([key], "what rank 0 does", self.rank, meanwhile=meanwhile)
-            heard = cast(tuple[T, UserError | None], self.share(None))
+            heard = cast(tuple[T, UserError | Stopped | None], self.share(None))
             if heard[1] is not None:
                 heard[1].is_echo = True
                 raise heard[1]
             return heard[0]
-        outcome: tuple[T | None, UserError | None] = (None, None)
+        outcome: tuple[T | None, UserError | Stopped | None] = (None, None)
         try:
             outcome = (work(), None)
             return outcome[0]
-        except UserError as error:
+        except (UserError, Stopped) as error:
             outcome = (None, error)
             raise
         except BaseException as error:
@@ -142,6 +143,7 @@ class World:
 
         Raises:
             UserError: `work` raised it, on whichever rank.
+            Stopped: likewise.
         """
         if self.size == 1:
             return work()
@@ -157,7 +159,7 @@ class World:
             return result
         except BaseException as error:
             if not getattr(error, "is_echo", False):
-                known = isinstance(error, UserError)
+                known = isinstance(error, (UserError, Stopped))
                 text = str(error) if known else f"rank {self.rank} failed: {type(error).__name__}: {error}"
                 _store().set(error_key, f"{getattr(error, 'exit_code', 1)} {text}")
             raise
@@ -181,6 +183,10 @@ def _wait_for(
     while not store.check(keys):
         if error_key is not None and store.check([error_key]):
             code, message = store.get(error_key).decode().split(" ", 1)
+            if int(code) == Stopped.exit_code:
+                stopped = Stopped(message)
+                stopped.is_echo = True
+                raise stopped
             mistake = UserError(message)
             mistake.exit_code, mistake.is_echo = int(code), True
             raise mistake

@@ -197,9 +197,34 @@ def test_update_when_no_target_counts_at_all_then_is_skipped(machine: Machine) -
 def test_update_when_asked_to_stop_then_is_made_and_says_so(machine: Machine) -> None:
     model, micro_batches = Bigrams(), batches((2, 6))
     before = model.rows.detach().clone()
-    report = updater_of(machine, model).update(micro_batches, 0, stop=True)
+    report = updater_of(machine, model).update(micro_batches, 0, should_stop=lambda: True)
     assert report.stop
+    assert not report.abandoned
     assert not torch.equal(model.rows, before)
+
+
+def test_update_when_the_stop_comes_between_micro_batches_then_is_abandoned(machine: Machine) -> None:
+    class Counting(Bigrams):
+        calls = 0
+
+        def forward(self, *given: Any) -> tuple[Tensor, Tensor]:
+            self.calls += 1
+            return super().forward(*given)
+
+    model, micro_batches = Counting(), batches((2, 6), (2, 6), (2, 6), (2, 6))
+    before = model.rows.detach().clone()
+    updater, asked = updater_of(machine, model), iter([False, True])
+    report = updater.update(micro_batches, 0, should_stop=lambda: next(asked, True))
+    assert report.stop
+    assert report.abandoned
+    assert not report.skipped
+    assert model.calls == 2  # the first, and the last, in which the ranks of several processes meet
+    assert torch.equal(model.rows, before)
+    # Nothing of it is left: the same update made later is the one that was never begun.
+    fresh = Bigrams()
+    updater.update(micro_batches, 0)
+    updater_of(machine, fresh).update(micro_batches, 0)
+    assert torch.equal(model.rows, fresh.rows)
 
 
 def test_learning_rate_when_the_step_moves_on_then_is_that_steps(machine: Machine) -> None:

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm.config.errors import UserError
 from llm.engine.checkpoints import (
+    NotFiniteError,
     find_checkpoint,
-    keep_newest,
     open_checkpoint,
     save_checkpoint,
     saved_steps,
+    superseded,
 )
 
 
@@ -24,11 +25,18 @@ from llm.engine.checkpoints import (
 def save(tmp_path: Path, tiny_gpt2, byte_tokenizer):  # type: ignore[no-untyped-def]
     """`save(step, eval_loss)` writes a checkpoint into tmp_path/checkpoints and gives its path."""
 
-    def write(step: int, eval_loss: float | None = None) -> Path:
-        state: dict[str, Any] = {"progress": {"step": step, "eval_loss": eval_loss}, "plan": {"seed": 7}}
+    def write(step: int, eval_loss: float | None = None, *reasons: str, **wrong: torch.Tensor) -> Path:
+        state: dict[str, Any] = {
+            "progress": {"step": step, "eval_loss": eval_loss, "eval_step": step},
+            "plan": {"seed": 7},
+            "reasons": reasons or ["regular"],
+        }
         tensors = {"wte.weight/exp_avg": torch.full((3, 2), float(step)), "wte.weight/step": torch.tensor(float(step))}
         folder = tmp_path / "checkpoints"
-        return save_checkpoint(folder, step, model=tiny_gpt2, tokenizer=byte_tokenizer, tensors=tensors, state=state)
+        weights = tiny_gpt2.state_dict() | wrong
+        return save_checkpoint(
+            folder, step, model=tiny_gpt2, tokenizer=byte_tokenizer, weights=weights, tensors=tensors, state=state
+        )
 
     return write
 
@@ -45,7 +53,7 @@ def test_checkpoint_when_saved_then_gives_back_everything(save, tmp_path: Path, 
     assert path == tmp_path / "checkpoints" / "step_12"
     found = open_checkpoint(path)
     assert (found.step, found.path) == (12, path)
-    assert found.state["progress"] == {"step": 12, "eval_loss": 1.5}
+    assert found.state["progress"] == {"step": 12, "eval_loss": 1.5, "eval_step": 12}
     assert found.state["plan"] == {"seed": 7}
     tensors = found.tensors()
     assert torch.equal(tensors["wte.weight/exp_avg"], torch.full((3, 2), 12.0))
@@ -94,13 +102,47 @@ def test_steps_when_listed_then_are_in_the_order_of_numbers_without_temporary_on
     assert saved_steps(tmp_path / "none") == []
 
 
-@pytest.mark.parametrize(("limit", "left"), [(None, [1, 2, 10]), (1, [10]), (2, [2, 10]), (5, [1, 2, 10])])
-def test_keep_when_there_are_more_then_removes_the_oldest(tmp_path: Path, limit: int | None, left: list[int]) -> None:
-    for step in (1, 2, 10):
-        (tmp_path / f"step_{step}").mkdir()
-        (tmp_path / f"step_{step}" / "file").touch()
-    keep_newest(tmp_path, limit)
-    assert [step for step, _ in saved_steps(tmp_path)] == left
+@pytest.mark.parametrize(
+    ("limit", "gone"), [(None, [3, 5, 9]), (1, [1, 2, 3, 5, 9]), (2, [1, 3, 5, 9]), (5, [3, 5, 9])]
+)
+def test_superseded_when_saved_for_many_reasons_then_each_kind_has_its_own_limit(
+    save,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+    limit: int | None,
+    gone: list[int],
+) -> None:
+    for step, reasons, loss in (
+        (1, ["regular"], None),
+        (2, ["regular", "timed"], None),
+        (3, ["timed"], None),
+        (4, ["best"], 1.0),
+        (5, ["timed"], 1.5),
+        (6, ["asked"], None),
+        (7, ["regular"], None),
+        (8, ["timed"], float("nan")),
+        (9, ["best"], 1.25),
+        (10, ["best"], 1.75),
+    ):
+        save(step, loss, *reasons)
+    assert [path.name for path in superseded(tmp_path / "checkpoints", limit)] == [f"step_{step}" for step in gone]
+
+
+def test_superseded_when_only_others_than_regular_ones_are_there_then_two_stay_and_the_best(
+    save,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+) -> None:
+    for step in range(1, 6):
+        save(step, 1.0 if step == 2 else None, "timed")
+    assert [path.name for path in superseded(tmp_path / "checkpoints", 1)] == ["step_1", "step_3"]
+
+
+def test_save_when_a_weight_is_not_finite_then_nothing_is_written(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for value in (float("nan"), float("inf"), -float("inf")):
+        wrong = torch.ones(32)
+        wrong[7] = value
+        with pytest.raises(NotFiniteError, match=r"step 3 is not saved: transformer\.ln_f\.bias is not finite"):
+            save(3, None, **{"transformer.ln_f.bias": wrong})
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_find_when_bare_or_latest_then_is_the_newest(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -183,7 +225,7 @@ def test_open_when_another_version_wrote_it_then_is_refused(
 ) -> None:
     import llm.engine.checkpoints
 
-    monkeypatch.setattr(llm.engine.checkpoints, "_VERSION", 99)
+    monkeypatch.setattr(llm.engine.checkpoints, "VERSION", 99)
     path = save(1)
     monkeypatch.undo()
     with pytest.raises(UserError, match="has version 99; this program reads 1"):

@@ -141,6 +141,14 @@ def test_claim_when_a_finished_run_has_no_checkpoint_then_a_bare_resume_is_refus
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
 
 
+def test_claim_when_a_start_was_killed_before_it_trained_then_is_taken_over(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log.write_text("output: here\n")
+    folder.lock.write_text("{}")
+    with claimed(folder, Options(output=output(resume_from_checkpoint=True)), MAIN):
+        assert folder.lock.exists()
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_claim_when_files_are_no_runs_then_is_refused(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "README.md").write_text("mine")

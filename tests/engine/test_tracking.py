@@ -165,3 +165,48 @@ def test_records_when_a_number_is_not_finite_then_are_json_all_the_same(tmp_path
 
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line, parse_constant=refuse) == {"step": 1, "loss": None, "grad_norm": None, "lr": 1e-3}
+
+
+def test_wandb_when_a_run_is_resumed_then_it_is_the_same_one_and_nothing_is_sent_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    sent: dict[str, list[int]] = {}
+
+    class Run:
+        """A stand-in for the server's side: goes on behind the newest step it has, as W&B's does."""
+
+        def __init__(self, name: str) -> None:
+            self.records = sent.setdefault(name, [])
+            self.step = max(self.records, default=-1) + 1
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            assert step >= self.step
+            self.records.append(step)
+
+        def finish(self) -> None:
+            pass
+
+    def init(*, project: str, id: str, resume: str) -> Run:
+        assert resume == "allow"
+        return Run(id)
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "config", {}, raising=False)
+    monkeypatch.setattr("accelerate.tracking.WandBTracker.store_init_configuration", lambda *_: None)
+
+    def started(first_step: int) -> tracking.Tracking:
+        machine = start_machine(TrainingOptions(use_cpu=True))
+        made = tracking.Tracking(machine.accelerator, RunFolder(tmp_path))
+        made.start(["tensorboard", "wandb"], Options(), first_step=first_step)
+        return made
+
+    for first_step, last_step in ((0, 5), (3, 8)):
+        records = started(first_step)
+        for step in range(first_step + 1, last_step + 1):
+            records.record(step, {"loss": 1.0})
+        records.close()
+    assert list(sent.values()) == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    started(0).close()
+    assert len(sent) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -75,14 +76,14 @@ def test_evaluate_when_real_model_then_is_the_mean_cross_entropy(tiny_gpt2: PreT
 
 
 def test_evaluate_when_ranks_differ_then_adds_their_sums() -> None:
-    other = torch.tensor([30.0, 6.0, 0.0], dtype=torch.float64)
+    other = torch.tensor([30.0, 6.0, 0.0, 0.0], dtype=torch.float64)
     found = _evaluate(Fixed(), [_batch(1, [0, 0])], sum_over_ranks=lambda mine: mine + other)
     assert found.loss == pytest.approx(32 / 8)
     assert found.num_tokens == 8
 
 
 def test_evaluate_when_rank_has_no_batch_then_takes_part() -> None:
-    other = torch.tensor([6.0, 3.0, 0.0], dtype=torch.float64)
+    other = torch.tensor([6.0, 3.0, 0.0, 0.0], dtype=torch.float64)
     assert _evaluate(Fixed(), [], sum_over_ranks=lambda mine: mine + other).loss == 2.0
 
 
@@ -100,3 +101,27 @@ def test_evaluate_when_done_then_mode_is_as_before(training: bool) -> None:
     model = Fixed().train(training)
     _evaluate(model, [_batch(1, [0])])
     assert model.training == training
+
+
+def test_evaluate_when_asked_to_stop_then_no_further_batch_is_made_and_nothing_comes_out() -> None:
+    asked = iter([False, False, True])
+    made = []
+
+    def batches() -> Iterator[Batch]:
+        for number in range(10):
+            made.append(number)
+            yield _batch(1, [0])
+
+    assert _evaluate(Fixed(), batches(), should_stop=lambda: next(asked)) is None
+    assert made == [0, 1, 2]
+
+
+def test_evaluate_when_another_rank_was_asked_to_stop_then_nothing_comes_out_here_either() -> None:
+    other = torch.tensor([6.0, 3.0, 0.0, 1.0], dtype=torch.float64)
+    assert _evaluate(Fixed(), [_batch(1, [0])], sum_over_ranks=lambda mine: mine + other) is None
+
+
+def test_evaluate_when_the_stop_comes_after_the_last_batch_then_is_whole() -> None:
+    asked = iter([False, False])
+    found = _evaluate(Fixed(), [_batch(1, [0]), _batch(1, [0])], should_stop=lambda: next(asked, True))
+    assert found.num_tokens == 2

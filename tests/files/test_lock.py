@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from llm.config.errors import UserError
-from llm.files.lock import locked
+from llm.files.lock import holder_of, locked
 
 
-def hold(path: Path, *, pid: int, host: str | None = None) -> None:
+def hold(path: Path, *, pid: int, host: str | None = None, job: str | None = None) -> None:
     """Writes a lock as the process `pid` of `host` would have."""
-    path.write_text(json.dumps({"host": host or socket.gethostname(), "pid": pid}))
+    path.write_text(json.dumps({"host": host or socket.gethostname(), "pid": pid, "job": job}))
 
 
 def dead_pid() -> int:
@@ -96,3 +99,64 @@ def test_lock_when_its_number_is_ours_but_not_its_process_then_is_taken_over(tmp
     hold(path, pid=os.getpid())  # as a killed container with the same numbers left it
     with locked(path):
         assert "id" in json.loads(path.read_text())
+
+
+def test_holder_when_asked_for_then_is_the_one_that_lives(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    assert holder_of(path) is None
+    with locked(path):
+        assert holder_of(path) == (socket.gethostname(), os.getpid())
+    hold(path, pid=os.getppid())
+    assert holder_of(path) == (socket.gethostname(), os.getppid())
+    os.utime(path, (0, 0))
+    assert holder_of(path) is None
+    hold(path, pid=dead_pid())
+    assert holder_of(path) is None
+    assert path.exists()  # only a start removes it
+
+
+def test_lock_when_it_is_of_this_job_on_another_host_then_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    hold(path, pid=1, host="another-host", job="slurm 7")
+    for job in (None, "slurm 8"):
+        with pytest.raises(UserError, match="on another-host, job slurm 7"), locked(path, job=job):
+            pytest.fail("two holders")
+    with locked(path, job="slurm 7"):
+        assert json.loads(path.read_text())["job"] == "slurm 7"
+
+
+def test_lock_when_its_process_lives_here_then_is_refused_to_its_job_too(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    hold(path, pid=os.getppid(), job="slurm 7")
+    with pytest.raises(UserError), locked(path, job="slurm 7", is_patient=True):
+        pytest.fail("two holders")
+
+
+def test_lock_when_the_holder_on_another_host_is_dead_then_a_patient_start_waits_for_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.lock"
+    hold(path, pid=1, host="another-host")
+    touched = time.time() - 58
+    os.utime(path, (touched, touched))
+    with pytest.raises(UserError), locked(path):
+        pytest.fail("nobody asked to wait")
+    started = time.monotonic()
+    with caplog.at_level(logging.INFO, "llm"), locked(path, is_patient=True):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert 1 <= time.monotonic() - started < 10
+    assert [record.getMessage() for record in caplog.records] == [
+        "waiting for the lock of process 1 on another-host, last touched 58 s ago"
+    ]
+
+
+def test_lock_when_the_holder_on_another_host_lives_then_a_patient_start_is_refused_soon(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    hold(path, pid=1, host="another-host")
+    os.utime(path, (time.time() - 9, time.time() - 9))
+    heartbeat = threading.Timer(1.5, lambda: os.utime(path))
+    heartbeat.start()
+    with pytest.raises(UserError, match="another-host"), locked(path, is_patient=True):
+        pytest.fail("two holders")
+    heartbeat.join()
+    assert [file.name for file in tmp_path.iterdir()] == ["run.lock"]

@@ -102,3 +102,13 @@ def test_sample_when_model_has_settings_of_its_own_then_they_do_not_count(
     settings.top_k, settings.repetition_penalty, settings.temperature = 1, 3.0, 0.1
     settings.do_sample = True
     assert plain == _sample(tiny_gpt2, byte_tokenizer)
+
+
+def test_sample_when_asked_to_stop_then_ends_after_the_token(tiny_gpt2: PreTrainedModel, byte_tokenizer) -> None:
+    tiny_gpt2.train()
+    asked = iter([False] * 4)
+    whole = _sample(tiny_gpt2, byte_tokenizer, max_new_tokens=40)
+    cut = _sample(tiny_gpt2, byte_tokenizer, max_new_tokens=40, should_stop=lambda: next(asked, True))
+    assert all(one.startswith(other) for one, other in zip(whole, cut, strict=True))
+    assert len("the king") < len(cut[0]) < len(whole[0])
+    assert tiny_gpt2.training

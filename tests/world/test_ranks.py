@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llm.config.errors import UsageError, UserError
+from llm.config.errors import Stopped, UsageError, UserError
 from llm.world.ranks import World, launched_size
 
 NODES = [0, 0, 1]  # local ranks: rank 0 is alone on its node
@@ -30,7 +30,7 @@ def attempt(work: Callable[[], object]) -> object:
     """What `work` gives, or what its mistake looks like."""
     try:
         return work()
-    except UserError as error:
+    except (UserError, Stopped) as error:
         return [type(error).__name__, str(error), error.exit_code, error.is_echo]
 
 
@@ -40,7 +40,7 @@ def rank_program(world: World, folder: Path) -> None:
     def note(name: str, work: Callable[[], object]) -> None:
         (folder / f"{name}.{world.rank}.json").write_text(json.dumps(attempt(work)))
 
-    def fail(error: UserError, *, on: int = 0) -> str:
+    def fail(error: BaseException, *, on: int = 0) -> str:
         if world.rank == on:
             raise error
         return "done"
@@ -57,6 +57,7 @@ def rank_program(world: World, folder: Path) -> None:
     note("on_main", lambda: world.on_main(lambda: f"of {world.rank}"))
     note("on_main_user_error", lambda: world.on_main(lambda: fail(UserError("no text"))))
     note("on_main_usage_error", lambda: world.on_main(lambda: fail(UsageError("no such\noption"))))
+    note("on_main_stop", lambda: world.on_main(lambda: fail(Stopped("SIGTERM"))))
     note("after_errors", lambda: world.sum_(torch.ones(())).item())
     seen = iter([None, None, 5])
     note("wait", lambda: world.wait_on_main(lambda: next(seen), "a number", lambda: False))
@@ -65,6 +66,7 @@ def rank_program(world: World, folder: Path) -> None:
     note("in_turn", lambda: world.in_turn("turn", take_turn))
     world.barrier()
     note("in_turn_own_error", lambda: world.in_turn("own", lambda: fail(UserError("full disk"), on=2)))
+    note("in_turn_stop", lambda: world.in_turn("stop", lambda: fail(Stopped("SIGTERM"), on=1)))
     note("launched_size", launched_size)
     note("in_turn_error", lambda: world.in_turn("wrong", lambda: fail(UsageError("line 2\nline 3"))))
 
@@ -119,6 +121,11 @@ def test_on_main_when_it_fails_then_all_ranks_raise_and_the_others_echo(
 ) -> None:
     assert answers[f"on_main_{name}_error"] == [[kind, message, code, rank > 0] for rank in range(3)]
     assert answers["after_errors"] == [3.0] * 3  # nobody is one collective ahead
+
+
+def test_work_when_it_is_stopped_on_one_rank_then_is_on_all_and_the_others_echo(answers: Answers) -> None:
+    for name, first in (("on_main_stop", 0), ("in_turn_stop", 1)):
+        assert answers[name] == [["Stopped", "SIGTERM", 75, rank != first] for rank in range(3)]
 
 
 def test_wait_on_main_when_something_is_seen_then_all_get_it(answers: Answers) -> None:

@@ -1,0 +1,1 @@
+"""Where the run is: in a job of PBS or Slurm, or in none."""

@@ -1,0 +1,127 @@
+"""When the scheduler will end the job: from its variables, else from its own commands."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+
+log = logging.getLogger(__name__)
+
+_PATIENCE_SECONDS = 5.0
+# How squeue, and ctime() in qstat, write a moment of local time.
+_SLURM_TIME = "%Y-%m-%dT%H:%M:%S"
+_PBS_TIME = "%a %b %d %H:%M:%S %Y"
+
+
+class UnknownEndError(Exception):
+    """Nobody says when the job ends; the message says why not."""
+
+
+def job_end(environment: Mapping[str, str] = os.environ) -> float | None:
+    """When this job ends, in seconds since the epoch; None outside a job, without a limit, or where nobody says.
+
+    `LLM_END_TIME`, which a job script may set, wins; then Slurm's `SLURM_JOB_END_TIME`; then what `squeue` or
+    `qstat` answers within five seconds. Why nothing is known is said in one line. Never raises.
+    """
+    try:
+        for name in ("LLM_END_TIME", "SLURM_JOB_END_TIME"):
+            if environment.get(name):
+                return _in_future(_number(name, environment[name]), name)
+        if environment.get("SLURM_JOB_ID"):
+            return _slurm_end(environment)
+        if environment.get("PBS_JOBID"):
+            return _pbs_end(environment)
+    except UnknownEndError as reason:
+        log.warning("walltime: not known (%s); --max_time, or LLM_END_TIME in the job script, says it", reason)
+    return None
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UnknownEndError(f"{name}={text} is no number of seconds since 1970")
+    return number
+
+
+def _in_future(end: float, source: str) -> float:
+    # Such as a variable that an interactive shell took along from a job that is over.
+    if end <= time.time():
+        raise UnknownEndError(f"{source} is in the past")
+    return end
+
+
+def _slurm_end(environment: Mapping[str, str]) -> float | None:
+    command = ["squeue", "-h", "-j", environment["SLURM_JOB_ID"], "-o", "%e"]
+    answer = _answer(command, {**environment, "SLURM_TIME_FORMAT": "standard"}).strip()
+    if answer.upper() in ("N/A", "NONE", "UNKNOWN"):  # a partition without a limit
+        return None
+    return _in_future(_moment(answer, _SLURM_TIME, "squeue"), "squeue's end time")
+
+
+def _pbs_end(environment: Mapping[str, str]) -> float | None:
+    """The job's start and its limit: `stime` of PBS Pro and OpenPBS, `start_time` of Torque."""
+    answer = _answer(["qstat", "-f", environment["PBS_JOBID"]], {**environment, "LC_ALL": "C"})
+    facts = dict(re.findall(r"^\s*([\w.]+) = (.+)$", answer, re.MULTILINE))
+    if "Resource_List.walltime" not in facts:
+        return None
+    limit = _length(facts["Resource_List.walltime"])
+    began = facts.get("stime") or facts.get("start_time")
+    if began is not None:
+        end = _moment(began, _PBS_TIME, "qstat") + limit
+    elif "resources_used.walltime" in facts:
+        end = time.time() + limit - _length(facts["resources_used.walltime"])
+    else:
+        raise UnknownEndError("qstat does not say when the job began")
+    return _in_future(end, "qstat's end time")
+
+
+def _answer(command: list[str], environment: Mapping[str, str]) -> str:
+    """What a scheduler's command prints."""
+    try:
+        result = subprocess.run(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_SECONDS,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise UnknownEndError(f"there is no {command[0]} here") from None
+    except (OSError, ValueError) as error:
+        raise UnknownEndError(f"{command[0]}: {error}") from error
+    except subprocess.TimeoutExpired:
+        raise UnknownEndError(f"{command[0]} gave no answer in {_PATIENCE_SECONDS:.0f} s") from None
+    if result.returncode != 0 or not result.stdout.strip():
+        said = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[0]
+        raise UnknownEndError(f"{command[0]}: {said}")
+    return result.stdout
+
+
+def _moment(text: str, form: str, source: str) -> float:
+    """Seconds since the epoch of a local time."""
+    try:
+        return time.mktime(time.strptime(text.strip(), form))
+    except (ValueError, OverflowError):
+        raise UnknownEndError(f"{source} answers {text.strip()!r}") from None
+
+
+def _length(text: str) -> float:
+    """Seconds of `[[D:]H:]M:S`, or of plain seconds."""
+    try:
+        parts = [int(part) for part in text.strip().split(":")]
+    except ValueError:
+        raise UnknownEndError(f"qstat answers a walltime of {text.strip()!r}") from None
+    units = (1, 60, 3600, 86400)
+    if len(parts) > len(units):
+        raise UnknownEndError(f"qstat answers a walltime of {text.strip()!r}")
+    return float(sum(number * unit for number, unit in zip(reversed(parts), units, strict=False)))

@@ -1,0 +1,14 @@
+"""The options of ``python -m llm.runs``."""
+
+from __future__ import annotations
+
+from llm.config.rows import Group, row
+
+
+class RunsOptions(Group):
+    """The checkpoints of runs, and how their last starts ended."""
+
+    runs: tuple[str, ...] = row(
+        (".",), "folders of runs, or folders that hold runs (default: this one)", positional=True, metavar="OUTPUT_DIR"
+    )
+    verify: bool = row(False, "read every byte of every checkpoint; exit code 1 if one is damaged")

@@ -1,0 +1,49 @@
+"""Is there room for what the run will save? Asked before the model is built."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from llm.config.errors import UserError
+from llm.engine.checkpoint_files import saved_steps
+from llm.engine.dry_run import count_parameters
+from llm.engine.lines import quantity
+
+# The newest checkpoint, the one before it, and one that is being written.
+_NUM_CHECKPOINTS = 3
+_BYTES_OF_A_NUMBER = 4
+# fp32 tensors as large as the weights that an optimizer keeps; two where it is not named here.
+_NUM_MOMENTS = {"sgd": 1}
+
+
+def require_room(checkpoints: Path, config: PretrainedConfig, optim: str, *, is_fresh: bool) -> None:
+    """Refuses a run whose checkpoints will not fit on the disk.
+
+    What an earlier start of the run saved counts: it is rotated away. What an earlier run left is removed when a
+    fresh one begins.
+
+    Args:
+        checkpoints: the run's `checkpoints/`, whose parent is there.
+        config: of the model.
+        optim: `--optim`.
+        is_fresh: whether nothing is continued.
+
+    Raises:
+        UserError: three checkpoints need more than is free.
+    """
+    one = count_parameters(config) * _BYTES_OF_A_NUMBER * (1 + _NUM_MOMENTS.get(optim, 2))
+    present = [path for _, path in saved_steps(checkpoints)]
+    free = shutil.disk_usage(checkpoints.parent).free
+    number = _NUM_CHECKPOINTS
+    if is_fresh:
+        free += sum(file.stat().st_size for path in present for file in path.rglob("*") if file.is_file())
+    else:
+        number = max(1, number - len(present))
+    if free < number * one:
+        raise UserError(
+            f"--output_dir {checkpoints.parent}: {number} checkpoints of {quantity(one)}B need "
+            f"{quantity(number * one)}B, and {quantity(free)}B are free; make room, or choose another folder"
+        )
