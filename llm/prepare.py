@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 _TOKENIZER_CHARS = 1 << 30
 _JOB = "prepare.json"
 # Raised when the same text begins to be cut into other pieces, by whose number a shard says where it ends.
-_JOB_VERSION = 2
+_CALLED = {"fingerprint": "content of the text", "version": "version of this program"}
+# Names that nothing but this program gives.
+_LEFT = (
+    *(".train_*.tmp", ".validation_*.tmp", ".manifest.json.*.tmp", f".{_JOB}.*.tmp"),
+    *(".tokenizer.*.tmp", ".tokenizer.*.old"),
+)
+_JOB_VERSION = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,7 +153,14 @@ def _claim(folder: Path, options: PrepareOptions, corpus: Corpus) -> None:
         changed = [name for name, value in job.items() if found.get(name) != value]
     except (ValueError, AttributeError):
         changed = [f"broken {_JOB}"]
+    if changed and not any(folder.glob("*.bin")):
+        # Nothing was made yet: what was begun with, such as a file that is no text, may be mended.
+        _remove_left(folder)
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+        write_text(path, json.dumps(job, indent=2) + "\n")
+        return
     if changed:
+        changed = [_CALLED.get(name, name) for name in changed]
         raise UserError(
             f"--output_dir {folder}: was begun with another {' and another '.join(changed)};"
             " give what it was begun with, or name another folder"
@@ -157,7 +170,7 @@ def _claim(folder: Path, options: PrepareOptions, corpus: Corpus) -> None:
 
 def _remove_left(folder: Path) -> None:
     """Removes what an earlier process was killed over; nobody else writes here now."""
-    for left in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+    for left in (path for name in _LEFT for path in folder.glob(name)):
         if left.is_dir():
             shutil.rmtree(left)
         else:
@@ -203,8 +216,13 @@ def _tokenizer(folder: Path, options: PrepareOptions, corpus: Corpus) -> PreTrai
             corpus_fingerprint=corpus.fingerprint,
             cache_dir=Path(constants.HF_HOME) / "llm",
         )
-        with whole_folder(saved) as temporary:
-            made.save_pretrained(temporary)
+        try:
+            with whole_folder(saved) as temporary:
+                made.save_pretrained(temporary)
+        except OSError:
+            raise
+        except Exception as error:  # what tokenizers raises where the disk is full is nothing else
+            raise OSError(str(error)) from error
     # Always the saved one: what the trainer will load decides what the ids mean.
     return load_tokenizer(
         TokenizerOptions(tokenizer_name=str(saved)),

@@ -306,6 +306,43 @@ def test_prepare_when_killed_while_saving_the_tokenizer_then_its_files_go(
     assert not list(folder.glob(".*.tmp"))
 
 
+def test_prepare_when_it_failed_on_its_text_then_takes_another_into_the_same_folder(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    words = ["--tokenizer_name", str(tiny_gpt2_dir), "--output_dir", str(tmp_path / "out"), "--train_file"]
+    assert main([*words, str(tmp_path / "empty.txt")]) == 1
+    assert main([*words, str(rows)]) == 0
+    capsys.readouterr()
+    assert main([*words, str(tmp_path / "empty.txt")]) == 1
+    assert "begun with another text and another content of the text" in capsys.readouterr().err
+
+
+def test_prepare_when_the_tokenizer_cannot_be_written_then_one_line(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    words = ["--tokenizer_name", str(tiny_gpt2_dir), "--output_dir", str(tmp_path / "out"), "--train_file", str(rows)]
+    assert main(words) == 1
+    assert "cannot be written (No space left on device (os error 28)); make room" in capsys.readouterr().err
+
+
+def test_prepare_when_the_folder_holds_files_of_others_then_leaves_them(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".bashrc.old").write_text("mine")
+    (home / ".tokenizer.77.tmp").mkdir()
+    words = ["--tokenizer_name", str(tiny_gpt2_dir), "--output_dir", str(home), "--train_file", str(rows)]
+    assert main(words) == main(words) == 0
+    assert (home / ".bashrc.old").read_text() == "mine"
+    assert not (home / ".tokenizer.77.tmp").exists()
+
+
 def test_options_when_shared_with_the_trainer_then_the_same_rows() -> None:
     options = PrepareOptions(output_dir="x", train_file=("a.txt",), train_tokenizer="bpe", vocab_size=300)
     assert options.data.train_file == ("a.txt",)

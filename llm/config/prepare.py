@@ -25,7 +25,7 @@ class PrepareOptions(Group):
     output_dir: str = row(..., "folder of the shards, which the trainer takes as --train_dir", metavar="DIR")
     dataset_name: str | None = row(None, "Hub dataset (streamed), local folder, or builtin:python", metavar="NAME")
     dataset_config_name: str | None = _same(DataOptions, "dataset_config_name")
-    train_file: tuple[str, ...] | None = _same(DataOptions, "train_file")
+    train_file: tuple[str, ...] | None = row(None, "text: txt, md, csv, tsv, json, jsonl or parquet, compressed ones too; several files and globs", metavar="FILE", replaces=("dataset_name", "dataset_config_name"))
     validation_file: tuple[str, ...] | None = _same(DataOptions, "validation_file")
     validation_split_percentage: float = _same(DataOptions, "validation_split_percentage")
     text_column: str | None = _same(DataOptions, "text_column")

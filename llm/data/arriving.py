@@ -175,8 +175,8 @@ class ArrivingBlocks:
         self._is_abandoned.set()
 
     def _wait(self, sample: int) -> None:
-        parent = os.getppid()
+        # A loader's process whose own process was killed is nobody's; this one's parent may end as it likes.
+        parent = os.getppid() if multiprocessing.parent_process() is not None else None
         while sample >= self._num_ready and sample >= self.look():
-            # A reader whose process was killed is nobody's.
-            if self._is_abandoned.wait(_LOOK_SECONDS) or os.getppid() != parent:
+            if self._is_abandoned.wait(_LOOK_SECONDS) or (parent is not None and os.getppid() != parent):
                 raise AbandonedError

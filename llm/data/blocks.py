@@ -74,8 +74,9 @@ class Blocks:
             raise IndexError(f"block {index} of {len(self)}")
         start = index * self.block_size
         ids = np.asarray(self._tokens[start : start + self.block_size + 1]).astype(np.int64)
-        if self._vocabulary_size is not None and int(ids.max()) >= self._vocabulary_size:
-            place = int(np.argmax(ids >= self._vocabulary_size))
+        # As unsigned, a negative id of a signed file is a very large one.
+        if self._vocabulary_size is not None and int(ids.view(np.uint64).max()) >= self._vocabulary_size:
+            place = int(np.argmax(ids.view(np.uint64) >= self._vocabulary_size))
             raise UserError(
                 f"token {start + place} of the stream has id {ids[place]}, but the vocabulary has"
                 f" {self._vocabulary_size} tokens: tokenize again (--overwrite_cache, or llm.prepare)"

@@ -36,7 +36,14 @@ _BETWEEN_LINES = (r"(?<=[^\s>\]]\n)(?=\w)", r"(?<=\n)(?= [^\s<\[])")
 _STOPS = "。！？，、।؟"  # noqa: RUF001
 _INSIDE_LINES = (r"(?<=[^\s>\]])(?= [^\W\d_])", rf"(?<=[^\W_])(?=[{_STOPS}])")
 
-_ANYWHERE = r"(?s:(?<=.)(?=.))"
+
+def _anywhere(added_tokens: list[AddedToken]) -> str:
+    """Between any two characters but where both may be of an added token, or of the space that one swallows."""
+    longer = [token for token in added_tokens if len(token.content) > 1 or token.lstrip or token.rstrip]
+    letters = "".join(map(re.escape, sorted({letter for token in longer for letter in token.content})))
+    if any(token.lstrip or token.rstrip for token in longer):
+        letters += r"\s"
+    return rf"(?s:(?<=[^{letters}])(?=.)|(?<=.)(?=[^{letters}]))" if letters else r"(?s:(?<=.)(?=.))"
 
 
 class Cutter:
@@ -48,7 +55,9 @@ class Cutter:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._untried = [_ANYWHERE] if encoder.joins_nothing else [*_BETWEEN_LINES]
+        self._untried = [_anywhere(encoder.added_tokens)] if encoder.joins_nothing else []
+        if not encoder.joins_nothing and not any(map(_reaches_over_lines, encoder.added_tokens)):
+            self._untried += _BETWEEN_LINES
         if not encoder.joins_nothing and _is_plain(encoder.added_tokens):
             self._untried += _INSIDE_LINES
         self._used: list[str] = []
@@ -73,14 +82,22 @@ class Cutter:
             if len(pieces) < _FEWEST_TRIAL_PIECES:
                 continue
             self._untried.remove(place)
-            if (place not in _INSIDE_LINES or self._encoder.splits_at(re.compile(place), text)) and np.array_equal(
-                np.concatenate(self._encoder.encode(pieces)), whole
-            ):
+            # That the trial has no token over a place says nothing of the rest: it must be so for a reason.
+            is_sound = self._encoder.joins_nothing or self._encoder.splits_at(re.compile(place), text)
+            is_sound = is_sound or (place in _BETWEEN_LINES and not self._encoder.joins_lines)
+            if is_sound and np.array_equal(np.concatenate(self._encoder.encode(pieces)), whole):
                 passed.append(place)
         if passed:
             self._used += passed
             self._place = re.compile("|".join(self._used))
         return bool(passed)
+
+
+def _reaches_over_lines(token: AddedToken) -> bool:
+    """Whether a token that is found before the text is split may reach over the beginning of a line."""
+    content = token.content
+    is_bracketed = content[:1] in ("<", "[") and content[-1:] in (">", "]")
+    return "\n" in content[:-1] or ((token.lstrip or token.rstrip) and not is_bracketed)
 
 
 def _is_plain(added_tokens: list[AddedToken]) -> bool:

@@ -31,6 +31,10 @@ _SAMPLE_LENGTH = 1 << 14
 _WORTH_LENGTH = 1 << 20
 
 
+# A newline (itself, of byte-level vocabularies, or as a byte) in front of something else.
+_OVER_LINES = re.compile(r"(?:\n|Ċ|<0x0A>)(?!\n|Ċ|<0x0A>)(?s:.)")
+
+
 class Piece(NamedTuple):
     """What is encoded at once: a document or a piece of a long one."""
 
@@ -135,6 +139,11 @@ class Encoder:
             return False
         added = {token.content for token in self.added_tokens}
         return all(len(token) == 1 or token in added for token in self._backend.get_vocab(with_added_tokens=False))
+
+    @property
+    def joins_lines(self) -> bool:
+        """Whether some token holds a newline and what follows it."""
+        return self._backend is None or any(map(_OVER_LINES.search, self._backend.get_vocab(with_added_tokens=True)))
 
     def splits_at(self, place: re.Pattern[str], text: str) -> bool:
         """Whether the tokenizer splits a text at every such place, whatever its vocabulary is."""

@@ -48,16 +48,24 @@ def is_token_file(name: str) -> bool:
 
 
 def open_files(
-    train: Sequence[str], validation: Sequence[str] | None, percentage: float, vocabulary_size: int
+    train: Sequence[str],
+    validation: Sequence[str] | None,
+    percentage: float,
+    vocabulary_size: int,
+    tokenizer_hash: str | None = None,
 ) -> Streams:
     """The ids of files that `--train_file` and `--validation_file` name.
 
     Raises:
+        OtherTokenizerError: a shard of ours is of another tokenizer than that of the hash.
         UserError: a file is missing, truncated, or of an unknown layout.
     """
-    streams = [_of_paths(named_paths(train, "--train_file"))]
+    paths = [named_paths(train, "--train_file")]
     if validation is not None:
-        streams.append(_of_paths(named_paths(validation, "--validation_file")))
+        paths.append(named_paths(validation, "--validation_file"))
+    for path in (path for part in paths for path in part if _is_shard(path)):
+        open_shard(path, tokenizer_hash=tokenizer_hash)
+    streams = [_of_paths(part) for part in paths]
     return _streams(train[0], streams, percentage, vocabulary_size, Path(train[0]).parent)
 
 

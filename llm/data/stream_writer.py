@@ -116,6 +116,7 @@ class StreamFolder:
     def clear(self) -> None:
         """Removes all shards; the lock must be held."""
         self._settled.unlink(missing_ok=True)
+        (self.path / "wanted").unlink(missing_ok=True)
         for folder in (self.validation, self.train):
             if folder.exists():
                 shutil.rmtree(folder)

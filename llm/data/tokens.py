@@ -140,7 +140,7 @@ class Row:
         """Keeps what is resident small, however much of the files has been read."""
         self._num_reads += 1
         if self._num_reads % _READS_BEFORE_RELEASE == 0:
-            for mapped in self._mapped.values():
+            for mapped in [*self._mapped.values()]:  # another thread may map one more meanwhile
                 mapped.release()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def _open_tokens(options: Options) -> Text:
         files = data.train_file or ()
         if not all(map(is_token_file, (*files, *(data.validation_file or ())))):
             raise UserError("--train_file, --validation_file: token files and text are mixed; give one kind")
-        streams = opener.checked(open_files(files, data.validation_file, share, opener.size))
+        streams = opener.checked(open_files(files, data.validation_file, share, opener.size, opener.identity))
     else:
         found = opener.folders(folders, share)
         # Of one folder a weight says nothing.

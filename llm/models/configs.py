@@ -208,8 +208,9 @@ def _changed(config: PretrainedConfig, changes: Mapping[str, Any], *, start: Map
 def _drop_derived(config: PretrainedConfig, values: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Takes out, in place, what follows from a changed number and would contradict it."""
     if {"num_attention_heads", "hidden_size"} & set(changes):
-        num_heads = config.num_attention_heads
-        derived = {"head_dim": config.hidden_size // num_heads, "num_key_value_heads": num_heads}
+        num_heads = getattr(config, "num_attention_heads", None)
+        # A state-space model has none, and nothing follows from them.
+        derived = {"head_dim": config.hidden_size // num_heads, "num_key_value_heads": num_heads} if num_heads else {}
         for name, present in derived.items():
             if name not in changes and values.get(name) == present:
                 del values[name]

@@ -83,3 +83,9 @@ def test_cut_blocks_when_validation_is_short_then_none_and_said(caplog) -> None:
     assert "no validation" in caplog.text
     assert len(cut_blocks(_streams(100, 9), 8)[1]) == 1
     assert cut_blocks(_streams(100, None), 8)[1] is None
+
+
+def test_block_when_an_id_of_a_signed_file_is_negative_then_says_where() -> None:
+    blocks = Blocks(np.array([1, 2, -1, 3, 4], np.int32), 4, vocabulary_size=10)
+    with pytest.raises(UserError, match="token 2 of the stream has id -1"):
+        blocks[0]

@@ -214,3 +214,30 @@ def test_cut_when_space_surrounds_newlines_then_not_there() -> None:
     ]
     assert cutting.cut(text, 1, before_spaces)[1].startswith(" six<|x|>\nseven")
     assert "".join(cutting.cut(text, 1, before_spaces)) == text
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", ["a token over lines", "characters and a token", "merges over lines"])
+def test_pieces_when_a_token_lies_over_a_place_that_the_trial_did_not_show_then_the_ids_are_the_wholes(
+    kind: str,
+) -> None:
+    plain = "some words in a line, and\nmore of them\n" * 400
+    if kind == "a token over lines":
+        tokenizer = _gpt2(plain)
+        tokenizer.add_tokens(["\nHuman:"])
+        rare = "a line.\nHuman: speaks\n"
+    elif kind == "characters and a token":
+        letters = sorted(set(plain))
+        engine = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine)
+        tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+        rare = "<|endoftext|>" * 8
+    else:
+        tokenizer = _trained("words.\nQueen " * 50, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+        rare = "words.\nQueen\n"
+    text = plain[:8000] + (plain[:300] + rare) * 60
+    encoder = Encoder(tokenizer)
+    found = [piece.text for piece in pieces(_in_parts(text, 1000), encoder)]
+    assert "".join(found) == text
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert np.array_equal(np.concatenate(encoder.encode(found)), whole)
