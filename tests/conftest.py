@@ -130,3 +130,10 @@ def train(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, out, err)
 
     return run
+
+
+def keep_only(run: Path, step: int) -> None:
+    """Leaves a run's folder with one checkpoint, as if it had been killed after it."""
+    for path in (run / "checkpoints").glob("step_*"):
+        if path.name != f"step_{step}":
+            shutil.rmtree(path)

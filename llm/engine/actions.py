@@ -138,6 +138,8 @@ class Actions:
         if found is None:
             raise Stopped(self.stop.reason)
         self.newest = found
+        # A run that is resumed at its very end has its record already.
+        is_new = self.progress.eval_step != self.progress.step
         self._is_best = self.progress.add_evaluation(self.newest.loss)
         values = {
             "eval_loss": self.newest.loss,
@@ -145,7 +147,8 @@ class Actions:
             "bits_per_byte": self.newest.bits_per_byte,
         }
         log.info(evaluation_line(self.progress.step, values))
-        self.tracking.record(self.progress.step, values)
+        if is_new:
+            self.tracking.record(self.progress.step, values)
 
     def sample(self, report: StepReport | None = None, *, num_samples: int = 1) -> None:
         """Text of the model as it is now, on rank 0; the others wait, but in no collective. A stop cuts it short."""

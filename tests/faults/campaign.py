@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -214,8 +215,9 @@ def differences(whole: Path, killed: Path) -> list[str]:
         found.append("the names of the weights")
     found += [name for name in one if one[name].tobytes() != other[name].tobytes()]
     for name in ("metrics.jsonl", "all_results.json"):
-        if _untimed(whole / name) != _untimed(killed / name):
-            found.append(name)
+        mine, others = _untimed(whole / name), _untimed(killed / name)
+        pairs = [f"{name}: {a} and {b}" for a, b in zip_longest(mine, others) if a != b]
+        found += pairs[:2]
     return found
 
 

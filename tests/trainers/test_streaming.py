@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import llm.engine.stream
-from tests.conftest import Outcome
+from tests.conftest import Outcome, keep_only
 from tests.hub_server import REVISION, StandInHub, stand_in_hub
 from tests.trainers.test_mistakes import one_line, replaced
 
@@ -136,7 +136,7 @@ def test_stream_when_trained_on_then_all_is_accounted_for_and_a_second_start_and
     assert are_equal(tmp_path / "whole", tmp_path / "again")
     assert records(tmp_path / "whole") == records(tmp_path / "again")
 
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step_200")
+    keep_only(tmp_path / "again", 100)
     shutil.rmtree(tmp_path / "hf")  # the shards are made again
     resumed = train(*options, "--output_dir", tmp_path / "again", "--resume_from_checkpoint")
     assert resumed.code == 0, resumed.err
@@ -251,7 +251,7 @@ def test_hub_dataset_when_the_hub_is_gone_later_then_resumed_from_its_shards(
     assert "held out for validation: the head of the stream" in out
     assert results(tmp_path / "whole")["revision"] == f"someone/words@{REVISION}"
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_200")
+    keep_only(tmp_path / "cut", 100)
     for name in ("someone/words", "HEAD /"):
         hub.fail[name] = 503
     code, out, err = done(run(*words, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint"), tmp_path)
