@@ -95,20 +95,18 @@ class Cutter:
 
 def _reaches_over_lines(token: AddedToken) -> bool:
     """Whether a token that is found before the text is split may reach over the beginning of a line."""
-    content = token.content
-    is_bracketed = content[:1] in ("<", "[") and content[-1:] in (">", "]")
-    return "\n" in content[:-1] or ((token.lstrip or token.rstrip) and not is_bracketed)
+    return "\n" in token.content[:-1] or _swallows_unseen(token)
+
+
+def _swallows_unseen(token: AddedToken) -> bool:
+    """Whether it takes the space around it, and has none of the brackets that no place stands beside."""
+    is_bracketed = token.content[:1] in ("<", "[") and token.content[-1:] in (">", "]")
+    return (token.lstrip or token.rstrip) and not is_bracketed
 
 
 def _is_plain(added_tokens: list[AddedToken]) -> bool:
     """Whether no token that is found before the text is split reaches over a place inside a line."""
-    for token in added_tokens:
-        content = token.content
-        is_bracketed = content[:1] in ("<", "[") and content[-1:] in (">", "]")
-        swallows = token.lstrip or token.rstrip
-        if re.search(rf"\s|.[{_STOPS}]", content) is not None or (swallows and not is_bracketed):
-            return False
-    return True
+    return not any(re.search(rf"\s|.[{_STOPS}]", token.content) or _swallows_unseen(token) for token in added_tokens)
 
 
 def batches(parts: Iterable[tuple[Split, Part]], encoder: Encoder, name: str = "the text") -> Iterator[list[Piece]]:

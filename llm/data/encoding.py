@@ -151,7 +151,8 @@ class Encoder:
             return False
         words = self._backend.pre_tokenizer.pre_tokenize_str(text[:_SAMPLE_LENGTH])
         edges = {edge for _, span in words for edge in span}
-        return all(match.start() in edges for match in place.finditer(text[:_SAMPLE_LENGTH]))
+        places = [match.start() for match in place.finditer(text[:_SAMPLE_LENGTH])]
+        return bool(places) and edges.issuperset(places)  # where there is none, nothing was seen
 
     def choose(self, texts: list[str]) -> None:
         """Finds out, once for each engine, whether it gives the tokenizer's ids; encoding does so by itself.
