@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from llm.data.corpus import Corpus
     from llm.data.shards import Streams
+    from llm.files.lock import Lock
 
 # The trainer of a tokenizer counts the words of all that it is given; more text changes no merge of note.
 _TOKENIZER_CHARS = 1 << 30
@@ -31,10 +32,7 @@ _JOB = "prepare.json"
 # Raised when the same text begins to be cut into other pieces, by whose number a shard says where it ends.
 _CALLED = {"fingerprint": "content of the text", "version": "version of this program"}
 # Names that nothing but this program gives.
-_LEFT = (
-    *(".train_*.tmp", ".validation_*.tmp", ".manifest.json.*.tmp", f".{_JOB}.*.tmp"),
-    *(".tokenizer.*.tmp", ".tokenizer.*.old"),
-)
+_LEFT = (f".{_JOB}.*.tmp", ".tokenizer.*.tmp", ".tokenizer.*.old")
 _JOB_VERSION = 3
 
 
@@ -59,13 +57,13 @@ def _prepare(argv: Sequence[str]) -> int:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _speaking(), locked(folder / ".lock"):
+        with _speaking(), locked(folder / ".lock") as lock:
             corpus = _open_text(options)
             _claim(folder, options, corpus)
             if (folder / MANIFEST).is_file():
                 print(f"{folder} is finished already")
             else:
-                _write(folder, options, corpus)
+                _write(folder, options, corpus, lock)
         _sum_up(folder, open_folder(folder))
     except OSError as error:
         raise UserError(
@@ -177,7 +175,7 @@ def _remove_left(folder: Path) -> None:
             left.unlink()
 
 
-def _write(folder: Path, options: PrepareOptions, corpus: Corpus) -> None:
+def _write(folder: Path, options: PrepareOptions, corpus: Corpus, lock: Lock) -> None:
     from llm.data.encoding import encoding_threads
     from llm.data.tokenizing import write_shards
     from llm.engine.text_bar import text_bar
@@ -195,6 +193,7 @@ def _write(folder: Path, options: PrepareOptions, corpus: Corpus) -> None:
                 eos_in_single_text=not is_character_level(tokenizer),
                 num_workers=options.preprocessing_num_workers,
                 watch=watch,
+                check=lock.check,
             )
 
 

@@ -18,6 +18,7 @@ import pytest
 from llm.config.prepare import PrepareOptions
 from llm.data import hub_streams
 from llm.data.shards import open_folder
+from llm.data.split_writer import SplitWriter
 from llm.prepare import main
 
 ROOT = Path(__file__).parents[1]
@@ -262,7 +263,7 @@ def _kill_and_compare(rows: Path, tokenizer: Path, tmp_path: Path, num_kills: in
 
 def _is_worker(pid: int) -> bool:
     done = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], stdout=subprocess.PIPE, text=True, check=False)
-    return "llm.data.workers" in done.stdout
+    return "llm.data.processes" in done.stdout
 
 
 @pytest.mark.slow
@@ -301,9 +302,33 @@ def test_prepare_when_killed_while_saving_the_tokenizer_then_its_files_go(
     (folder / "manifest.json").unlink()
     (folder / "tokenizer").rename(folder / ".tokenizer.123.tmp")
     (folder / ".manifest.json.123.tmp").write_text("{")
+    (folder / ".train_00001.bin.0123abcd.tmp").write_bytes(b"half")
+    (folder / ".validation_00000.starts.123.tmp").write_bytes(b"half")
     assert main(_words(rows, tiny_gpt2_dir, folder)) == 0
     assert _content(folder) == expected
     assert not list(folder.glob(".*.tmp"))
+
+
+def test_prepare_when_its_folder_was_taken_over_then_writes_no_more_and_says_so(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm.data.cutting.BATCH_LENGTH", 20_000)
+    folder, finish, finished = tmp_path / "out", SplitWriter._finish_shard, []
+
+    def taken_over_meanwhile(writer: SplitWriter) -> None:
+        finish(writer)
+        finished.append(writer)
+        if len(finished) == 3:
+            (folder / ".lock").write_text('{"host": "another-host", "pid": 7}')
+
+    monkeypatch.setattr(SplitWriter, "_finish_shard", taken_over_meanwhile)
+    assert main(_words(rows, tiny_gpt2_dir, folder)) == 1
+    printed = capsys.readouterr().err
+    assert "is held by another run now (process 7 on another-host)" in printed
+    assert printed.startswith("error: ") and printed.count("\n") == 1
+    assert len(finished) == len(list(folder.glob("*.bin"))) == 3
+    assert not list(folder.glob(".*.tmp"))
+    assert json.loads((folder / ".lock").read_text())["pid"] == 7
 
 
 def test_prepare_when_it_failed_on_its_text_then_takes_another_into_the_same_folder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -61,7 +62,8 @@ class _File:
         self.begins = begins
         self.first = first
         self.num_tokens = 0
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        # A name of its own: a process that was taken for dead may still write the same shard.
+        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         self._file = self._temporary.open("wb")
         self._hash = blake2b(digest_size=HASH_BYTES)
         self._min, self._max = 1 << 32, -1

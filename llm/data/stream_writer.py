@@ -1,43 +1,36 @@
-"""The process that writes the shards of a stream behind the training, and the folder they lie in.
-
-STREAM/.lock          of the one process that writes, whatever the number of runs that read
-STREAM/wanted         how many training shards some run has asked for; the writer stays there
-STREAM/held_out.json  what of the text is held out, written when the folder beside it is whole
-STREAM/validation/    shards of what is held out
-STREAM/train/         shards of the rest, in the order of arrival
-"""
+"""The process that writes the shards of a stream behind the training."""
 
 from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import FrameType
+from typing import TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from llm.config.errors import UserError
 from llm.data.corpus import Corpus
 from llm.data.encoding import encoding_threads
-from llm.data.held_out import Cut
 from llm.data.parts import Part, Skipped, Source
-from llm.data.shards import MANIFEST, VERSION, Stream, open_folder, shard_path
+from llm.data.processes import Process
+from llm.data.shards import MANIFEST, VERSION
+from llm.data.stream_folder import StreamFolder
 from llm.data.text_streams import TextStream
 from llm.data.tokenizing import write_shards
-from llm.files.atomic import write_text
-from llm.files.lock import locked
+from llm.files.lock import Lock, LockLostError, locked, release_all
 
 # Tokens. Some 18 MB of text, which arrive in seconds, so that training starts soon; and still 4,096 blocks of
 # 1,024 tokens to shuffle.
@@ -50,80 +43,8 @@ _END_SECONDS = 5.0
 # So long after its death a writer that said nothing is taken for killed: what killed it may stop this process too.
 _MOURNING_SECONDS = 2.0
 
-
-@dataclass(frozen=True)
-class StreamFolder:
-    """The shards of one stream, as one tokenizer makes them."""
-
-    path: Path
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that writes."""
-        return self.path / ".lock"
-
-    @property
-    def train(self) -> Path:
-        """The folder of the training shards."""
-        return self.path / "train"
-
-    @property
-    def validation(self) -> Path:
-        """The folder of the held-out shards."""
-        return self.path / "validation"
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether it is known what is held out, and its tokens are there."""
-        return self._settled.is_file()
-
-    def held_out(self) -> Stream | None:
-        """The tokens of what is held out, once that is settled; None where nothing is.
-
-        Raises:
-            ShardError: they are not what they should be.
-        """
-        facts = json.loads(self._settled.read_text())
-        return open_folder(self.validation).train if facts["has_text"] else None
-
-    def settle(self, cut: Cut | None, has_text: bool) -> None:
-        """Writes down what is held out."""
-        place = None if cut is None else cut._asdict()
-        write_text(self._settled, json.dumps({"has_text": has_text, "cut": place}, indent=1) + "\n")
-
-    def cut(self) -> Cut | None:
-        """Where training begins, once that is settled."""
-        place = json.loads(self._settled.read_text())["cut"]
-        return None if place is None else Cut(**place)
-
-    def wanted(self) -> int:
-        """Training shards that some run has asked for."""
-        try:
-            return int((self.path / "wanted").read_text())
-        except (OSError, ValueError):
-            return 0
-
-    def want(self, num_shards: int) -> None:
-        """Asks for so many training shards; whoever asked for more is not forgotten."""
-        if self.wanted() < num_shards:
-            write_text(self.path / "wanted", f"{num_shards}\n")
-
-    def has_wanted(self) -> bool:
-        """Whether all training shards are there that were asked for, or all there are."""
-        last = shard_path(self.train, "train", self.wanted() - 1)
-        return last.with_suffix(".json").is_file() or (self.train / MANIFEST).is_file()
-
-    def clear(self) -> None:
-        """Removes all shards; the lock must be held."""
-        self._settled.unlink(missing_ok=True)
-        (self.path / "wanted").unlink(missing_ok=True)
-        for folder in (self.validation, self.train):
-            if folder.exists():
-                shutil.rmtree(folder)
-
-    @property
-    def _settled(self) -> Path:
-        return self.path / "held_out.json"
+# How a writer ended: all is written, or the cause in one line and an exit code.
+_End: TypeAlias = tuple[str, int] | None
 
 
 @dataclass(frozen=True)
@@ -160,8 +81,11 @@ class StreamJob:
         facts = f"{self.identity} {self.tokenizer_hash}"
         return StreamFolder(self.cache_dir / f"stream-{blake2b(facts.encode(), digest_size=16).hexdigest()}")
 
-    def write(self) -> None:
+    def write(self, check: Callable[[], object]) -> None:
         """Writes what is not there yet, up to what is wanted, until the stream ends.
+
+        Args:
+            check: called before anything is written; what it raises ends the work.
 
         Raises:
             UserError: the text cannot be read or holds nothing.
@@ -172,16 +96,17 @@ class StreamJob:
             cut = self.text.find_head()
             source = self.text.held_out(cut)
             if source is not None:
-                self._write(source, folder.validation)
+                self._write(source, folder.validation, check)
+            check()
             folder.settle(cut, has_text=source is not None)
         # With all that is wanted there, the text is not even opened: it may be out of reach.
         while folder.has_wanted():
             if (folder.train / MANIFEST).is_file():
                 return
             time.sleep(_LOOK_SECONDS)
-        self._write(_Paced(self.text.rest(folder.cut()), folder), folder.train)
+        self._write(_Paced(self.text.rest(folder.cut()), folder), folder.train, check)
 
-    def _write(self, source: Source, folder: Path) -> None:
+    def _write(self, source: Source, folder: Path, check: Callable[[], object]) -> None:
         if (folder / MANIFEST).is_file():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,6 +121,7 @@ class StreamJob:
                 shard_size=self.shard_size,
                 eos_in_single_text=self.eos_in_single_text,
                 num_workers=num_workers,
+                check=check,
             )
 
 
@@ -220,29 +146,22 @@ class _Paced:
 class StreamWriter:
     """The process that writes, as the training process sees it.
 
-    It is begun anew, not forked, since the training process has threads, and perhaps a device. It ends with
-    its parent however that ends, and may be killed at any instant: the next one continues.
+    It ends with its parent however that ends, and may be killed at any instant: the next one continues.
+
+    Raises:
+        UserError: no process can be started.
     """
 
     def __init__(self, job: StreamJob) -> None:
         self.folder = job.folder
         self._died: float | None = None
+        self._is_done = self._is_closed = False
         self._error: UserError | None = None
-        self._is_closed = False
-        context = multiprocessing.get_context("spawn")
-        self._told, teller = context.Pipe(duplex=False)
-        self._process = context.Process(
-            target=_write, args=(job, os.getpid(), teller), name="stream-writer", daemon=True
-        )
-        # Started before the signals are held back, which it would let through again.
-        resource_tracker.ensure_running()
-        # Ctrl-C and a scheduler's warning reach all processes; what they mean is the training process's to say.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR1))
         try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        teller.close()
+            # Pickled by itself, so that a tokenizer that cannot be read there is told like other mistakes.
+            self._process = Process(write_stream, bytes(ForkingPickler.dumps(job)))
+        except OSError as error:
+            raise UserError(f"--streaming: no process can be started that writes the shards ({error})") from error
 
     def check(self) -> None:
         """Raises what ended the process; returns if it still writes, or has written all.
@@ -250,7 +169,7 @@ class StreamWriter:
         Raises:
             UserError: with the cause and the mend.
         """
-        if self._error is None and not self._process.is_alive() and self._process.exitcode != 0:
+        if self._error is None and not self._is_done:
             self._error = self._cause()
         if self._error is not None:
             raise self._error
@@ -260,25 +179,32 @@ class StreamWriter:
         if self._is_closed:
             return
         self._is_closed = True
-        self._process.terminate()
-        self._process.join(_END_SECONDS)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._process.close()
-        self._told.close()
+        self._process.dismiss()
+        self._process.terminate()  # it may not be at its pipe yet
+        self._process.wait(_END_SECONDS)
 
     def _cause(self) -> UserError | None:
-        """What a dead process died of; None where it may be too early to say."""
+        """What ended the work before its time; None where nothing did, or where it may be too early to say."""
+        code = self._process.exit_code
         try:
-            message, code = self._told.recv()
-        except EOFError:
-            now = time.monotonic()
-            self._died = self._died or now
-            if now - self._died < _MOURNING_SECONDS:
-                return None
-            message = f"the process that writes the stream's shards was killed (exit code {self._process.exitcode})"
-            return UserError(f"{message}; start again: it continues")
+            if self._process.pipe.poll():
+                return self._told(self._process.pipe.recv())
+        except (EOFError, OSError):
+            pass  # not a word
+        if code is None:
+            return None
+        now = time.monotonic()
+        self._died = self._died or now
+        if now - self._died < _MOURNING_SECONDS:
+            return None
+        message = f"the process that writes the stream's shards was killed (exit code {code})"
+        return UserError(f"{message}; start again: it continues")
+
+    def _told(self, end: _End) -> UserError | None:
+        self._is_done = end is None
+        if end is None:
+            return None
+        message, code = end
         error = UserError(message)
         error.exit_code = code
         return error
@@ -292,49 +218,63 @@ def cannot_be_written(folder: Path, error: OSError) -> UserError:
     )
 
 
-def _write(job: StreamJob, parent: int, teller: Connection) -> None:
-    """The life of the process."""
+def write_stream(pipe: Connection, job: bytes) -> None:
+    """The life of the process; at its end, it tells what ended it.
+
+    Args:
+        pipe: closes when the parent ends.
+        job: the `StreamJob`, pickled.
+    """
     logging.getLogger("llm").addHandler(logging.NullHandler())  # the training process says what matters
-    lock = job.folder.lock
-    is_ours = threading.Event()
 
     def leave(*_: int | FrameType | None) -> None:
         # Unfinished shards have names that nobody reads. Only the lock would keep others waiting.
-        if is_ours.is_set():
-            lock.unlink(missing_ok=True)
+        release_all()
         os._exit(1)
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_LOOK_SECONDS)
+        with suppress(EOFError, OSError):
+            pipe.recv_bytes()
         leave()
 
     signal.signal(signal.SIGTERM, leave)
     threading.Thread(target=watch, name="parent", daemon=True).start()
+    end = _write(job)
+    with suppress(OSError):  # nobody is left to tell
+        pipe.send(end)
+
+
+def _write(data: bytes) -> _End:
+    """Writes the job, and catches what ends it before its time."""
     try:
+        job: StreamJob = ForkingPickler.loads(data)
         _silence_libraries()
-        with ExitStack() as stack:
-            _take(lock, stack)
-            is_ours.set()
-            stack.callback(is_ours.clear)
-            job.write()
+        try:
+            _write_in_turn(job)
+        except OSError as error:
+            raise cannot_be_written(job.folder.path, error) from error
     except UserError as error:
-        teller.send((str(error), error.exit_code))
-        raise SystemExit(1) from error
-    except OSError as error:
-        teller.send((str(cannot_be_written(job.folder.path, error)), 1))
-        raise SystemExit(1) from error
+        return str(error), error.exit_code
     except BaseException as error:
-        teller.send((f"the stream cannot be written: {type(error).__name__}: {error}", 1))
-        raise
+        traceback.print_exc()
+        return f"the stream cannot be written: {type(error).__name__}: {error}", 1
+    return None
 
 
-def _take(lock: Path, stack: ExitStack) -> None:
-    """Holds the lock as soon as nobody else does: meanwhile another run's process writes the same shards."""
+def _write_in_turn(job: StreamJob) -> None:
+    """Writes as soon as nobody else does: meanwhile another run's process writes the same shards."""
+    while True:
+        # Who has lost the lock waits like everybody else.
+        with suppress(LockLostError), ExitStack() as stack:
+            job.write(_take(job.folder.lock, stack).check)
+            return
+
+
+def _take(lock: Path, stack: ExitStack) -> Lock:
+    """Holds the lock as soon as nobody else does."""
     while True:
         try:
-            stack.enter_context(locked(lock))
-            return
+            return stack.enter_context(locked(lock))
         except UserError:
             time.sleep(_LOOK_SECONDS)
 

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 SHARD_SIZE = 100_000_000
 
 _SECONDS_BETWEEN_LINES = 5.0
+# Names of files that are being written, which nothing else gives.
+_UNFINISHED = (*(f".{split}_*.tmp" for split in SPLITS), f".{MANIFEST}.*.tmp")
 
 
 class Counts(NamedTuple):
@@ -74,12 +76,14 @@ def write_shards(
     eos_in_single_text: bool,
     num_workers: int | None = None,
     watch: Watch | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> None:
     """Tokenizes a text into a folder, from where an earlier attempt with the same arguments was killed.
 
     The tokenizer's end-of-text token follows each document, if it has one. A document that is cut in
     two has it at its end only. The shards are the same bytes however often the work was interrupted:
-    what finished shards hold is read again, but not tokenized again.
+    what finished shards hold is read again, but not tokenized again. What an attempt that was killed left
+    unfinished is removed: the folder is this process's alone.
 
     Args:
         corpus: the text.
@@ -90,6 +94,7 @@ def write_shards(
         eos_in_single_text: whether a split that is one document ends with the token, too.
         num_workers: processes that encode, None: one for each core.
         watch: shown how far it is after every megabyte or so, None: a line is logged every few seconds.
+        check: called before every megabyte or so that is written; what it raises ends the work.
 
     Raises:
         UserError: the text cannot be read or holds nothing; or shards there are of something else.
@@ -97,18 +102,27 @@ def write_shards(
     """
     if tokenizer.eos_token_id is None:
         log.warning("the tokenizer has no end-of-text token: documents are joined without one")
+    check()
+    _remove_unfinished(folder)
     skipped: Skipped = Counter()
     with Encoder(tokenizer, num_workers) as encoder:
         form = Form(encoder.vocabulary_size, tokenizer_hash, shard_size, tokenizer.eos_token_id, eos_in_single_text)
         writers = {split: SplitWriter(folder, split, form) for split in SPLITS}
         progress = _Progress(corpus, list(writers.values()), watch)
         try:
-            _write_documents(corpus, encoder, writers, skipped, progress)
+            _write_documents(corpus, encoder, writers, skipped, progress, check)
         finally:
             for writer in writers.values():
                 writer.close()
     progress.end(skipped)
+    check()
     _write_manifest(folder, corpus, form, writers, skipped)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for pattern in _UNFINISHED:
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _write_documents(
@@ -117,11 +131,13 @@ def _write_documents(
     writers: Mapping[Split, SplitWriter],
     skipped: Skipped,
     progress: _Progress,
+    check: Callable[[], object],
 ) -> None:
     found = batches(corpus.parts(skipped), encoder, corpus.name)
     for batch, ids in encoder.encode_batches(_not_in_shards(found, writers, progress)):
         for piece, piece_ids in zip(batch, ids, strict=True):
             writers[piece.split].add(piece, piece_ids)
+        check()
         for writer in writers.values():
             writer.flush()
         progress.tell()

@@ -1,28 +1,22 @@
-"""Processes that work for this one."""
+"""Processes that call functions for this one."""
 
 from __future__ import annotations
 
 import os
 import queue
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import TypeVar
 
 from llm.config.errors import UserError
+from llm.data.processes import Process
 
 Made = TypeVar("Made")
 
 _SECONDS_TO_END = 10.0
-
-# What a worker runs. It does not import the program that started it, as `multiprocessing` would: that may
-# be a notebook, or a script that trains when it is imported.
-_PROGRAM = "import sys; sys.path[:] = {path!r}; from llm.data.workers import serve; serve({end})"
 
 
 def usable_cores() -> int:
@@ -36,9 +30,7 @@ class Workers:
     """Processes that call functions for this one; they end with the block, or when this process does.
 
     They import what the functions need and nothing else, which takes a fifth of a second for the engine
-    of `llm.data.merges`. Each waits at a pipe whose other end is here: when this process is killed,
-    however it is, the pipe closes and they leave. They are no part of its group, so that what is sent to
-    the group from the keyboard, or by a scheduler, is for this process alone to answer.
+    of `llm.data.merges`.
 
     Raises:
         OSError: no process can be started.
@@ -98,33 +90,20 @@ class Workers:
 
 
 class _Worker:
-    """One process and the pipe to it."""
+    """One process, and which value it was given to share."""
 
     def __init__(self) -> None:
-        if not sys.executable:
-            raise OSError("this interpreter does not know its own program")
-        self._pipe, end = Pipe()
-        program = _PROGRAM.format(path=[os.fspath(place) or os.getcwd() for place in sys.path], end=end.fileno())
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", program],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[end.fileno()],
-                start_new_session=True,
-            )
-        finally:
-            end.close()
+        self._process = Process(serve)
         self._shared = 0
 
     def call(self, shared: tuple[int, object], function: Callable[..., Made], arguments: tuple[object, ...]) -> Made:
         number, value = shared
         try:
             if number != self._shared:
-                self._pipe.send((None, value))
+                self._process.pipe.send((None, value))
                 self._shared = number
-            self._pipe.send((function, arguments))
-            answer: tuple[Made, BaseException | None] = self._pipe.recv()
+            self._process.pipe.send((function, arguments))
+            answer: tuple[Made, BaseException | None] = self._process.pipe.recv()
         except (EOFError, OSError):
             raise self._death() from None
         made, error = answer
@@ -133,8 +112,7 @@ class _Worker:
         return made
 
     def _death(self) -> UserError:
-        self._process.kill()
-        code = self._process.wait()
+        code = self._process.wait(0.0)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return UserError(
             f"a process that tokenizes was killed ({how}); if memory ran out, give --preprocessing_num_workers 1;"
@@ -142,23 +120,14 @@ class _Worker:
         )
 
     def dismiss(self) -> None:
-        self._pipe.close()
+        self._process.dismiss()
 
     def wait(self) -> None:
-        try:
-            self._process.wait(_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._process.wait(_SECONDS_TO_END)
 
 
-def serve(end: int) -> None:
-    """What a worker does: calls functions until the other end of its pipe closes.
-
-    Args:
-        end: the file number of its own end.
-    """
-    pipe = Connection(end)
+def serve(pipe: Connection) -> None:
+    """What a worker does: calls functions until the other end of its pipe closes."""
     shared: object = None
     try:
         while True:

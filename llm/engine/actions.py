@@ -194,8 +194,10 @@ class Actions:
         """A checkpoint, if one is due after this update; the training goes on while it is written.
 
         Raises:
-            UserError: the one before could not be written.
+            UserError: the one before could not be written, or the folder is another run's by now.
         """
+        if self.folder is not None:
+            self.folder.require_ours(look=False)
         is_best, self._is_best = self._is_best, False
         if self.saver is not None and (reasons := self.saver.reasons(self.progress.step) + ["best"] * is_best):
             self._save(self.saver, reasons)
@@ -225,6 +227,7 @@ class Actions:
 
         def write(*, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
             started = time.monotonic()
+            folder.require_ours()
             if folder.metrics.exists():
                 sync_file(folder.metrics)  # the records up to this step are as durable as the checkpoint
             save_checkpoint(

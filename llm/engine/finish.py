@@ -55,6 +55,7 @@ def _finish(actions: Actions, command: str) -> None:
     folder, options = actions.folder, actions.options
     assert folder is not None
     actions.save_now("end")  # the checkpoint of the last update must be durable before the run is `done`
+    folder.require_ours()
     probe = batch_of([actions.blocks.of_sample(0, actions.plan.seed)])
     export_model(
         folder.path,

@@ -20,7 +20,7 @@ from llm.engine.checkpoint_files import saved_steps
 from llm.engine.hub import FINISHED_FILES
 from llm.engine.journal import keep_journal
 from llm.files.atomic import write_text
-from llm.files.lock import locked
+from llm.files.lock import Lock, locked
 from llm.world.ranks import World
 
 # Everything that a run writes, by name: --overwrite_output_dir removes these and nothing else.
@@ -43,7 +43,11 @@ _SIGNS_OF_A_RUN = ("metrics.jsonl", "checkpoints", *_FINISHED)
 
 
 class RunFolder:
-    """Paths of a run's folder, and its status file. Made on every rank; only rank 0 writes."""
+    """Paths of a run's folder, and its status file. Made on every rank; only rank 0 writes.
+
+    Attributes:
+        claim: the lock, while rank 0 holds it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,6 +60,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.results = path / "all_results.json"
         self.lock = path / "run.lock"
+        self.claim: Lock | None = None
 
     def __str__(self) -> str:
         """One line: where it is."""
@@ -106,6 +111,18 @@ class RunFolder:
             else:
                 entry.unlink()
 
+    def require_ours(self, *, look: bool = True) -> None:
+        """Makes sure that no other run took the folder over; before anything of it is written or removed.
+
+        Args:
+            look: whether to read the lock; otherwise what its heartbeat saw, some seconds ago, must do.
+
+        Raises:
+            LockLostError: one did.
+        """
+        if self.claim is not None and (look or self.claim.is_lost):
+            self.claim.check()
+
     def begin(self, options: Options, *, fresh: bool) -> None:
         """The run is going to train: clears the place of an earlier one, if it starts anew, and says how it runs.
 
@@ -141,7 +158,9 @@ class RunFolder:
             return ""
 
     def write_status(self, state: str, **facts: Any) -> None:
-        """Replaces status.json: `state` is running, done, stopped or failed."""
+        """Replaces status.json, unless it is another run's by now: `state` is running, done, stopped or failed."""
+        if self.claim is not None and not self.claim.is_ours():
+            return
         status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), **facts}
         write_text(self.status, json.dumps(status, indent=1) + "\n")
 
@@ -175,7 +194,8 @@ def claimed(
             folder.check(options.output)
             resumes = bool(options.output.resume_from_checkpoint)
             with interruptible():
-                stack.enter_context(locked(folder.lock, job=job_id(), is_patient=resumes))
+                folder.claim = stack.enter_context(locked(folder.lock, job=job_id(), is_patient=resumes))
+                stack.callback(setattr, folder, "claim", None)
             if options.output.overwrite_output_dir and not options.output.resume_from_checkpoint:
                 _refuse_to_remove_what_is_read(folder, options)
             folder.remove_leftovers()

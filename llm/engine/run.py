@@ -144,6 +144,7 @@ def _run(
     )
     progress = start.resume(updater)
     if folder is not None and world.is_main:
+        folder.require_ours()
         set_aside(folder.checkpoints, progress.step)
         folder.begin(resolved(options, plan), fresh=start.checkpoint is None)
     tracking = Tracking(machine.accelerator, folder)

@@ -22,13 +22,85 @@ _HEARTBEAT_SECONDS = 10.0
 _STALE_SECONDS = 60.0
 _LOOK_SECONDS = 1.0
 
+
+class LockLostError(UserError):
+    """The lock is not this process's any more, so that it must not write there."""
+
+
+class Lock:
+    """A lock file that this process took, and may lose: to another run, when it stood still and was taken for dead."""
+
+    def __init__(self, path: Path, content: str) -> None:
+        self._path, self._content = path, content
+        self._loss: str | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the loss is known; nothing is read."""
+        return self._loss is not None
+
+    def is_ours(self) -> bool:
+        """Looks at the file; a loss is logged once."""
+        return self._look(touch=False)
+
+    def check(self) -> None:
+        """Looks at the file.
+
+        Raises:
+            LockLostError: it is not ours any more.
+        """
+        if not self.is_ours():
+            raise LockLostError(self._loss)
+
+    def touch(self) -> bool:
+        """Shows others that its holder lives, if it is ours, and whether it is."""
+        return self._look(touch=True)
+
+    def release(self) -> None:
+        """Removes the file, if it is ours."""
+        if self.is_ours():
+            self._path.unlink(missing_ok=True)
+
+    def _look(self, *, touch: bool) -> bool:
+        if self.is_lost:
+            return False
+        try:
+            # What is touched is what was read, whatever takes its name meanwhile.
+            with open(self._path) as file:
+                is_ours = file.read() == self._content
+                if is_ours and touch:
+                    os.utime(file.fileno())
+        except (FileNotFoundError, PermissionError):  # of another user
+            is_ours = False
+        except OSError:
+            return True  # a disk that does not answer is no sign of another run
+        if not is_ours:
+            self._lose()
+        return is_ours
+
+    def _lose(self) -> None:
+        try:
+            found = _read(self._path)
+        except OSError as error:
+            whose = f"cannot be read any more ({error.strerror})"
+        else:
+            whose = "is gone" if found is None else f"is held by another run now ({found.holder})"
+        self._loss = (
+            f"the lock {self._path} {whose}: this run stood still for a minute or more, or somebody removed the file;"
+            " it must not write there any more; start it again when the other one has ended"
+        )
+        log.error("%s", self._loss)
+
+
 # Locks of this very process; another one that has its number (in another container) is not it.
-_held: set[Path] = set()
+_held: dict[Path, Lock] = {}
 
 
 @contextmanager
-def locked(path: Path, *, job: str | None = None, is_patient: bool = False) -> Iterator[None]:
+def locked(path: Path, *, job: str | None = None, is_patient: bool = False) -> Iterator[Lock]:
     """Holds the lock file while the block runs, and touches it every ten seconds.
+
+    When the block fails and the lock was lost, the loss is raised: it is the cause.
 
     A lock is taken over when its process is gone from this host, when it is of this very job on another host
     (which runs once at a time), or when nobody touched it for a minute: its holder was killed, perhaps on
@@ -41,6 +113,7 @@ def locked(path: Path, *, job: str | None = None, is_patient: bool = False) -> I
 
     Raises:
         UserError: another run holds it.
+        LockLostError: another run took it while the block ran.
     """
     path = path.resolve()
     content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": job, "id": uuid.uuid4().hex})
@@ -61,15 +134,25 @@ def locked(path: Path, *, job: str | None = None, is_patient: bool = False) -> I
                 f"{path.parent} is used by another run ({found.holder}): wait for it (a minute, if it was killed on "
                 f"another host), choose another --output_dir, or remove {path}"
             )
-    _held.add(path)
+    _held[path] = lock = Lock(path, content)
     ended = Event()
-    Thread(target=_touch, args=(path, ended), name="lock", daemon=True).start()
+    Thread(target=_keep_touching, args=(lock, ended), name="lock", daemon=True).start()
     try:
-        yield
+        yield lock
+    except Exception as error:
+        if not isinstance(error, LockLostError):
+            lock.check()
+        raise
     finally:
         ended.set()
-        _held.discard(path)
-        path.unlink(missing_ok=True)
+        _held.pop(path, None)
+        lock.release()
+
+
+def release_all() -> None:
+    """Removes the locks that this process holds, for one that ends without leaving its blocks."""
+    for lock in list(_held.values()):
+        lock.release()
 
 
 def _taken(path: Path, content: str) -> bool:
@@ -93,16 +176,14 @@ def _taken(path: Path, content: str) -> bool:
     return True
 
 
-def _touch(path: Path, ended: Event) -> None:
+def _keep_touching(lock: Lock, ended: Event) -> None:
     while not ended.wait(_HEARTBEAT_SECONDS):
-        try:
-            os.utime(path)
-        except OSError:
+        if not lock.touch():
             return
 
 
 @dataclass(frozen=True)
-class _Lock:
+class _Found:
     """Somebody's lock file, as it was read.
 
     Attributes:
@@ -144,7 +225,7 @@ class _Lock:
         return False
 
 
-def _read(path: Path) -> _Lock | None:
+def _read(path: Path) -> _Found | None:
     """The lock that is there; None when it is there no more."""
     try:
         content, touched = path.read_text(), path.stat().st_mtime
@@ -157,7 +238,7 @@ def _read(path: Path) -> _Lock | None:
         pid, job, host = int(facts["pid"]), facts.get("job"), str(facts["host"])
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    return _Lock(path, content, touched, _now(path) - touched, host, pid, job)
+    return _Found(path, content, touched, _now(path) - touched, host, pid, job)
 
 
 def _now(path: Path) -> float:

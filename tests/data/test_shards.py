@@ -95,6 +95,24 @@ def folder(tmp_path: Path, byte_tokenizer) -> Path:  # type: ignore[no-untyped-d
     return made
 
 
+def test_writer_when_another_one_writes_the_same_shards_then_they_are_whole_all_the_same(tmp_path: Path) -> None:
+    pieces = [piece for document in _documents() for piece in document]
+    _write(tmp_path / "alone", _form(64), pieces)
+    folder = tmp_path / "both"
+    folder.mkdir()
+    # Both took the folder for theirs: one of them stood still, and was taken for dead.
+    one, other = (SplitWriter(folder, "train", _form(64)) for _ in range(2))
+    for piece in pieces:
+        for writer in (one, other):
+            writer.add(piece, _ids(piece))
+            writer.flush()
+    assert len(list(folder.glob(".train_*.tmp"))) == 2
+    one.close()
+    other.finish()
+    assert _content(folder) == _content(tmp_path / "alone")
+    assert not list(folder.glob(".*"))
+
+
 @pytest.mark.parametrize("shard_size", [1, 7, 64, 10_000])
 @pytest.mark.parametrize(("vocabulary_size", "single"), [(257, True), (257, False), (200, True)])
 def test_writer_when_killed_anywhere_then_continues_to_the_same_bytes(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,7 +48,7 @@ def expected(rows: Path, byte_tokenizer, tmp_path_factory: pytest.TempPathFactor
     made = job(byte_tokenizer, tmp_path_factory.mktemp("expected"), rows)
     made.folder.path.mkdir()
     made.folder.want(EVERYTHING)
-    made.write()
+    made.write(check=lambda: None)
     return content(made)
 
 
@@ -79,7 +81,7 @@ def processes() -> set[str]:
     """The writers of this process that live; other tests may run beside these."""
     listed = subprocess.run(["ps", "-wweo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
     mine = [line for line in listed.splitlines() if line.split()[1] == str(os.getpid())]
-    return {line for line in mine if "spawn_main" in line and " Z" not in line}
+    return {line for line in mine if "llm.data.processes" in line and " Z" not in line}
 
 
 @pytest.fixture(autouse=True)
@@ -122,8 +124,8 @@ def test_writer_when_killed_at_any_time_then_the_next_one_ends_with_the_same_byt
         with closing(begun(made, EVERYTHING)) as writer:
             until(lambda number=number: number == 0 or num_shards(made) >= number)
             time.sleep(0.05)
-            os.kill(writer._process.pid or 0, kill)
-            writer._process.join()
+            os.kill(writer._process.pid, kill)
+            until(lambda writer=writer: writer._process.exit_code is not None)
             if kill == signal.SIGKILL:
                 writer.check()  # perhaps this process is being killed too
                 time.sleep(2.1)
@@ -151,13 +153,14 @@ def test_second_writer_when_another_one_writes_then_waits_and_takes_over(
     os.remove(made.folder.train / "train_00040.json")
     with closing(begun(made, 1)) as first:
         until(lambda: made.folder.lock.exists())
-        os.kill(first._process.pid or 0, signal.SIGSTOP)
+        os.kill(first._process.pid, signal.SIGSTOP)
         with closing(begun(made, EVERYTHING)) as second:
             time.sleep(4)
             second.check()
             assert not (made.folder.train / "manifest.json").exists()
-            os.kill(first._process.pid or 0, signal.SIGKILL)
-            first._process.join()  # a dead process that nobody has asked after still has its number
+            os.kill(first._process.pid, signal.SIGKILL)
+            # A dead process that nobody has asked after still has its number.
+            until(lambda: first._process.exit_code is not None)
             until(lambda: (made.folder.train / "manifest.json").exists())
             second.check()
     assert content(made) == expected
@@ -166,7 +169,7 @@ def test_second_writer_when_another_one_writes_then_waits_and_takes_over(
 def error_of(made: StreamJob) -> str:
     """What a writer fails with, within seconds."""
     with closing(begun(made, EVERYTHING)) as writer:
-        until(lambda: writer._process.exitcode is not None, 30)
+        until(lambda: writer._process.exit_code is not None, 30)
         with pytest.raises(UserError) as failure:
             writer.check()
         with pytest.raises(UserError, match=re.escape(str(failure.value))):  # and again
@@ -193,37 +196,117 @@ def test_writer_when_the_folder_cannot_be_written_then_says_so_in_one_line(
     assert "cannot be written (File exists); make room, or set HF_HOME" in error_of(made)
 
 
+# No guard around what it does: the writer must not import it. A forked process, such as a loader's, outlives it.
 PARENT = """
-import sys, time, pickle
+import os, sys, time, pickle
 from pathlib import Path
 from llm.data.stream_writer import StreamWriter
-if __name__ == "__main__":
-    job = pickle.loads(Path(sys.argv[1]).read_bytes())
-    writer = StreamWriter(job)
-    print(writer._process.pid, flush=True)
+job = pickle.loads(Path(sys.argv[1]).read_bytes())
+writer = StreamWriter(job)
+print(writer._process.pid, flush=True)
+if "fork" in sys.argv and not os.fork():
+    os.close(1)
+    time.sleep(15)
+    os._exit(0)
+if "wait" in sys.argv:
+    writer.folder.want(1 << 20)
+    while not (writer.folder.train / "manifest.json").exists():
+        writer.check()
+        time.sleep(0.05)
+    writer.check()
+    writer.close()
+    writer.close()
+else:
     time.sleep(99)
 """
 
 
-def test_writer_when_its_parent_is_killed_then_is_gone_and_its_lock_too(
-    rows: Path, byte_tokenizer, tmp_path: Path
-) -> None:  # type: ignore[no-untyped-def]
-    import pickle
-
-    made = job(byte_tokenizer, tmp_path, rows)
-    made.folder.path.mkdir()
+def start(made: StreamJob, tmp_path: Path, *words: str) -> subprocess.Popen[str]:
+    """A script that makes a writer, prints its number, and waits for its end or its own."""
+    made.folder.path.mkdir(exist_ok=True)
     made.folder.want(1)
     (tmp_path / "job").write_bytes(pickle.dumps(made))
     (tmp_path / "parent.py").write_text(PARENT)
-    command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "job")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+    command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "job"), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_writer_when_made_by_a_script_without_guard_then_it_runs_once_and_all_is_written(
+    rows: Path, expected: dict[str, bytes], byte_tokenizer, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    made = job(byte_tokenizer, tmp_path, rows)
+    with start(made, tmp_path, "wait") as parent:
+        printed, _ = parent.communicate(timeout=90)
+    assert parent.returncode == 0
+    assert len(printed.splitlines()) == 1
+    assert content(made) == expected
+    assert not made.folder.lock.exists()
+
+
+@pytest.mark.parametrize("words", [(), ("fork",)])
+def test_writer_when_its_parent_is_killed_then_is_gone_and_its_lock_too(
+    rows: Path, byte_tokenizer, tmp_path: Path, words: tuple[str, ...]
+) -> None:  # type: ignore[no-untyped-def]
+    made = job(byte_tokenizer, tmp_path, rows)
+    with start(made, tmp_path, *words) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         until(lambda: num_shards(made) >= 1)
-        os.kill(pid, signal.SIGINT)  # Ctrl-C reaches the group, and is not for the writer
+        assert made.folder.lock.exists()
+        for number in (signal.SIGINT, signal.SIGUSR1):  # which reach all processes, and are not for the writer
+            os.kill(pid, number)
         time.sleep(0.2)
         os.kill(pid, 0)
         parent.kill()
     until(lambda: not Path(f"/proc/{pid}").exists(), 5)
     assert not made.folder.lock.exists()
+
+
+def test_writer_when_closed_before_it_has_begun_then_is_gone_at_once(
+    rows: Path, byte_tokenizer, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    made = job(byte_tokenizer, tmp_path, rows)
+    writer = begun(made, 1)
+    started = time.monotonic()
+    writer.close()
+    assert time.monotonic() - started < 2
+    assert not made.folder.lock.exists()
+
+
+def test_writer_when_the_tokenizer_cannot_be_read_there_then_says_so_in_one_line(
+    rows: Path, byte_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    import __main__
+
+    class Named(type(byte_tokenizer)):  # type: ignore[misc]
+        """As if it were defined in a notebook."""
+
+    Named.__module__, Named.__qualname__ = "__main__", "Named"
+    monkeypatch.setattr(__main__, "Named", Named, raising=False)
+    tokenizer = Named(tokenizer_object=byte_tokenizer.backend_tokenizer)
+    assert "the stream cannot be written: AttributeError: " in error_of(job(tokenizer, tmp_path, rows))
+
+
+@pytest.mark.slow
+def test_writer_when_its_lock_was_taken_over_then_leaves_the_shards_to_the_other_and_waits(
+    rows: Path, expected: dict[str, bytes], byte_tokenizer, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    made = job(byte_tokenizer, tmp_path, rows)
+    with closing(begun(made, 2)) as writer:
+        until(lambda: num_shards(made) >= 2)
+        other = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": None, "id": "another"})
+        made.folder.lock.write_text(other)
+        time.sleep(1)
+        before = content(made)
+        made.folder.want(EVERYTHING)
+        time.sleep(3)
+        writer.check()
+        assert content(made) == before
+        assert not list(made.folder.train.glob(".*.tmp"))  # it has put its own away
+        assert made.folder.lock.read_text() == other
+        (made.folder.train / f".train_{len(before):05}.bin.dead.tmp").write_bytes(b"of a killed process")
+        made.folder.lock.unlink()
+        until(lambda: (made.folder.train / "manifest.json").exists())
+        until(lambda: not made.folder.lock.exists())
+    assert content(made) == expected
+    assert sorted(path.name for path in made.folder.path.rglob(".*")) == []

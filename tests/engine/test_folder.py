@@ -13,6 +13,7 @@ from llm.config.errors import UsageError, UserError
 from llm.config.options import HubOptions, Options, OutputOptions
 from llm.engine.folder import RunFolder, claimed
 from llm.engine.journal import stop_journal
+from llm.files.lock import LockLostError
 from llm.world.ranks import World
 
 MAIN = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -167,3 +168,23 @@ def test_claim_when_this_is_another_rank_then_writes_nothing(tmp_path: Path) -> 
     with pytest.raises(UserError), claimed(folder, Options(), other):
         raise UserError("no text")
     assert not folder.path.exists()
+
+
+def test_claim_when_another_run_took_the_folder_over_then_its_files_are_left_alone(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    options = Options()
+    with claimed(folder, options, MAIN):
+        folder.begin(options, fresh=True)
+        folder.require_ours()
+        folder.lock.write_text('{"host": "another-host", "pid": 7}')
+        folder.status.write_text("of the other")
+        folder.require_ours(look=False)  # nothing has been seen of it yet
+        with pytest.raises(LockLostError, match="held by another run now"):
+            folder.require_ours()
+        with pytest.raises(LockLostError):
+            folder.require_ours(look=False)
+        folder.write_status("stopped")
+    stop_journal()
+    assert folder.status.read_text() == "of the other"
+    assert json.loads(folder.lock.read_text())["pid"] == 7
+    assert folder.claim is None

@@ -5,22 +5,33 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from llm.config.errors import UserError
-from llm.files.lock import holder_of, locked
+from llm.files.lock import LockLostError, holder_of, locked, release_all
+
+ROOT = str(Path(__file__).parents[2])
 
 
 def hold(path: Path, *, pid: int, host: str | None = None, job: str | None = None) -> None:
     """Writes a lock as the process `pid` of `host` would have."""
     path.write_text(json.dumps({"host": host or socket.gethostname(), "pid": pid, "job": job}))
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What was logged as an error so far."""
+    monkeypatch.setattr(logging.getLogger("llm"), "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
 
 
 def dead_pid() -> int:
@@ -160,3 +171,89 @@ def test_lock_when_the_holder_on_another_host_lives_then_a_patient_start_is_refu
         pytest.fail("two holders")
     heartbeat.join()
     assert [file.name for file in tmp_path.iterdir()] == ["run.lock"]
+
+
+@pytest.mark.parametrize("by", ["another run", "nobody"])
+def test_lock_when_lost_then_the_holder_hears_of_it_and_leaves_the_file_alone(
+    tmp_path: Path, lines: Callable[[], list[str]], by: str
+) -> None:
+    path = tmp_path / "run.lock"
+    with locked(path) as lock:
+        assert lock.is_ours() and lock.touch()
+        lock.check()
+        path.unlink()
+        if by == "another run":
+            hold(path, pid=17, host="another-host")
+            os.utime(path, (1000, 1000))
+        assert not lock.is_lost  # nobody has looked
+        with pytest.raises(LockLostError) as loss:
+            lock.check()
+        assert not lock.touch() and not lock.is_ours() and lock.is_lost
+    said = "held by another run now (process 17 on another-host)" if by == "another run" else "gone"
+    assert f"the lock {path} is {said}: this run stood still" in str(loss.value)
+    assert lines() == [str(loss.value)]
+    assert path.exists() == (by == "another run")
+    assert not path.exists() or (path.stat().st_mtime == 1000 and json.loads(path.read_text())["pid"] == 17)
+
+
+def test_lock_when_lost_while_nobody_asks_then_its_heartbeat_says_so(
+    tmp_path: Path, lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm.files.lock._HEARTBEAT_SECONDS", 0.05)
+    path = tmp_path / "run.lock"
+    with locked(path) as lock:
+        os.utime(path, (0, 0))
+        time.sleep(0.5)
+        assert time.time() - path.stat().st_mtime < 30
+        hold(path, pid=1, host="another-host")
+        os.utime(path, (0, 0))
+        time.sleep(0.5)
+        assert lock.is_lost
+        assert path.stat().st_mtime == 0
+    assert len(lines()) == 1
+    assert path.exists()
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_lock_when_the_block_fails_then_a_loss_is_the_cause(tmp_path: Path, is_lost: bool) -> None:
+    path = tmp_path / "run.lock"
+
+    def work() -> None:
+        with locked(path):
+            if is_lost:
+                hold(path, pid=1, host="another-host")
+            (tmp_path / "removed by the other").unlink()
+
+    with pytest.raises(LockLostError if is_lost else FileNotFoundError):
+        work()
+    assert path.exists() == is_lost
+
+
+def test_locks_when_the_process_leaves_at_once_then_are_free_but_not_those_of_others(tmp_path: Path) -> None:
+    with locked(tmp_path / "a.lock"), locked(tmp_path / "b.lock"):
+        hold(tmp_path / "b.lock", pid=1, host="another-host")
+        release_all()
+        assert [file.name for file in tmp_path.iterdir()] == ["b.lock"]
+
+
+def test_lock_when_its_holder_is_stopped_for_a_minute_then_another_takes_it_and_keeps_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom llm.files import lock\nlock._HEARTBEAT_SECONDS = 0.1\n"
+        "with lock.locked(Path(sys.argv[1])) as held:\n"
+        "    print('held', flush=True)\n    while not held.is_lost: time.sleep(0.05)\n"
+        "print('lost', flush=True)\n"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ROOT}) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        other.send_signal(signal.SIGSTOP)
+        time.sleep(0.2)
+        os.utime(path, (0, 0))  # as after a minute
+        with locked(path) as lock:
+            other.send_signal(signal.SIGCONT)
+            assert other.stdout.readline() == "lost\n"
+            assert other.wait(20) == 0
+            assert lock.is_ours()
+    assert list(tmp_path.iterdir()) == []

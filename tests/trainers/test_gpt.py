@@ -497,6 +497,34 @@ def test_disk_when_it_is_full_then_one_line_and_the_older_checkpoint_is_whole(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_10"]
 
 
+@pytest.mark.parametrize("heartbeat_seconds", [0.05, 60.0])
+def test_folder_when_another_run_took_it_over_then_the_run_ends_and_writes_no_more_there(
+    train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heartbeat_seconds: float
+) -> None:
+    import llm.engine.actions
+
+    run, save = tmp_path / "run", llm.engine.actions.save_checkpoint
+
+    def taken_over_meanwhile(folder: Path, step: int, **what: Any) -> Path:
+        saved = save(folder, step, **what)
+        (run / "run.lock").write_text('{"host": "another-host", "pid": 7}')
+        (run / "status.json").write_text("of the other")
+        return saved
+
+    monkeypatch.setattr("llm.files.lock._HEARTBEAT_SECONDS", heartbeat_seconds)
+    monkeypatch.setattr(llm.engine.actions, "save_checkpoint", taken_over_meanwhile)
+    outcome = train(*tiny_options, "--checkpointing_steps", "5", "--output_dir", run)
+    assert outcome.code == 1
+    said = f"the lock {run / 'run.lock'} is held by another run now (process 7 on another-host)"
+    assert outcome.err.count(f"error: {said}") == 1
+    assert "Traceback" not in outcome.err
+    assert said in (run / "log.txt").read_text()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_5"]
+    assert (run / "status.json").read_text() == "of the other"
+    assert json.loads((run / "run.lock").read_text())["pid"] == 7
+    assert not (run / "model.safetensors").exists()
+
+
 def test_resume_when_the_text_is_another_then_says_so_before_weights_are_loaded(
     train: Train, tiny_options: list[str], tmp_path: Path, tiny_text: Path
 ) -> None:

@@ -28,16 +28,26 @@ Train = Callable[..., Outcome]
 ROOT = Path(__file__).parents[2]
 SHARD = 4000
 
-# The trainer with small shards, in a process of its own; the writer's process reads this file too.
+# The trainer with small shards, in a process of its own; without a guard, and run once. The writer's process imports
+# the module of what it is to do, which makes batches small there.
 PROGRAM = f"""
 import sys
+import llm.data.stream_writer
+import llm.engine.stream
+import small
+from llm.trainers.gpt import main
+print("the program runs", flush=True)
+llm.data.stream_writer.write_stream = small.write_stream
+llm.engine.stream.SHARD_SIZE = {SHARD}
+sys.exit(main())
+"""
+SMALL = """
 import llm.data.cutting
+from llm.data import stream_writer
 llm.data.cutting.BATCH_LENGTH = 2000
-if __name__ == "__main__":
-    import llm.engine.stream
-    from llm.trainers.gpt import main
-    llm.engine.stream.SHARD_SIZE = {SHARD}
-    sys.exit(main())
+original = stream_writer.write_stream
+def write_stream(pipe, job):
+    original(pipe, job)
 """
 
 
@@ -58,7 +68,7 @@ def writers(folder: Path) -> set[str]:
     listed = subprocess.run(["ps", "-wweo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
     found = set()
     for line in listed.splitlines():
-        if "spawn_main" in line and " Z" not in line:
+        if "llm.data.processes" in line and " Z" not in line:
             pid, parent = line.split()[:2]
             if parent == str(os.getpid()) or str(folder).encode() in _environment(pid):
                 found.add(pid)
@@ -211,6 +221,7 @@ def run(hub: StandInHub, options: list[str], tmp_path: Path) -> Iterator[Callabl
         kept = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
         places = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
         (tmp_path / "program.py").write_text(PROGRAM)
+        (tmp_path / "small.py").write_text(SMALL)
         command = [sys.executable, str(tmp_path / "program.py")]
         if num_ranks > 1:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
@@ -247,6 +258,7 @@ def test_hub_dataset_when_the_hub_is_gone_later_then_resumed_from_its_shards(
     code, out, err = done(run(*words, "--output_dir", tmp_path / "whole"), tmp_path)
     assert code == 0, err
     assert err == ""
+    assert out.count("the program runs") == 1
     assert f"stream: someone/words at {REVISION[:12]}, shards in" in out
     assert "held out for validation: the head of the stream" in out
     assert results(tmp_path / "whole")["revision"] == f"someone/words@{REVISION}"
