@@ -251,6 +251,7 @@ def done(process: subprocess.Popen[str], tmp_path: Path) -> tuple[int, str, str]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_hub_dataset_when_the_hub_is_gone_later_then_resumed_from_its_shards(
     run: Callable[..., subprocess.Popen[str]], hub: StandInHub, tmp_path: Path
 ) -> None:

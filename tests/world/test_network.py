@@ -148,4 +148,4 @@ def test_from_pretrained_when_offline_finds_a_cached_name_at_once(tmp_path: Path
     assert done.returncode == 0, done.stderr
     num_layers, seconds = done.stdout.split()
     assert num_layers == "2"
-    assert float(seconds) < 15  # with retries it is more than a minute
+    assert float(seconds) < 40  # with retries it is more than a minute, on a machine however quick
