@@ -85,19 +85,21 @@ class TrainingOptions(Group):
     gradient_accumulation_steps: int = row(1, "forward and backward passes of one update", ge=1, metavar="N")
     global_batch_size: int | None = row(None, "blocks of one update over all devices; --gradient_accumulation_steps is computed from it", ge=1, metavar="N")
     seed: int | None = row(None, "seed of all randomness (default: drawn, and recorded)", ge=0, lt=2**63, metavar="N")
-    mixed_precision: Literal["no", "bf16", "fp16", "fp8"] = row("no", "arithmetic of the forward and backward pass (fp8 is refused)")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16", "fp8"] = row("auto", "arithmetic of the forward and backward pass: auto is what accelerate launch says, else the checkpoint's, else bf16 where the device multiplies it natively, else no (fp8 is refused)")
     use_cpu: bool = row(False, "use no accelerator")
     torch_compile: bool = row(False, "compile the model")
     max_skipped_updates: int = row(3, "updates in a row with a gradient that is not finite that end the run; one alone is skipped", ge=1, metavar="N")
     max_time: float | str | None = row(None, f"save and stop that long after the start of the process: {FORMS}; a job's walltime is found by itself", metavar="TIME")
-    full_determinism: bool = row(False, "only deterministic kernels: the same bits on every run of a CUDA device, slower")
+    full_determinism: bool = row(False, "only deterministic kernels, and no TF32: the same bits on every run of a CUDA device, slower")
 
 
 class OptimizerOptions(Group):
     """The optimizer."""
 
-    optim: Literal["adamw", "sgd"] = row("adamw", "optimizer")
+    optim: Literal["adamw", "sgd", "muon"] = row("adamw", "optimizer; muon is Muon for the matrices inside the blocks and AdamW for all else")
     learning_rate: float = row(5e-5, "highest learning rate", ge=0, metavar="LR")
+    muon_learning_rate: float = row(0.02, "highest learning rate of Muon's matrices; it follows the same schedule", ge=0, metavar="LR")
+    muon_momentum: float = row(0.95, "momentum of Muon's matrices", ge=0, lt=1, metavar="X")
     weight_decay: float = row(0.0, "weight decay of matrices (never of biases and norms)", ge=0, metavar="X")
     adam_beta1: float = row(0.9, "decay of the first moment", ge=0, lt=1, metavar="X")
     adam_beta2: float = row(0.999, "decay of the second moment", ge=0, lt=1, metavar="X")

@@ -73,7 +73,7 @@ class Actions:
         self.language_model, self.tracking, self.saver = language_model, tracking, saver
         self.token_bytes, self.bytes_per_token = text.bytes_of_ids()
         self.flops_per_token = flops_per_token(self.model, plan.block_size)
-        dtype = _DTYPES[machine.accelerator.mixed_precision]
+        dtype = _DTYPES[machine.precision]
         self.peak_flops = peak_flops(self.world.device, dtype)
         self.stop, self.watchdog = stop, watchdog
         self._first_step = progress.step
@@ -222,6 +222,7 @@ class Actions:
             "progress": self.progress.state(),
             "plan": asdict(self.plan),
             "identity": self.text.identity(),
+            "mixed_precision": self.machine.precision,
             "updater": numbers,
         }
 

@@ -26,7 +26,7 @@ class StepReport:
     Attributes:
         loss: nats a token over the global batch, before the update.
         grad_norm: norm of the whole gradient before clipping; fp32 scalar tensor on the device.
-        lr: learning rate of the update.
+        lr: learning rate of the update, of the optimizer's groups the main one.
         skipped: the gradient was not finite, so no weight was changed, on any rank.
         stop: some rank was asked to stop.
         abandoned: the stop came between the micro-batches, so no weight was changed, on any rank.
@@ -46,8 +46,9 @@ class CentralUpdater:
     Args:
         machine: device, ranks and arithmetic.
         model: the prepared `LanguageModel`; `forward(ids, targets, positions) -> (loss_sum, num_tokens)`.
-        optimizer: steps over the model's parameters.
-        learning_rate: rate of update k (0-based); a pure function.
+        optimizer: steps over the model's parameters; each group's peak rate is its `initial_lr`, and the main one,
+            which is reported, `defaults["lr"]`.
+        schedule: share of its peak that every rate has in update k (0-based); a pure function.
         max_grad_norm: clip beyond this norm; 0 clips nothing.
         seed: of dropout and whatever else is random in an update.
     """
@@ -58,13 +59,13 @@ class CentralUpdater:
         machine: Machine,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        learning_rate: Callable[[int], float],
+        schedule: Callable[[int], float],
         max_grad_norm: float,
         seed: int,
     ) -> None:
         self.accelerator, self.world = machine.accelerator, machine.world
         self.model, self.optimizer = model, optimizer
-        self.learning_rate, self.max_grad_norm, self.seed = learning_rate, max_grad_norm, seed
+        self.schedule, self.max_grad_norm, self.seed = schedule, max_grad_norm, seed
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def update(self, micro_batches: Sequence[Batch], step: int, *, should_stop: Wish = lambda: False) -> StepReport:
@@ -95,12 +96,13 @@ class CentralUpdater:
             if self.max_grad_norm > 0:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, grad_norm)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(step)
+                group["lr"] = group["initial_lr"] * self.schedule(step)
             self.optimizer.step()
         if self.accelerator.scaler is not None and num_abandoned == 0:
             self.accelerator.scaler.update()
         self.optimizer.zero_grad()
-        return StepReport(loss_value, grad_norm, self.learning_rate(step), num_bad > 0, num_stop > 0, num_abandoned > 0)
+        lr = self.optimizer.defaults["lr"] * self.schedule(step)
+        return StepReport(loss_value, grad_norm, lr, num_bad > 0, num_stop > 0, num_abandoned > 0)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the next update depends on beside the weights.

@@ -58,7 +58,7 @@ class Checkpoint:
     Attributes:
         path: its folder, which `from_pretrained` loads.
         step: finished updates.
-        state: what `save` was given: `progress`, `plan`, `identity`, `updater`, `reasons`.
+        state: what `save` was given: `progress`, `plan`, `identity`, `updater`, `mixed_precision`, `reasons`.
     """
 
     path: Path

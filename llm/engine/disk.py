@@ -9,14 +9,12 @@ from transformers import PretrainedConfig
 
 from llm.config.errors import UserError
 from llm.engine.checkpoint_files import saved_steps
-from llm.engine.dry_run import count_parameters
+from llm.engine.dry_run import count_numbers
 from llm.engine.lines import quantity
 
 # The newest checkpoint, the one before it, and one that is being written.
 _NUM_CHECKPOINTS = 3
 _BYTES_OF_A_NUMBER = 4
-# fp32 tensors as large as the weights that an optimizer keeps; two where it is not named here.
-_NUM_MOMENTS = {"sgd": 1}
 
 
 def require_room(checkpoints: Path, config: PretrainedConfig, optim: str, *, is_fresh: bool) -> None:
@@ -34,7 +32,7 @@ def require_room(checkpoints: Path, config: PretrainedConfig, optim: str, *, is_
     Raises:
         UserError: three checkpoints need more than is free.
     """
-    one = count_parameters(config) * _BYTES_OF_A_NUMBER * (1 + _NUM_MOMENTS.get(optim, 2))
+    one = sum(count_numbers(config, optim)) * _BYTES_OF_A_NUMBER
     present = [path for _, path in saved_steps(checkpoints)]
     free = shutil.disk_usage(checkpoints.parent).free
     number = _NUM_CHECKPOINTS

@@ -7,13 +7,12 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from llm.config.options import OutputOptions
+from llm.config.options import OptimizerOptions, OutputOptions
 from llm.engine.lines import quantity
 from llm.engine.plan import Plan
+from llm.optim.groups import hidden_matrices
 
-# fp32 weights, gradients and AdamW's two moments.
-_BYTES_OF_WEIGHTS = 4
-_BYTES_OF_TRAINING = 16
+_BYTES_OF_A_NUMBER = 4  # weights, gradients and what the optimizer keeps are fp32
 # Activations that GPT-2's block keeps for the backward pass: about 34 values a token and unit of width,
 # and the logits with their gradient. Source: Korthikanti et al., Reducing Activation Recomputation in
 # Large Transformer Models, 2022, section 4.1 (there in bytes at 16 bits).
@@ -22,35 +21,53 @@ _VALUES_PER_LOGIT = 3
 
 
 def dry_run_lines(
-    config: PretrainedConfig, plan: Plan, learning_rate: Callable[[int], float], output: OutputOptions
+    config: PretrainedConfig,
+    plan: Plan,
+    optimizer: OptimizerOptions,
+    schedule: Callable[[int], float],
+    output: OutputOptions,
 ) -> list[str]:
     """What `--dry_run` prints beyond a run's own first lines; all estimates are marked `about`."""
-    num_parameters = count_parameters(config)
+    num_parameters, num_kept = count_numbers(config, optimizer.optim)
+    weights, kept = _BYTES_OF_A_NUMBER * num_parameters, _BYTES_OF_A_NUMBER * num_kept
     width = getattr(config, "hidden_size", 0) or 0
     layers = getattr(config, "num_hidden_layers", 0) or 0
     tokens = plan.micro_batch * plan.block_size
     activations = 4 * tokens * (_VALUES_PER_UNIT * width * layers + _VALUES_PER_LOGIT * int(config.vocab_size))
-    checkpoint = 12 * num_parameters
-    last = plan.num_steps - 1
     return [
         f"tokens: {'at most ' if plan.document_mask else ''}{plan.tokens_per_step:,} an update, "
         f"{plan.num_steps * plan.tokens_per_step:,} in all",
         f"parameters: {num_parameters:,}",
-        f"memory of one device: about {quantity(_BYTES_OF_TRAINING * num_parameters)}B for weights, gradients "
-        f"and AdamW, about {quantity(activations)}B for activations in fp32",
-        f"disk: {quantity(_BYTES_OF_WEIGHTS * num_parameters)}B for the finished model, "
-        f"about {quantity(checkpoint)}B for each checkpoint ({_num_checkpoints(plan, output)} kept)",
-        f"learning rate: {learning_rate(0):.3g} at the first update, "
-        f"{max(learning_rate(step) for step in _some_steps(plan.num_steps)):.3g} at its peak, "
-        f"{learning_rate(last):.3g} at the last, {learning_rate(plan.num_steps):.3g} beyond it",
+        f"memory of one device: about {quantity(2 * weights + kept)}B for weights, gradients "
+        f"and {optimizer.optim}, about {quantity(activations)}B for activations in fp32",
+        f"disk: {quantity(weights)}B for the finished model, "
+        f"about {quantity(weights + kept)}B for each checkpoint ({_num_checkpoints(plan, output)} kept)",
+        f"learning rate: {_rates(optimizer.learning_rate, schedule, plan.num_steps)}",
+        *[f"learning rate of Muon: {_rates(optimizer.muon_learning_rate, schedule, plan.num_steps)}"]
+        * (optimizer.optim == "muon"),
     ]
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the model that the configuration describes, tied ones once; nothing is allocated."""
+def count_numbers(config: PretrainedConfig, optim: str) -> tuple[int, int]:
+    """Parameters of the model that the configuration describes, tied ones once, and what the optimizer keeps of them.
+
+    Nothing is allocated. Of an optimizer that is not known here two numbers a parameter are assumed.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    num_parameters = sum(sizes.values())
+    # Momentum alone: of all with SGD, of the hidden matrices with Muon.
+    with_one = {"sgd": sizes, "muon": hidden_matrices(model) if optim == "muon" else {}}.get(optim, {})
+    return num_parameters, 2 * num_parameters - sum(sizes[name] for name in with_one)
+
+
+def _rates(peak: float, schedule: Callable[[int], float], num_steps: int) -> str:
+    highest = max(schedule(step) for step in _some_steps(num_steps))
+    return (
+        f"{peak * schedule(0):.3g} at the first update, {peak * highest:.3g} at its peak, "
+        f"{peak * schedule(num_steps - 1):.3g} at the last, {peak * schedule(num_steps):.3g} beyond it"
+    )
 
 
 def _num_checkpoints(plan: Plan, output: OutputOptions) -> int:

@@ -149,8 +149,12 @@ def _hyperparameters(actions: Actions) -> dict[str, object]:
         "max_train_steps": plan.num_steps,
         "seed": plan.seed,
         "document_mask": plan.document_mask,
-        "mixed_precision": actions.machine.accelerator.mixed_precision,
-        **optimizer.model_dump(),
+        "mixed_precision": actions.machine.precision,
+        **{
+            name: value
+            for name, value in optimizer.model_dump().items()
+            if optimizer.optim == "muon" or not name.startswith("muon_")
+        },
         **{name: value for name, value in schedule.model_dump().items() if value not in (None, {})},
     }
 

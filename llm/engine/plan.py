@@ -120,7 +120,7 @@ def check_training(options: Options, *, num_ranks: int) -> None:
     """Refuses what can be known wrong about batches and schedule before the text is read.
 
     Raises:
-        UserError: as `plan_run` and `learning_rates`.
+        UserError: as `plan_run` and `plan_schedule`.
     """
     _batches(options.training, num_ranks)
     # A schedule wrong in itself is so for any number of updates; the warm-up is judged when that is known.
@@ -141,18 +141,20 @@ def _batches(options: TrainingOptions, num_ranks: int) -> tuple[int, int]:
     return per_backward, global_batch
 
 
-def learning_rates(options: Options, plan: Plan) -> Callable[[int], float]:
-    """The learning rate of update k (0-based), a function of k alone."""
-    peak = options.optimizer.learning_rate
-    factor = build_schedule(options.schedule, plan.num_steps, learning_rate=peak)
-    return lambda step: peak * factor(step)
+def plan_schedule(options: Options, plan: Plan) -> Callable[[int], float]:
+    """The share of its peak that every learning rate has in update k (0-based), a function of k alone."""
+    return build_schedule(options.schedule, plan.num_steps, learning_rate=options.optimizer.learning_rate)
 
 
-def resolved(options: Options, plan: Plan) -> Options:
-    """The options with what the run chose itself: the seed, and the block size."""
+def resolved(options: Options, plan: Plan, *, precision: str) -> Options:
+    """The options with what the run chose itself: the seed, the block size, and the arithmetic.
+
+    A start from these, on whatever machine, computes as this one did.
+    """
+    chosen = {"seed": plan.seed, "mixed_precision": precision}
     return options.model_copy(
         update={
-            "training": options.training.model_copy(update={"seed": plan.seed}),
+            "training": options.training.model_copy(update=chosen),
             "data": options.data.model_copy(update={"block_size": plan.block_size}),
         }
     )

@@ -43,6 +43,14 @@ class Start:
     seed: int
     model: ModelOptions
 
+    @property
+    def precision(self) -> str | None:
+        """Arithmetic that the checkpoint was made in; None if nothing says it."""
+        if not isinstance(self.checkpoint, Checkpoint):
+            return None
+        # Before there was an auto, the default was no.
+        return str(self.checkpoint.state.get("mixed_precision", "no"))
+
     def with_its_batch(self, options: Options) -> Options:
         """The options with the checkpoint's global batch, unless they name one: other ranks, the same updates."""
         training = options.training

@@ -27,7 +27,7 @@ from llm.engine.journal import Bar, start_journal, stop_journal
 from llm.engine.lines import mixture_lines
 from llm.engine.loop import Event, run_updates
 from llm.engine.machine import Machine, start_machine
-from llm.engine.plan import Plan, check_training, choose_block_size, learning_rates, plan_run, resolved
+from llm.engine.plan import Plan, check_training, choose_block_size, plan_run, plan_schedule, resolved
 from llm.engine.randomness import seed_weights
 from llm.engine.resume import Start, as_restarted, choose_start
 from llm.engine.saving import Saver
@@ -108,6 +108,7 @@ def _run(
     _check_push(options, folder, world)
     start = world.on_main(stop.interrupting(lambda: choose_start(options, folder)))
     options = start.with_its_batch(options)
+    machine.keep_precision(start.precision)
     # Before the text is read: names, overrides and a block beyond the model are known from one small file.
     limit = context_limit(read_config(start.model))
     choose_block_size(options.data.block_size, limit, limit)
@@ -121,11 +122,11 @@ def _run(
     text.require_same_on_all(world)
     plan = plan_run(options.training, blocks, num_ranks=world.size, seed=start.seed, document_mask=masked)
     start.check(plan, text)
-    learning_rate = learning_rates(options, plan)
+    schedule = plan_schedule(options, plan)
     _say(text.ledger_line(block_size, document_mask=masked))
     _say(*mixture_lines(text.streams, blocks, plan.num_steps * plan.global_batch), str(plan))
     if options.output.dry_run:
-        _say(*dry_run_lines(config, plan, learning_rate, options.output))
+        _say(*dry_run_lines(config, plan, options.optimizer, schedule, options.output))
         return EXIT_DONE
 
     if folder is not None:
@@ -138,7 +139,7 @@ def _run(
         machine=machine,
         model=wrapped,
         optimizer=build_optimizer(language_model.model, options.optimizer),
-        learning_rate=learning_rate,
+        schedule=schedule,
         max_grad_norm=options.optimizer.max_grad_norm,
         seed=start.seed,
     )
@@ -146,7 +147,7 @@ def _run(
     if folder is not None and world.is_main:
         folder.require_ours()
         set_aside(folder.checkpoints, progress.step)
-        folder.begin(resolved(options, plan), fresh=start.checkpoint is None)
+        folder.begin(resolved(options, plan, precision=machine.precision), fresh=start.checkpoint is None)
     tracking = Tracking(machine.accelerator, folder)
     saver = _saver(options, plan, folder) if world.is_main else None
     actions = Actions(

@@ -1,10 +1,11 @@
-"""Which parameters decay: matrices, and nothing else."""
+"""Which parameters decay (matrices, and nothing else), and which matrices are Muon's."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -33,6 +34,45 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": others, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def hidden_matrices(model: nn.Module) -> dict[str, bool]:
+    """The weights that Muon is for: those of Linear and Conv1D inside the model's blocks.
+
+    Blocks are what stands in a list of modules. Embeddings, whatever shares a weight with one, the head, norms and a
+    mixture's stacked experts are not among them.
+
+    Returns:
+        By name, in the model's order: whether the weight is stored [inputs, outputs], as Conv1D's is.
+    """
+    modules = dict(model.named_modules())
+    lists = {name for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    tables = {id(weight) for m in modules.values() if isinstance(m, nn.Embedding) for weight in m.parameters()}
+    found = {}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        in_a_block = any(owner.startswith(f"{name_of_list}.") for name_of_list in lists)
+        is_linear = isinstance(modules[owner], nn.Linear | Conv1D) and leaf == "weight"
+        if in_a_block and is_linear and id(parameter) not in tables:
+            found[name] = isinstance(modules[owner], Conv1D)
+    return found
+
+
+def muon_groups(model: nn.Module, weight_decay: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The groups of `parameter_groups`, cut into those of hidden matrices and those of everything else.
+
+    Returns:
+        Muon's groups, with `inputs_first`, and the others; none is empty, either list may be.
+    """
+    hidden = hidden_matrices(model)
+    matrices: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for group in parameter_groups(model, weight_decay):
+        for inputs_first in (False, True):
+            chosen = [(name, weight) for name, weight in group["params"] if hidden.get(name) is inputs_first]
+            matrices.append({**group, "params": chosen, "inputs_first": inputs_first})
+        others.append({**group, "params": [(name, one) for name, one in group["params"] if name not in hidden]})
+    return [group for group in matrices if group["params"]], [group for group in others if group["params"]]
 
 
 def _is_matrix(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> bool:

@@ -49,7 +49,7 @@ LEGACY: list[tuple[str, Any, list[str], Any]] = [
     ("with_tracking", False, [], True),
     ("report_to", "all", ["wandb"], "wandb"),
     ("low_cpu_mem_usage", False, [], True),
-    ("mixed_precision", "no", ["bf16"], "bf16"),
+    ("mixed_precision", "auto", ["bf16"], "bf16"),
     ("kfac_factor_update_steps", 10, ["1"], 1),
     ("kfac_inv_update_steps", 10, ["1"], 1),
     ("kfac_damping", 0.001, ["0.01"], 0.01),

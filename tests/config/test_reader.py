@@ -171,7 +171,7 @@ def test_read_when_everything_is_wrong_then_every_mistake_is_one_line(toml: Toml
             f"{config}: training.use_cpu = 1: must be true or false",
             f"{config}: model.dropout = nan: must be a number >= 0 and < 1",
             f'{config}: output.checkpointing_steps = "epochs": must be a whole number, or epoch; did you mean epoch?',
-            "--mixed_precision bf61: must be one of no, bf16, fp16, fp8; did you mean bf16?",
+            "--mixed_precision bf61: must be one of auto, no, bf16, fp16, fp8; did you mean bf16?",
             "--learnig-rate: unknown option; did you mean --learning_rate?",
             "--num_warmup_steps 8.0: must be a whole number >= 0",
             "--block_size 1: must be a whole number >= 2",

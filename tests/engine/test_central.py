@@ -45,6 +45,20 @@ class Bigrams(nn.Module):
         return loss + self.poison * self.rows.sum(), (targets != -100).sum()
 
 
+class Deeper(Bigrams):
+    """The same with a matrix in a block behind it, as Muon wants one."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        torch.manual_seed(4)
+        self.blocks = nn.ModuleList([nn.Linear(VOCABULARY, VOCABULARY)])
+
+    def forward(self, ids: Tensor, targets: Tensor, positions: None = None) -> tuple[Tensor, Tensor]:
+        logits = self.blocks[0](F.dropout(self.rows[ids], self.dropout))
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return loss, (targets != -100).sum()
+
+
 def batches(*shapes: tuple[int, int], ignored: float = 0.0) -> list[Batch]:
     """Random micro-batches; a growing share of the targets, up to `ignored`, does not count."""
     draw = torch.Generator().manual_seed(11)
@@ -74,7 +88,7 @@ def expected(rows: Tensor, micro_batches: Sequence[Batch]) -> tuple[float, NDArr
 
 @pytest.fixture(scope="module")
 def machine() -> Machine:
-    return start_machine(TrainingOptions(use_cpu=True))
+    return start_machine(TrainingOptions(use_cpu=True, mixed_precision="no"))
 
 
 def updater_of(machine: Machine, model: nn.Module, *, max_grad_norm: float = 0.0, **options: Any) -> CentralUpdater:
@@ -84,7 +98,7 @@ def updater_of(machine: Machine, model: nn.Module, *, max_grad_norm: float = 0.0
         machine=machine,
         model=model,
         optimizer=build_optimizer(model, OptimizerOptions.model_validate(chosen)),
-        learning_rate=lambda step: RATE / (step + 1),
+        schedule=lambda step: 1 / (step + 1),
         max_grad_norm=max_grad_norm,
         seed=5,
     )
@@ -259,18 +273,47 @@ def test_state_when_loaded_into_another_then_continues_bit_identical(machine: Ma
     assert torch.equal(whole.rows, resumed.rows)
 
 
+MUON = {"optim": "muon", "adam_beta1": 0.9, "muon_learning_rate": 0.1, "weight_decay": 0.1}
+
+
+def test_learning_rate_when_groups_have_peaks_of_their_own_then_share_the_schedule(machine: Machine) -> None:
+    model = Deeper()
+    updater = updater_of(machine, model, **MUON)
+    assert updater.update(batches((2, 6)), 3).lr == RATE / 4
+    rates = {name: group["lr"] for group in updater.optimizer.param_groups for name in group["param_names"]}
+    assert rates == {"blocks.0.weight": 0.1 / 4, "rows": RATE / 4, "blocks.0.bias": RATE / 4}
+
+
+def test_state_when_muon_is_loaded_into_another_then_continues_bit_identical(machine: Machine) -> None:
+    micro_batches = batches((4, 6), (3, 6), ignored=0.5)
+    whole, resumed = Deeper(dropout=0.2), Deeper(dropout=0.2)
+    first, second = (updater_of(machine, model, max_grad_norm=0.1, **MUON) for model in (whole, resumed))
+    for step in range(3):
+        first.update(micro_batches, step)
+    tensors, numbers = first.state()
+    moments = {f"{name}/{key}" for name in ("rows", "blocks.0.bias") for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert set(tensors) == {"blocks.0.weight/momentum_buffer", *moments}
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    resumed.load_state_dict({name: tensor.clone() for name, tensor in whole.state_dict().items()})
+    second.load({name: tensor.clone() for name, tensor in tensors.items()}, numbers)
+    for step in range(3, 6):
+        one, other = first.update(micro_batches, step), second.update(micro_batches, step)
+        assert one.loss == other.loss
+    assert all(torch.equal(one, two) for one, two in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 def test_state_when_of_another_model_then_is_refused(machine: Machine) -> None:
     updater = updater_of(machine, Bigrams(), optim="adamw")
     with pytest.raises(KeyError, match="columns"):
         updater.load({"columns/exp_avg": torch.zeros(1)}, updater.state()[1])
 
 
-@pytest.mark.parametrize(("saved", "asked"), [("adamw", "sgd"), ("sgd", "adamw")])
+@pytest.mark.parametrize(("saved", "asked"), [("adamw", "sgd"), ("sgd", "adamw"), ("adamw", "muon"), ("muon", "adamw")])
 def test_state_when_of_another_optimizer_then_is_refused(machine: Machine, saved: str, asked: str) -> None:
-    first = updater_of(machine, Bigrams(), optim=saved, adam_beta1=0.9)
+    first = updater_of(machine, Deeper(), optim=saved, adam_beta1=0.9)
     first.update(batches((2, 6)), 0)
     with pytest.raises((KeyError, ValueError)):
-        updater_of(machine, Bigrams(), optim=asked, adam_beta1=0.9).load(*first.state())
+        updater_of(machine, Deeper(), optim=asked, adam_beta1=0.9).load(*first.state())
 
 
 # The loss scaler of fp16, which a CPU runs as well as a GPU does.
@@ -288,16 +331,20 @@ def scaled(scale: float = 1024.0) -> Machine:
     return Machine(accelerator, world)  # type: ignore[arg-type]
 
 
-def test_scaler_when_the_step_is_good_then_the_update_is_the_unscaled_one(machine: Machine) -> None:
+@pytest.mark.parametrize("options", [{"optim": "adamw", "adam_beta1": 0.9}, MUON], ids=["adamw", "muon"])
+def test_scaler_when_the_step_is_good_then_the_update_is_the_unscaled_one(
+    machine: Machine, options: dict[str, Any]
+) -> None:
     micro_batches = batches((4, 6), (2, 6), ignored=0.5)
-    plain, other = Bigrams(), Bigrams()
+    plain, other = Deeper(), Deeper()
     made: list[StepReport] = []
     for chosen, model in ((machine, plain), (scaled(), other)):
-        updater = updater_of(chosen, model, max_grad_norm=0.1, optim="adamw", adam_beta1=0.9)
+        updater = updater_of(chosen, model, max_grad_norm=0.1, **options)
         made.append(updater.update(micro_batches, 0))
     assert made[0].loss == made[1].loss
     assert torch.equal(made[0].grad_norm, made[1].grad_norm)
-    assert torch.equal(plain.rows, other.rows)  # a power of two scales without rounding
+    # A power of two scales without rounding.
+    assert all(torch.equal(one, two) for one, two in zip(plain.parameters(), other.parameters(), strict=True))
 
 
 def test_scaler_when_the_gradient_overflows_then_halves_and_the_weights_stay() -> None:

@@ -11,10 +11,10 @@ from transformers import GPT2Config
 
 from llm.config.errors import UserError
 from llm.engine.disk import require_room
-from llm.engine.dry_run import count_parameters
+from llm.engine.dry_run import count_numbers
 
 CONFIG = GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2)
-ONE = 4 * count_parameters(CONFIG)
+ONE = 4 * count_numbers(CONFIG, "sgd")[0]
 
 
 @pytest.fixture
@@ -35,6 +35,16 @@ def test_room_when_three_checkpoints_do_not_fit_then_is_refused_with_both_number
     with pytest.raises(UserError, match=r"3 checkpoints of .*B need .*B, and .*B are free; make room") as refusal:
         require_room(tmp_path / "checkpoints", CONFIG, optim, is_fresh=True)
     assert "\n" not in str(refusal.value)
+
+
+def test_room_when_muon_then_its_matrices_keep_one_number_instead_of_two(tmp_path: Path, free: SimpleNamespace) -> None:
+    in_blocks = 2 * 12 * 32 * 32  # a layer's matrices are 3 + 1 + 4 + 4 squares of the width
+    assert count_numbers(CONFIG, "muon") == (ONE // 4, ONE // 4 * 2 - in_blocks)
+    free.free = 3 * (3 * ONE - 4 * in_blocks)
+    require_room(tmp_path / "checkpoints", CONFIG, "muon", is_fresh=True)
+    free.free -= 1
+    with pytest.raises(UserError):
+        require_room(tmp_path / "checkpoints", CONFIG, "muon", is_fresh=True)
 
 
 def test_room_when_the_run_has_checkpoints_then_fewer_need_room(tmp_path: Path, free: SimpleNamespace) -> None:

@@ -86,7 +86,7 @@ def fresh(tiny_gpt2: GPT2LMHeadModel) -> Callable[..., CentralUpdater]:
     """`fresh()` makes an updater of ours over other random weights."""
 
     def make(**changes: Any) -> CentralUpdater:
-        machine = start_machine(TrainingOptions(use_cpu=True))
+        machine = start_machine(TrainingOptions(use_cpu=True, mixed_precision="no"))
         torch.manual_seed(99)
         model = GPT2LMHeadModel(tiny_gpt2.config)
         # The groups of ours and of theirs decay other weights: the comparison is without it.
@@ -95,7 +95,7 @@ def fresh(tiny_gpt2: GPT2LMHeadModel) -> Callable[..., CentralUpdater]:
             machine=machine,
             model=machine.accelerator.prepare_model(LanguageModel(model)),
             optimizer=build_optimizer(model, OptimizerOptions.model_validate(chosen)),
-            learning_rate=lambda step: RATE,
+            schedule=lambda step: 1.0,
             max_grad_norm=0.0,
             seed=5,
         )
@@ -183,6 +183,13 @@ def test_resume_when_the_trainer_saved_it_then_goes_on(
     assert resume(path, updater) == 3
     # The groups are the same here, and so is the decay.
     assert_goes_on(loop, updater)
+
+
+def test_resume_when_this_run_has_muon_then_their_adamw_is_refused(
+    folder: Path, fresh: Callable[..., CentralUpdater]
+) -> None:
+    with pytest.raises(UserError, match=r"another model or --optim \(it was AdamW\)"):
+        resume(folder, fresh(optim="muon"))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])

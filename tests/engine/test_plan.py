@@ -8,7 +8,7 @@ import pytest
 from llm.config.errors import UserError
 from llm.config.options import OptimizerOptions, Options, ScheduleOptions, TrainingOptions
 from llm.data.blocks import Blocks
-from llm.engine.plan import Plan, choose_block_size, choose_seed, learning_rates, plan_run
+from llm.engine.plan import Plan, choose_block_size, choose_seed, plan_run, plan_schedule
 
 
 def blocks(number: int, block_size: int = 16) -> Blocks:
@@ -89,9 +89,9 @@ def test_block_size_when_given_then_only_the_model_bounds_it() -> None:
 
 def test_learning_rate_when_asked_again_then_is_the_same_function_of_the_update() -> None:
     options = Options(optimizer=OptimizerOptions(learning_rate=0.5), schedule=ScheduleOptions(num_warmup_steps=2))
-    rate = learning_rates(options, planned(max_train_steps=10))
-    backwards = [rate(step) for step in range(10, -1, -1)]
-    assert backwards[::-1] == pytest.approx([0, 0.25, *(0.5 * left / 8 for left in range(8, -1, -1))])
+    share = plan_schedule(options, planned(max_train_steps=10))
+    backwards = [share(step) for step in range(10, -1, -1)]
+    assert backwards[::-1] == pytest.approx([0, 0.5, *(left / 8 for left in range(8, -1, -1))])
 
 
 def test_seed_when_given_then_is_kept_and_otherwise_drawn() -> None:

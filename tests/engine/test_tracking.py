@@ -79,7 +79,7 @@ def test_wandb_when_the_environment_says_so_then_counts_as_logged_in(monkeypatch
 
 
 def opened(path: Path, first_step: int, options: Options | None = None) -> tracking.Tracking:
-    machine = start_machine(TrainingOptions(use_cpu=True))
+    machine = start_machine(TrainingOptions(use_cpu=True, mixed_precision="no"))
     made = tracking.Tracking(machine.accelerator, RunFolder(path))
     made.start(["tensorboard"], options or Options(), first_step=first_step)
     return made
@@ -127,7 +127,7 @@ def test_tensorboard_when_resumed_then_shows_each_step_once(tmp_path: Path) -> N
 
 def test_tracking_when_there_is_no_folder_then_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    nothing = tracking.Tracking(start_machine(TrainingOptions(use_cpu=True)).accelerator, None)
+    nothing = tracking.Tracking(start_machine(TrainingOptions(use_cpu=True, mixed_precision="no")).accelerator, None)
     nothing.start(["tensorboard"], Options(), first_step=0)
     nothing.record(1, {"loss": 1.0})
     nothing.close()
@@ -143,7 +143,7 @@ def test_options_when_given_to_trackers_then_are_flat_without_secrets() -> None:
 
 
 def test_tracker_when_it_does_not_start_then_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = start_machine(TrainingOptions(use_cpu=True))
+    machine = start_machine(TrainingOptions(use_cpu=True, mixed_precision="no"))
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no server\nand a long story")
@@ -197,7 +197,7 @@ def test_wandb_when_a_run_is_resumed_then_it_is_the_same_one_and_nothing_is_sent
     monkeypatch.setattr("accelerate.tracking.WandBTracker.store_init_configuration", lambda *_: None)
 
     def started(first_step: int) -> tracking.Tracking:
-        machine = start_machine(TrainingOptions(use_cpu=True))
+        machine = start_machine(TrainingOptions(use_cpu=True, mixed_precision="no"))
         made = tracking.Tracking(machine.accelerator, RunFolder(tmp_path))
         made.start(["tensorboard", "wandb"], Options(), first_step=first_step)
         return made

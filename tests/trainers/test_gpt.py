@@ -165,10 +165,11 @@ def test_learning_rate_when_accumulating_then_depends_on_the_update_alone(
     assert rates == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
 def test_resume_when_cut_in_the_middle_then_ends_bit_identical(
-    train: Train, tiny_options: list[str], tmp_path: Path
+    train: Train, tiny_options: list[str], tmp_path: Path, optim: str
 ) -> None:
-    options = [*tiny_options, "--dropout", "0.1", "--checkpointing_steps", "7", "--eval_steps", "5"]
+    options = [*tiny_options, "--optim", optim, "--dropout", "0.1", "--checkpointing_steps", "7", "--eval_steps", "5"]
     assert train(*options, "--output_dir", tmp_path / "whole").code == 0
     assert train(*options, "--output_dir", tmp_path / "cut").code == 0
     # As a kill after step 7 leaves it: later checkpoints and the finished model are not there.
@@ -269,8 +270,32 @@ def test_dry_run_when_asked_then_says_the_numbers_and_writes_nothing(
     assert outcome.code == 0
     for word in ("tokens:", "updates: 20 of 8 blocks of 32", "parameters:", "memory", "disk", "learning rate: 0.001"):
         assert word in outcome.out
+    assert "and adamw" in outcome.out
+    assert "Muon" not in outcome.out
     assert "step 1" not in outcome.out
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_when_muon_then_says_both_rates_and_what_it_keeps(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    outcome = train(*tiny_options, "--optim", "muon", "--dry_run")
+    assert outcome.code == 0, outcome.err
+    assert "learning rate: 0.001 at the first update" in outcome.out
+    assert "learning rate of Muon: 0.02 at the first update" in outcome.out
+    assert "gradients and muon" in outcome.out
+
+
+@pytest.mark.parametrize(("saved", "asked", "was"), [("adamw", "muon", "AdamW"), ("muon", "adamw", "MuonWithAdamW")])
+def test_resume_when_the_optimizer_is_another_then_is_refused_in_one_line(
+    train: Train, tiny_options: list[str], tmp_path: Path, saved: str, asked: str, was: str
+) -> None:
+    words = [*tiny_options, "--max_train_steps", "2", "--checkpointing_steps", "1", "--output_dir", tmp_path / "run"]
+    assert train(*words, "--optim", saved).code == 0
+    refused = train(*words, "--optim", asked, "--resume_from_checkpoint", tmp_path / "run/checkpoints/step_1")
+    assert refused.code == 1
+    assert f"holds the optimizer of another model or --optim (it was {was})" in refused.err
+    assert refused.err.count("\n") == 1
 
 
 def test_model_name_when_given_then_weights_are_loaded_all_the_same(
@@ -397,6 +422,7 @@ def test_checkpoints_when_resumed_from_an_older_one_then_later_ones_are_set_asid
         ("--gradient_checkpointing", "--gradient_accumulation_steps", "2"),
         ("--dataloader_num_workers", "2"),
         ("--optim", "sgd", "--max_grad_norm", "0"),
+        ("--optim", "muon", "--weight_decay", "0.1"),
     ],
     ids=lambda words: words[0],
 )

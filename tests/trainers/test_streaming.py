@@ -115,7 +115,8 @@ def options(tiny_gpt2_dir: Path) -> list[str]:
     return [
         *("--streaming", "--tokenizer_name", str(tiny_gpt2_dir), "--config_name", str(tiny_gpt2_dir)),
         *("--dropout", "0", "--block_size", "32", "--per_device_train_batch_size", "8", "--max_train_steps", "250"),
-        *("--learning_rate", "1e-3", "--seed", "7", "--use_cpu", "--logging_steps", "25", "--eval_steps", "125"),
+        *("--learning_rate", "1e-3", "--seed", "7", "--use_cpu", "--mixed_precision", "no"),
+        *("--logging_steps", "25", "--eval_steps", "125"),
     ]
 
 
