@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from llm.bench import main as bench
+from llm.config.bench import BenchOptions
 from llm.config.flags import flags_of
 from llm.config.generate import GenerateOptions
 from llm.config.names import BUILT_IN
@@ -40,6 +42,7 @@ SHORTER = {
     "llm.trainers.gpt": ["--max_train_steps", "2", "--max_eval_batches", "1", "--block_size", "32", "--use_cpu"],
     "llm.generate": ["--max_new_tokens", "4", "--use_cpu"],
     "llm.plot": [],
+    "llm.bench": ["--num_updates", "2", "--block_size", "32", "--use_cpu"],
     "llm.runs": [],
     "llm.prepare": ["--preprocessing_num_workers", "1"],
 }
@@ -180,6 +183,7 @@ def test_command_when_typed_as_it_stands_then_works(
         "llm.trainers.gpt": train,
         "llm.generate": generate,
         "llm.plot": plot,
+        "llm.bench": bench,
         "llm.prepare": prepare,
         "llm.runs": list_runs,
     }[module]
@@ -197,6 +201,8 @@ def check_result(module: str, words: list[str], out: str) -> None:
     elif module == "llm.runs":
         assert f"{words[0]}: done after step 2" in out
         assert "newest, best" in out
+    elif module == "llm.bench":
+        assert "\nspeed: " in out
     elif module == "llm.prepare":
         assert (Path(words[words.index("--output_dir") + 1]) / "train_00000.bin").is_file()
     else:
@@ -213,6 +219,7 @@ def test_command_when_inside_a_sentence_then_its_options_are_read(line: str) -> 
         "llm.trainers.gpt": Options,
         "llm.generate": GenerateOptions,
         "llm.plot": PlotOptions,
+        "llm.bench": BenchOptions,
         "llm.prepare": PrepareOptions,
         "llm.runs": RunsOptions,
     }[module]
@@ -257,7 +264,7 @@ def test_ledger_when_shown_then_is_a_line_that_a_run_prints_and_adds_up() -> Non
 def test_flags_when_mentioned_then_are_options() -> None:
     known = {
         name
-        for table in (Options, GenerateOptions, PlotOptions, PrepareOptions, RunsOptions)
+        for table in (Options, BenchOptions, GenerateOptions, PlotOptions, PrepareOptions, RunsOptions)
         for name in flags_of(table)
     }
     mentioned = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)}

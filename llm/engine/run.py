@@ -11,10 +11,10 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from llm.config.errors import Stopped
-from llm.config.options import ModelOptions, Options
+from llm.config.options import Options
 from llm.data.loaders import Batch, Samples, training_batches
 from llm.engine.actions import Actions
-from llm.engine.central import CentralUpdater
+from llm.engine.building import build_language_model, build_updater
 from llm.engine.checkpoints import set_aside
 from llm.engine.deadline import find_deadline
 from llm.engine.disk import require_room
@@ -33,13 +33,10 @@ from llm.engine.resume import Start, as_restarted, choose_start
 from llm.engine.saving import Saver
 from llm.engine.signals import StopRequest, listening
 from llm.engine.stream import opened_text
-from llm.engine.text import Text, meet_the_hub
+from llm.engine.text import meet_the_hub
 from llm.engine.tracking import Tracking, choose_trackers
 from llm.engine.watchdog import Watchdog, watching
-from llm.models.build import build_model, context_limit, load_config, read_config
-from llm.models.document_mask import require_document_mask
-from llm.models.language_model import LanguageModel
-from llm.optim.build import build_optimizer
+from llm.models.build import context_limit, load_config, read_config
 from llm.world.network import come_online
 from llm.world.ranks import World
 
@@ -133,16 +130,8 @@ def _run(
         world.on_main(lambda: _require_room(folder, config, options, start))
     seed_weights(start.seed)
     with watchdog.phase("the model"), stop.at_once():
-        language_model = _build_language_model(options, start.model, config, text, world)
-    wrapped = machine.accelerator.prepare_model(language_model)  # on the device before the optimizer sees it
-    updater = CentralUpdater(
-        machine=machine,
-        model=wrapped,
-        optimizer=build_optimizer(language_model.model, options.optimizer),
-        schedule=schedule,
-        max_grad_norm=options.optimizer.max_grad_norm,
-        seed=start.seed,
-    )
+        language_model = build_language_model(options, start.model, config, text.tokenizer, machine)
+    updater = build_updater(options, machine, language_model, schedule, seed=start.seed)
     progress = start.resume(updater)
     if folder is not None and world.is_main:
         folder.require_ours()
@@ -192,19 +181,6 @@ def _make_updates(options: Options, actions: Actions, bar: Bar) -> bool:
 
 def _require_room(folder: RunFolder, config: PretrainedConfig, options: Options, start: Start) -> None:
     require_room(folder.checkpoints, config, options.optimizer.optim, is_fresh=start.checkpoint is None)
-
-
-def _build_language_model(
-    options: Options, named: ModelOptions, config: PretrainedConfig, text: Text, world: World
-) -> LanguageModel:
-    model, origin = build_model(named, config, text.tokenizer)
-    _say(f"weights: {origin} ({model.num_parameters():,} parameters)")
-    if options.data.document_mask:
-        require_document_mask(model, world.device)
-    language_model = LanguageModel(model)
-    if options.training.torch_compile:
-        language_model.compile()
-    return language_model
 
 
 def _say(*lines: str) -> None:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def build_model(
-    options: ModelOptions, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    options: ModelOptions, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, str]:
     """The model in float32 on the CPU, in training mode, and where its weights come from.
 
@@ -39,7 +39,7 @@ def build_model(
     Args:
         options: the model's options.
         config: what `load_config` gave.
-        tokenizer: the tables of embeddings get its length.
+        tokenizer: the tables of embeddings get its length; None leaves them as they are.
 
     Returns:
         The model, and ``loaded from X`` or ``random``.
@@ -54,7 +54,8 @@ def build_model(
         origin = "random"
     else:
         model = _loaded("--model_name_or_path", source, options, config)
-        _fit_vocabulary(model, tokenizer)
+        if tokenizer is not None:
+            _fit_vocabulary(model, tokenizer)
         origin = f"loaded from {source}"
     if options.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:

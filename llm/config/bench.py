@@ -1,0 +1,26 @@
+"""The options of ``python -m llm.bench``: the trainer's, and a table of its own."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from llm.config.options import Options
+from llm.config.rows import Group, row
+
+# One row a line, however long: the table is read down its columns.
+# fmt: off
+
+
+class BenchGroup(Group):
+    """What is measured."""
+
+    num_updates: int = row(20, "updates that are timed; some before them are not", ge=2, metavar="N")
+    sweep: Literal["micro_batch"] | None = row(None, "micro_batch: try --per_device_train_batch_size 1, 2, 4, ... and say which is fastest")
+    profile: str | None = row(None, "write a trace of three updates there (for ui.perfetto.dev) and print what took longest", metavar="FILE")
+    json_file: str | None = row(None, "write the figures there", metavar="FILE")
+
+
+class BenchOptions(Options):
+    """The options of ``python -m llm.bench``."""
+
+    bench: BenchGroup = BenchGroup()

@@ -1,0 +1,173 @@
+"""The story of a measurement: the options of a run in, the figures of its update out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from llm.config.bench import BenchOptions
+from llm.config.errors import UserError
+from llm.config.options import DataOptions
+from llm.data.loaders import Samples
+from llm.engine.building import build_language_model, build_updater
+from llm.engine.journal import start_journal, stop_journal
+from llm.engine.lines import quantity
+from llm.engine.machine import Machine, start_machine
+from llm.engine.measuring import Bench, Measurement, SyntheticBlocks, measured_flops
+from llm.engine.plan import check_training, choose_block_size, choose_seed, plan_run, plan_schedule
+from llm.engine.randomness import seed_weights
+from llm.engine.text import meet_the_hub, prepare_text
+from llm.models.build import context_limit, load_config, read_config
+from llm.models.flops import flops_per_token, peak_flops
+from llm.world.network import come_online
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SOURCES = ("dataset_name", "train_file", "train_dir")
+
+
+def bench(options: BenchOptions) -> None:
+    """Measures the update of a run, and logs and writes what was found; nothing is trained that is kept.
+
+    Blocks are random ids, unless the options name a text or tokens.
+
+    Raises:
+        UserError: something outside the program is wrong; one line says what.
+    """
+    machine = start_machine(options.training)
+    start_journal(is_main=machine.world.is_main, rank=machine.world.rank)
+    try:
+        with ExitStack() as stack:
+            stack.callback(come_online)
+            _bench(options, machine)
+        machine.release()
+    finally:
+        stop_journal()
+
+
+def _bench(options: BenchOptions, machine: Machine) -> None:
+    world, wanted = machine.world, options.bench
+    log.info("%s", machine)
+    meet_the_hub(options, world)
+    limit = context_limit(read_config(options.model))
+    block_size = choose_block_size(options.data.block_size, limit, limit)
+    check_training(options, num_ranks=world.size)
+    config, tokenizer, samples = _samples(options, machine, block_size)
+    # Of a schedule that never ends, the first updates: no run is this long.
+    training = options.training.model_copy(update={"max_train_steps": options.training.max_train_steps or 1_000_000})
+    plan = plan_run(training, samples, num_ranks=world.size, seed=choose_seed(options.training.seed))
+    seed_weights(plan.seed)
+    language_model = build_language_model(options, options.model, config, tokenizer, machine)
+    updater = build_updater(options, machine, language_model, plan_schedule(options, plan), seed=plan.seed)
+    runner = Bench(machine, updater, samples, plan, options.data.dataloader_num_workers)
+    dtype = _DTYPES[machine.precision]
+    facts = {
+        "device": str(machine),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "arithmetic": str(dtype).removeprefix("torch."),
+        "num_parameters": language_model.model.num_parameters(),
+        "block_size": plan.block_size,
+        "flops_per_token": flops_per_token(language_model.model, plan.block_size),
+        # Of all devices, as tokens are.
+        "measured_flops": measured_flops(world.device, dtype) * world.size,
+        "data_sheet_flops": _times(peak_flops(world.device, dtype), world.size),
+    }
+    if wanted.sweep:
+        found = []
+        for each in runner.sweep(wanted.num_updates):
+            found.append(each)
+            log.info("%s", _sweep_line(each, facts))
+        best = max(found, key=lambda each: each.tokens_per_second)
+        log.info("fastest: --per_device_train_batch_size %d", best.micro_batch)
+    else:
+        found = [runner.measure(wanted.num_updates)]
+        for line in _lines(found[0], facts):
+            log.info("%s", line)
+    if wanted.profile is not None:
+        log.info("%s", runner.profile(Path(wanted.profile)))
+    if wanted.json_file is not None and world.is_main:
+        _write(Path(wanted.json_file), facts | {"updates": [_record(each, facts) for each in found]})
+
+
+def _samples(
+    options: BenchOptions, machine: Machine, block_size: int
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None, Samples]:
+    """The model's configuration, its tokenizer if there is a text, and the blocks."""
+    data: DataOptions = options.data
+    if all(getattr(data, name) is None for name in _SOURCES):
+        config = read_config(options.model)
+        vocabulary_size = int(config.get_text_config(decoder=True).vocab_size)
+        return config, None, SyntheticBlocks(block_size, vocabulary_size)
+    text = machine.world.in_turn("the text", lambda: prepare_text(options, machine.world))
+    blocks, _ = text.cut(block_size, document_mask=data.document_mask)
+    return load_config(options.model, text.tokenizer), text.tokenizer, blocks
+
+
+def _record(found: Measurement, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the JSON file says of one size of the micro-batch."""
+    flops = facts["flops_per_token"] * found.tokens_per_second
+    sheet = facts["data_sheet_flops"]
+    return {
+        "micro_batch": found.micro_batch,
+        "tokens": found.tokens,
+        "median_seconds": found.median_seconds,
+        "seconds": found.seconds,
+        "cpu_seconds": found.cpu_seconds,
+        "tokens_per_second": found.tokens_per_second,
+        "flops": flops,
+        "share_of_measured_flops": flops / facts["measured_flops"],
+        "mfu": None if sheet is None else flops / sheet,
+        "peak_bytes": found.peak_bytes,
+        "communication_seconds": found.communication_seconds,
+        "shares": found.shares(),
+    }
+
+
+def _lines(found: Measurement, facts: dict[str, Any]) -> list[str]:
+    record = _record(found, facts)
+    exchange = found.communication_seconds
+    sheet = "its data sheet is not known here" if record["mfu"] is None else f"MFU {record['mfu']:.1%}"
+    low, high = min(found.seconds) * 1e3, max(found.seconds) * 1e3
+    return [
+        f"update: {found.median_seconds * 1e3:.1f} ms, the median of {len(found.seconds)} ({low:.1f} to {high:.1f};"
+        f" CPU {found.cpu_seconds * 1e3:.1f}), of {found.tokens:,} tokens",
+        f"speed: {quantity(found.tokens_per_second)} tok/s",
+        f"arithmetic: {quantity(facts['flops_per_token'])}FLOP a token, {quantity(record['flops'])}FLOP/s:"
+        f" {record['share_of_measured_flops']:.1%} of what this device does in {facts['arithmetic']} products"
+        f" ({quantity(facts['measured_flops'])}FLOP/s, measured now); {sheet}",
+        f"memory: {quantity(found.peak_bytes)}B at most",
+        "time: " + ", ".join(f"{name} {share:.1%}" for name, share in record["shares"].items()),
+        *([] if exchange is None else [f"communication: {exchange * 1e3:.1f} ms of an update that nothing hides"]),
+    ]
+
+
+def _sweep_line(found: Measurement, facts: dict[str, Any]) -> str:
+    record = _record(found, facts)
+    return (
+        f"micro_batch {found.micro_batch} | {found.median_seconds * 1e3:.1f} ms"
+        f" | {quantity(found.tokens_per_second)} tok/s | {record['share_of_measured_flops']:.1%} of the products' rate"
+        f" | {quantity(found.peak_bytes)}B"
+    )
+
+
+def _times(value: float | None, factor: int) -> float | None:
+    return None if value is None else value * factor
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json_file {path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,68 @@
+"""What is trained and what trains it, as the options say; the same for a run and for its measurement."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from llm.config.options import ModelOptions, Options
+from llm.engine.central import CentralUpdater
+from llm.engine.machine import Machine
+from llm.models.build import build_model
+from llm.models.document_mask import require_document_mask
+from llm.models.language_model import LanguageModel
+from llm.optim.build import build_optimizer
+
+log = logging.getLogger(__name__)
+
+
+def build_language_model(
+    options: Options,
+    named: ModelOptions,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    machine: Machine,
+) -> LanguageModel:
+    """The module that is trained, on the CPU; random weights are drawn from torch's global generator.
+
+    Args:
+        options: of the run.
+        named: the model that it starts from: that of the options, or a checkpoint's.
+        config: of the model.
+        tokenizer: the tables of embeddings get its length; None leaves them as they are.
+        machine: where it will be trained.
+
+    Raises:
+        UserError: as `build_model`, or a model that cannot keep documents apart though it is to.
+    """
+    model, origin = build_model(named, config, tokenizer)
+    log.info("weights: %s (%s parameters)", origin, f"{model.num_parameters():,}")
+    if options.data.document_mask:
+        require_document_mask(model, machine.world.device)
+    language_model = LanguageModel(model)
+    if options.training.torch_compile:
+        language_model.compile()
+    return language_model
+
+
+def build_updater(
+    options: Options,
+    machine: Machine,
+    language_model: LanguageModel,
+    schedule: Callable[[int], float],
+    *,
+    seed: int,
+) -> CentralUpdater:
+    """What makes the updates; the model goes to its device."""
+    # On the device before the optimizer sees it.
+    wrapped = machine.accelerator.prepare_model(language_model)
+    return CentralUpdater(
+        machine=machine,
+        model=wrapped,
+        optimizer=build_optimizer(language_model.model, options.optimizer),
+        schedule=schedule,
+        max_grad_norm=options.optimizer.max_grad_norm,
+        seed=seed,
+    )

@@ -1,0 +1,292 @@
+"""The real update, measured: its time, where that goes, memory, and the share of what the device can do."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llm.config.errors import UserError
+from llm.data.loaders import Batch, Samples, training_batches
+from llm.engine.central import CentralUpdater
+from llm.engine.machine import Machine
+from llm.engine.phases import Clock, Phases
+from llm.engine.plan import Plan
+
+# Updates that pay for what happens once: memory is taken, kernels are chosen, the optimizer's state is made.
+_NUM_WARM_UPS = 3
+# Updates whose phases are marked, which costs a little: not among those that are timed.
+_NUM_MARKED = 5
+
+
+@dataclass
+class SyntheticBlocks:
+    """Random ids, as many blocks as are asked for.
+
+    Attributes:
+        block_size: tokens predicted in a block.
+        vocabulary_size: every id is below it.
+    """
+
+    block_size: int
+    vocabulary_size: int
+
+    @property
+    def num_blocks(self) -> int | None:
+        """There is no end."""
+        return None
+
+    def num_unread(self, num_samples: int) -> int:
+        """Nothing is left over of what has no end."""
+        return 0
+
+    def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
+        """int64 [block_size + 1], the same for the same seed and sample."""
+        return np.random.default_rng((seed, sample)).integers(self.vocabulary_size, size=self.block_size + 1)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured at one size of the micro-batch, on this rank.
+
+    Attributes:
+        micro_batch: blocks of one forward pass on one device.
+        tokens: predicted in one update, over all devices.
+        seconds: of each update, the wait for its data included.
+        cpu_seconds: of all threads of this process, an update.
+        data_seconds: mean wait for the data of an update.
+        phase_seconds: mean of each phase of an update, measured apart from `seconds`.
+        communication_seconds: what the ranks' exchange of gradients adds to an update; None of one process.
+        peak_bytes: memory of the device, or of the process where that is the CPU.
+    """
+
+    micro_batch: int
+    tokens: int
+    seconds: tuple[float, ...]
+    cpu_seconds: float
+    data_seconds: float
+    phase_seconds: dict[str, float]
+    communication_seconds: float | None
+    peak_bytes: int
+
+    @property
+    def median_seconds(self) -> float:
+        """Of an update."""
+        return statistics.median(self.seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all devices."""
+        return self.tokens / self.median_seconds
+
+    def shares(self) -> dict[str, float]:
+        """Each phase's share of an update, the wait for data and the rest included."""
+        # The marked updates' own length, which may differ a little from the timed ones'.
+        whole = max(self.median_seconds, sum(self.phase_seconds.values()) + self.data_seconds)
+        found = {name: seconds / whole for name, seconds in self.phase_seconds.items()}
+        found["data wait"] = self.data_seconds / whole
+        return found | {"rest": max(0.0, 1 - sum(found.values()))}
+
+
+class Bench:
+    """Measures updates of one model at any size of the micro-batch.
+
+    Args:
+        machine: device and ranks.
+        updater: makes the updates.
+        samples: the blocks.
+        plan: of the run that is measured.
+        num_workers: processes that read the blocks.
+    """
+
+    def __init__(
+        self, machine: Machine, updater: CentralUpdater, samples: Samples, plan: Plan, num_workers: int
+    ) -> None:
+        self._machine, self._updater, self._samples, self._plan = machine, updater, samples, plan
+        self._num_workers = num_workers
+        self._clock = Clock(machine.world.device)
+        self._step = 0
+
+    def measure(self, num_updates: int, micro_batch: int | None = None) -> Measurement:
+        """Times updates after a few that are not, then marks the phases of a few more.
+
+        Args:
+            num_updates: that are timed.
+            micro_batch: blocks of one forward pass; the plan's when None.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit the device.
+        """
+        micro_batch = micro_batch or self._plan.micro_batch
+        world = self._machine.world
+        total = _NUM_WARM_UPS + num_updates + _NUM_MARKED * (1 if world.size == 1 else 3)
+        batches = self._batches(micro_batch, total)
+        forget_peak(world.device)
+        for _ in range(_NUM_WARM_UPS):
+            self._update(next(batches))
+        seconds, data_seconds = [], 0.0
+        cpu = time.process_time()
+        for _ in range(num_updates):
+            begin = time.perf_counter()
+            micro_batches = next(batches)
+            data_seconds += time.perf_counter() - begin
+            self._update(micro_batches)
+            seconds.append(time.perf_counter() - begin)
+        cpu = time.process_time() - cpu
+        phases = Phases(self._clock)
+        with phases.watching(self._updater.model, self._updater.optimizer):
+            for _ in range(_NUM_MARKED):
+                self._update(next(batches))
+        return Measurement(
+            micro_batch=micro_batch,
+            tokens=micro_batch * self._plan.accumulation * world.size * self._plan.block_size,
+            seconds=tuple(seconds),
+            cpu_seconds=cpu / num_updates,
+            data_seconds=data_seconds / num_updates,
+            phase_seconds={name: value / _NUM_MARKED for name, value in phases.seconds().items()},
+            communication_seconds=self._communication(batches) if world.size > 1 else None,
+            peak_bytes=peak_bytes(world.device),
+        )
+
+    def sweep(self, num_updates: int) -> Iterator[Measurement]:
+        """Measures 1, 2, 4, … blocks a micro-batch while they fit and while more is faster.
+
+        It ends after two sizes in a row that are slower than the best, or where memory would run out: on an
+        accelerator when it does, on a CPU, whose system would kill the process, when it is known beforehand.
+        """
+        best, num_slower, micro_batch, before = 0.0, 0, 1, None
+        while num_slower < 2:
+            if before is not None and not self._fits(before):
+                return
+            try:
+                found = self.measure(num_updates, micro_batch)
+            except torch.OutOfMemoryError:
+                self._updater.optimizer.zero_grad()
+                return
+            yield found
+            num_slower = 0 if found.tokens_per_second > best else num_slower + 1
+            best = max(best, found.tokens_per_second)
+            micro_batch, before = 2 * micro_batch, found
+
+    def profile(self, path: Path) -> str:
+        """Writes a trace of three updates; the operators that took longest, as a table.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        batches = self._batches(self._plan.micro_batch, 2 * _NUM_WARM_UPS)
+        for _ in range(_NUM_WARM_UPS):
+            self._update(next(batches))
+        with torch.profiler.profile() as profile:
+            for _ in range(_NUM_WARM_UPS):
+                self._update(next(batches))
+            self._clock.wait()
+        on_cpu = self._machine.world.device.type == "cpu"
+        if self._machine.world.is_main:
+            try:
+                profile.export_chrome_trace(str(path))
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"--profile {path} cannot be written: {error}") from error
+        order = "self_cpu_time_total" if on_cpu else "self_device_time_total"
+        return str(profile.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
+
+    def _update(self, micro_batches: list[Batch]) -> None:
+        report = self._updater.update(micro_batches, self._step)
+        self._clock.wait()
+        self._step += 1
+        if report.skipped:
+            raise UserError(f"update {self._step} has a gradient that is not finite: no time of it means anything")
+
+    def _communication(self, batches: Iterator[list[Batch]]) -> float:
+        """Seconds of an update with the exchange, less those of one without, interleaved."""
+        found: tuple[list[float], list[float]] = ([], [])
+        for _ in range(_NUM_MARKED):
+            for exchanged, seconds in zip((True, False), found, strict=True):
+                micro_batches = next(batches)
+                begin = time.perf_counter()
+                if exchanged:
+                    self._update(micro_batches)
+                else:
+                    with self._machine.accelerator.no_sync(self._updater.model):
+                        self._update(micro_batches)
+                seconds.append(time.perf_counter() - begin)
+        return statistics.median(found[0]) - statistics.median(found[1])
+
+    def _batches(self, micro_batch: int, num_steps: int) -> Iterator[list[Batch]]:
+        world = self._machine.world
+        return training_batches(
+            self._samples,
+            seed=self._plan.seed,
+            first_step=0,
+            num_steps=num_steps,
+            micro_batch=micro_batch,
+            accumulation=self._plan.accumulation,
+            rank=world.rank,
+            num_ranks=world.size,
+            num_workers=self._num_workers,
+            pin_memory=world.device.type == "cuda",
+        )
+
+    def _fits(self, before: Measurement) -> bool:
+        """Whether twice as many blocks will surely have room."""
+        if self._machine.world.device.type != "cpu":
+            return True
+        available = _available_bytes()
+        return available is None or before.peak_bytes < available
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of matrix products on this device, the best of a few sizes; each is the median of five."""
+    clock, best = Clock(device), 0.0
+    for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        torch.mm(left, right)
+        seconds = []
+        for _ in range(5):
+            clock.wait()
+            begin = time.perf_counter()
+            torch.mm(left, right)
+            clock.wait()
+            seconds.append(time.perf_counter() - begin)
+        best = max(best, 2 * size**3 / statistics.median(seconds))
+    return best
+
+
+def forget_peak(device: torch.device) -> None:
+    """Counts the peak of the memory from here, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # else it is the peak since the process began
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The highest memory in use: the device's, or the process's where that is the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    # In kilobytes but for macOS, whose unit is a byte.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _available_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

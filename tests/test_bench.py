@@ -1,0 +1,107 @@
+"""`python -m llm.bench`: the figures fit together, and are those of the options."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.bench import main
+from llm.engine.measuring import measured_flops
+from llm.engine.phases import Clock, Phases
+
+TINY = [
+    *("--config_overrides", "n_layer=2,n_head=2,n_embd=32,vocab_size=97,n_positions=64", "--block_size", "32"),
+    *("--per_device_train_batch_size", "4", "--learning_rate", "1e-3", "--seed", "1", "--use_cpu"),
+    *("--mixed_precision", "no", "--num_updates", "5"),
+]
+
+
+def test_bench_when_run_then_writes_figures_that_fit_together(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures" / "bench.json"
+    assert main([*TINY, "--gradient_accumulation_steps", "2", "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    (update,) = figures["updates"]
+    assert (update["micro_batch"], update["tokens"], len(update["seconds"])) == (4, 4 * 2 * 32, 5)
+    assert update["tokens_per_second"] == pytest.approx(update["tokens"] / update["median_seconds"])
+    assert update["flops"] == pytest.approx(figures["flops_per_token"] * update["tokens_per_second"])
+    assert update["share_of_measured_flops"] == pytest.approx(update["flops"] / figures["measured_flops"])
+    shares = update["shares"]
+    assert list(shares) == ["forward", "backward", "optimizer", "data wait", "rest"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(share > 0 for name, share in shares.items() if name != "rest")
+    assert update["peak_bytes"] > 1e8
+    out = capfd.readouterr().out
+    assert "update: " in out and "of 256 tokens" in out and "speed: " in out and "memory: " in out
+
+
+def test_bench_when_given_a_text_then_its_blocks_and_vocabulary_are_used(
+    tiny_options: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*tiny_options, "--num_updates", "3"]) == 0
+    out = capfd.readouterr().out
+    # 8 blocks of 32 tokens; the tables of 257 ids and 64 places, two blocks of width 32, the last norm.
+    num_parameters = (257 + 64) * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32
+    assert "of 256 tokens" in out and f"({num_parameters:,} parameters)" in out
+
+
+def test_bench_when_sweeping_then_says_which_size_is_fastest(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sweep.json"
+    assert main([*TINY, "--sweep", "micro_batch", "--num_updates", "2", "--json_file", str(file)]) == 0
+    updates = json.loads(file.read_text())["updates"]
+    assert [update["micro_batch"] for update in updates] == [2**i for i in range(len(updates))]
+    fastest = max(updates, key=lambda update: update["tokens_per_second"])["micro_batch"]
+    assert f"fastest: --per_device_train_batch_size {fastest}\n" in capfd.readouterr().out
+
+
+def test_bench_when_profiling_then_writes_a_trace_and_prints_the_top_rows(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.json"
+    assert main([*TINY, "--profile", str(trace)]) == 0
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "aten::addmm" in names
+    assert "Self CPU" in (out := capfd.readouterr().out) and "aten::" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--num_updates", "1"], 2, "--num_updates 1: must be"),
+        (["--sweep", "macro_batch"], 2, "did you mean micro_batch?"),
+        (["--block_size", "100000"], 1, "beyond the 64 tokens"),
+        (["--json_file", "/proc/none/bench.json"], 1, "cannot be written"),
+    ],
+)
+def test_bench_when_mistaken_then_says_what_to_mend(
+    words: list[str], code: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TINY, *words]) == code
+    assert said in capfd.readouterr().err
+
+
+def test_phases_when_watching_then_every_pass_is_counted_once() -> None:
+    layer = torch.nn.Linear(64, 64)
+    model = torch.nn.Module()
+    model.layer = layer
+    model.forward = lambda rows: (layer(rows).square().sum(), torch.tensor(len(rows)))  # type: ignore[method-assign]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    phases = Phases(Clock(torch.device("cpu")))
+    with phases.watching(model, optimizer):
+        for _ in range(2):
+            for _ in range(3):
+                model(torch.randn(8, 64))[0].backward()
+            optimizer.step()
+    seconds = phases.seconds()
+    assert [span.phase for span in phases._spans] == (["forward", "backward"] * 3 + ["optimizer"]) * 2
+    assert all(value > 0 for value in seconds.values())
+    model(torch.randn(8, 64))
+    assert phases.seconds() == seconds  # the hooks are gone
+
+
+def test_measured_flops_when_asked_then_is_what_a_processor_can_do() -> None:
+    assert 1e8 < measured_flops(torch.device("cpu"), torch.float32) < 1e14
