@@ -32,7 +32,7 @@ _JOB = "prepare.json"
 # Raised when the same text begins to be cut into other pieces, by whose number a shard says where it ends.
 _CALLED = {"fingerprint": "content of the text", "version": "version of this program"}
 # Names that nothing but this program gives.
-_LEFT = (f".{_JOB}.*.tmp", ".tokenizer.*.tmp", ".tokenizer.*.old")
+_LEFT = (f".{_JOB}.*.tmp", ".tokenizer.*.tmp", ".tokenizer.old")
 _JOB_VERSION = 3
 
 

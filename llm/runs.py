@@ -92,11 +92,16 @@ def _details(run: PastRun, verified: bool) -> list[str]:
     if run.num_abandoned:
         place = run.path / "checkpoints" / "abandoned"
         lines.append(f"  {place} holds {run.num_abandoned} that a resume from an older one left behind")
+    if run.left_alone:
+        names = ", ".join(path.name for path in run.left_alone)
+        lines.append(f"  damaged or not this run's, and removed by no run: {names}")
     if run.status.get("state") == "done":
         lines.append("  nothing is left to resume")
     elif run.holder is None:
         command = resume_command(run)
-        lines.append(f"  resume: {command}" if command else "  no config.toml can be read: resume as it was started")
+        where = f" on each of {run.num_nodes} nodes, of which FIRST_NODE is one" if run.num_nodes > 1 else ""
+        said = f"  resume{where}: {command}"
+        lines.append(said if command else "  no config.toml can be read: resume as it was started")
     return lines
 
 

@@ -154,7 +154,7 @@ def type_it(command: str, run: Path) -> str:
 def test_command_when_there_were_two_processes_then_starts_two(killed: Path) -> None:
     state_path = killed / "checkpoints" / "step_4" / "training_state.json"
     state = json.loads(state_path.read_text())
-    state["plan"]["micro_batch"] = 4  # 8 blocks of an update, 4 at a time: two processes
+    state["world"] = {"num_processes": 2, "num_nodes": 1}
     state_path.write_text(json.dumps(state))
     write_manifest(state_path.parent)
     config = killed / "config.toml"
@@ -163,6 +163,60 @@ def test_command_when_there_were_two_processes_then_starts_two(killed: Path) -> 
     assert command is not None
     assert command.startswith("torchrun --nproc_per_node 2 -m llm.trainers.gpt --config ")
     assert "2 processes" in type_it(command, killed)
+
+
+def test_command_when_there_were_two_nodes_then_starts_that_many_processes_on_each(
+    killed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state_path = killed / "checkpoints" / "step_4" / "training_state.json"
+    state = json.loads(state_path.read_text())
+    assert state["world"] == {"num_processes": 1, "num_nodes": 1}
+    state["world"] = {"num_processes": 8, "num_nodes": 2}
+    state_path.write_text(json.dumps(state))
+    write_manifest(state_path.parent)
+    assert main([str(killed)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "resume" in line]
+    said, _, command = line.partition(": ")
+    assert said == "  resume on each of 2 nodes, of which FIRST_NODE is one"
+    words = shlex.split(command)
+    assert words[:5] == ["torchrun", "--nnodes", "2", "--rdzv_backend", "c10d"]
+    assert words[words.index("--rdzv_endpoint") + 1] == "FIRST_NODE:29400"
+    assert words[words.index("--nproc_per_node") + 1] == "4"
+
+
+@pytest.mark.slow
+def test_command_when_typed_on_two_nodes_then_continues_the_run(killed: Path, tiny_text: Path) -> None:
+    """Two torchruns on this machine, which for a run are two nodes: each has a process that is its first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    state_path = killed / "checkpoints" / "step_4" / "training_state.json"
+    state = json.loads(state_path.read_text())
+    state["world"] = {"num_processes": 2, "num_nodes": 2}
+    state_path.write_text(json.dumps(state))
+    write_manifest(state_path.parent)
+    config = killed / "config.toml"
+    config.write_text(config.read_text().replace("per_device_train_batch_size = 8", "per_device_train_batch_size = 4"))
+    command = resume_command(read_run(killed, verify=False))
+    assert command is not None
+    words = shlex.split(command.replace("FIRST_NODE:29400", f"127.0.0.1:{port}"))
+    root = str(Path(__file__).parents[1])
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--local_addr", "127.0.0.1", *words[1:]],
+            env={**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outs = [node.communicate(timeout=150)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outs
+    assert "resumed from step 4" in "".join(outs)
+    assert json.loads((killed / "status.json").read_text())["state"] == "done"
+    run = read_run(killed, verify=False)
+    assert (run.num_nodes, run.num_processes) == (2, 1)
 
 
 def test_run_when_it_goes_on_then_says_who_has_it(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +283,9 @@ def test_damage_when_in_a_small_file_then_is_listed_without_reading_all(
 def test_abandoned_ones_when_there_are_then_are_mentioned(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (killed / "checkpoints" / "abandoned" / "step_9").mkdir(parents=True)
     main([str(killed)])
-    assert "runs/done/checkpoints/abandoned holds 1 that" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "runs/done/checkpoints/abandoned holds 1 that" in out
+    assert "removed by no run" not in out
 
 
 def test_checkpoint_when_another_program_wrote_it_then_is_not_called_damaged(
@@ -238,8 +294,12 @@ def test_checkpoint_when_another_program_wrote_it_then_is_not_called_damaged(
     foreign = killed / "checkpoints" / "step_5"
     foreign.mkdir()
     (foreign / "optimizer.bin").touch()
-    assert main([str(killed), "--verify"]) == 0
-    assert rows_of(capsys.readouterr().out)[5][-1].startswith("another program's")
+    (killed / "checkpoints" / "epoch_0").mkdir()
+    (killed / "checkpoints" / "step_2" / "training_state.json").unlink()
+    assert main([str(killed), "--verify"]) == 1  # for step_2
+    out = capsys.readouterr().out
+    assert rows_of(out)[5][-1].startswith("another program's")
+    assert "  damaged or not this run's, and removed by no run: epoch_0, step_2, step_5\n" in out
 
 
 def test_folder_when_it_holds_runs_then_lists_each_in_a_line(

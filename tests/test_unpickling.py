@@ -1,4 +1,4 @@
-"""Nothing in the package unpickles, but the one reader of foreign checkpoints, and that one runs no programs."""
+"""Nothing in the package pickles; one reader, of foreign checkpoints, unpickles, and that one runs no programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import llm
 ROOT = Path(llm.__file__).parent
 THE_READER = "engine/foreign.py"
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-LOADS = {"torch.load", "torch.serialization.load"}
+LOADS = {"torch.load", "torch.serialization.load", "torch.save", "torch.serialization.save"}
 
 
 def mistakes(source: str, name: str) -> list[str]:
@@ -30,9 +30,11 @@ def mistakes(source: str, name: str) -> list[str]:
             words = {word.arg: ast.unparse(word.value) for word in node.keywords}
             if words.get("allow_pickle", "False") != "False":
                 found.append("allows pickles")
-            if name == THE_READER and words.get("weights_only") == "True":
+            if name == THE_READER and words.get("weights_only") == "True" and ast.unparse(node.func) == "torch.load":
                 good.add(node.func)
     for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("read_pickle", "to_pickle"):
+            found.append(f"line {node.lineno} has {node.attr}")
         # A load that is not called here could be called elsewhere, by another name.
         if isinstance(node, ast.Attribute) and ast.unparse(node) in LOADS and node not in good:
             found.append(f"line {node.lineno} has {ast.unparse(node)}")
@@ -58,6 +60,9 @@ def test_package_when_read_then_unpickles_nowhere_else() -> None:
         ("import torch\ntorch.load(path)", THE_READER),
         ("import torch\ntorch.load(path, weights_only=False)", THE_READER),
         ("import torch\nread = torch.load", THE_READER),
+        ("import torch\ntorch.save(weights, path)", "engine/a.py"),
+        ("import torch\ntorch.save(weights, path, weights_only=True)", THE_READER),
+        ("frame.to_pickle(path)", "data/a.py"),
         ("import torch\ndef read(path, **words):\n    return torch.load(path, **words)", THE_READER),
         ("import numpy as np\nnp.load(path, allow_pickle=True)", "data/a.py"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -9,14 +10,16 @@ from collections.abc import Callable
 from llm.config.errors import UserError
 
 EXIT_INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def outcome(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit code.
 
     A `UserError` becomes ``error: ...`` lines and its own code; Ctrl-C says nothing and is 130; a
-    reader of the output that left (head, less) is no error. Anything else is a bug and keeps its
-    traceback. Of the processes of a node, which all meet most mistakes, the first one says them.
+    reader of the output that left (head, less) is no error; a full disk is one line, whatever was
+    written to it. Anything else is a bug and keeps its traceback. Of the processes of a node, which
+    all meet most mistakes, the first one says them.
     """
     try:
         code = command()
@@ -32,4 +35,9 @@ def outcome(command: Callable[[], int]) -> int:
         # Python flushes once more at its exit, and would complain there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        sys.stderr.write(f"error: {error.filename or 'a file'} cannot be written ({error.strerror}); make room\n")
+        return UserError.exit_code
     return code

@@ -151,11 +151,19 @@ class Actions:
             self.tracking.record(self.progress.step, values)
 
     def sample(self, report: StepReport | None = None, *, num_samples: int = 1) -> None:
-        """Text of the model as it is now, on rank 0; the others wait, but in no collective. A stop cuts it short."""
+        """Text of the model as it is now, on rank 0; the others wait, but in no collective.
+
+        What an earlier start recorded is not made again.
+
+        Raises:
+            Stopped: on all ranks, when rank 0 was asked to stop; nothing of it is kept.
+        """
         with self.watchdog.phase("the samples"):
             self.world.on_main(lambda: self._sample(num_samples))
 
     def _sample(self, num_samples: int) -> None:
+        if self.tracking.has_samples(self.progress.step):
+            return
         texts = sample(
             self.model,
             self.text.tokenizer,
@@ -168,7 +176,7 @@ class Actions:
             should_stop=self.stop,
         )
         if self.stop():
-            return
+            raise Stopped(self.stop.reason)
         for number, text in enumerate(texts, 1):
             log.info("--- sample %d of step %d ---\n%s", number, self.progress.step, text)
         self.tracking.record(self.progress.step, {"samples": texts})
@@ -212,6 +220,8 @@ class Actions:
             if self.saver.step != self.progress.step:
                 self._save(self.saver, [reason])
             self.saver.wait()
+            if self.saver.refusal is not None:
+                raise self.saver.refusal
 
     def _save(self, saver: Saver, reasons: list[str]) -> None:
         assert self.folder is not None
@@ -224,6 +234,7 @@ class Actions:
             "identity": self.text.identity(),
             "mixed_precision": self.machine.precision,
             "updater": numbers,
+            "world": {"num_processes": self.world.size, "num_nodes": self.world.num_nodes},
         }
 
         def write(*, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -263,9 +274,11 @@ class Actions:
             self.world.on_main(self._stop_here)
 
     def _stop_here(self) -> None:
-        step, reason = self.progress.step, self.stop.reason or "another rank"
+        step = self.progress.step
         if step > self._first_step:
             self.save_now("stop")
+        # Another rank may have seen first what this one sees by now.
+        reason = self.stop.reason if self.stop() else "another rank"
         self.text.check()  # a stream that broke is saved like a stop, and is none
         kept = "; continue with --resume_from_checkpoint" if self.folder else "; nothing was kept"
         log.info("stopped by %s after step %d%s", reason, step, kept)

@@ -53,6 +53,26 @@ def eval_loss(state: Mapping[str, Any]) -> float:
     return math.inf if loss is None or not math.isfinite(loss) else float(loss)
 
 
+def reasons_and_loss(path: Path) -> tuple[frozenset[str], float] | None:
+    """Why a checkpoint was saved, and its `eval_loss`; None of another program's, or one that is too damaged to say."""
+    try:
+        state = read_state(path)
+        return frozenset(state["reasons"]), eval_loss(state)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def left_alone(folder: Path) -> list[Path]:
+    """What lies in `checkpoints/` and is no checkpoint that a run could take or remove; its owner has to.
+
+    These are damaged ones, those of other programs, and whatever else somebody put there; not what a killed start
+    left half made, which the next one removes.
+    """
+    ours = {path for _, path in saved_steps(folder) if reasons_and_loss(path) is not None}
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if path not in ours and path.name != ABANDONED and not path.name.startswith(".")]
+
+
 def is_foreign(path: Path) -> bool:
     """Whether another program wrote this folder: it is named like a checkpoint, and has none of the files of ours."""
     named = _FOREIGN_NAME.fullmatch(path.name) is not None and path.is_dir()

@@ -30,7 +30,9 @@ from llm.engine.checkpoint_files import (
     eval_loss,
     foreign_optimizer,
     is_foreign,
+    left_alone,
     read_state,
+    reasons_and_loss,
     saved_steps,
 )
 from llm.engine.foreign import ForeignCheckpoint, open_foreign
@@ -45,6 +47,7 @@ log = logging.getLogger(__name__)
 _REGULAR = frozenset({"regular", "end"})
 _ROLLING = frozenset({"timed", "asked", "stop"})
 _NUM_ROLLING = 2
+_NUM_NAMED = 5
 
 
 class NotFiniteError(UserError):
@@ -58,7 +61,8 @@ class Checkpoint:
     Attributes:
         path: its folder, which `from_pretrained` loads.
         step: finished updates.
-        state: what `save` was given: `progress`, `plan`, `identity`, `updater`, `mixed_precision`, `reasons`.
+        state: what `save` was given: `progress`, `plan`, `identity`, `updater`, `mixed_precision`, `reasons`,
+            `world`.
     """
 
     path: Path
@@ -135,7 +139,8 @@ def _is_finite(tensor: Tensor) -> bool:
 def set_aside(folder: Path, step: int) -> None:
     """Moves what lies beyond update `step` into `folder/abandoned`: the run goes on from there, on a branch of its own.
 
-    Left in place, they would be taken for newer than what this start saves, by a resume and by `superseded`.
+    Left in place, they would be taken for newer than what this start saves, by a resume and by `superseded`. What
+    stays, and is no checkpoint of ours or too damaged to be one, is named: no run removes it.
     """
     for beyond, path in saved_steps(folder):
         if beyond > step:
@@ -144,6 +149,9 @@ def set_aside(folder: Path, step: int) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             log.warning("checkpoint %s is beyond step %d, where this run goes on: moved to %s", path.name, step, aside)
+    if others := left_alone(folder):
+        names = ", ".join(path.name for path in others[:_NUM_NAMED]) + ", ..." * (len(others) > _NUM_NAMED)
+        log.info("in %s, damaged or not this run's, and removed by no run: %s", folder, names)
 
 
 def superseded(folder: Path, limit: int | None) -> list[Path]:
@@ -153,7 +161,7 @@ def superseded(folder: Path, limit: int | None) -> list[Path]:
     `limit`, or all; of the others (by the clock, on request, at a stop) the newest two; and the one with the
     lowest evaluation loss. What cannot be read, or is another program's, is left for its owner to see.
     """
-    found = [(path, *facts) for _, path in saved_steps(folder) if (facts := _facts(path)) is not None]
+    found = [(path, *facts) for _, path in saved_steps(folder) if (facts := reasons_and_loss(path)) is not None]
     regular = [path for path, reasons, _ in found if reasons & _REGULAR]
     rolling = [path for path, reasons, _ in found if reasons & _ROLLING and not reasons & _REGULAR]
     measured = [(loss, path) for path, _, loss in found if math.isfinite(loss)]
@@ -162,15 +170,6 @@ def superseded(folder: Path, limit: int | None) -> list[Path]:
     if measured:
         kept.add(min(measured)[1])
     return [path for path, *_ in found if path not in kept]
-
-
-def _facts(path: Path) -> tuple[frozenset[str], float] | None:
-    """Why a checkpoint was saved, and its `eval_loss`; None of another program's, or a damaged one."""
-    try:
-        state = read_state(path)
-        return frozenset(state["reasons"]), eval_loss(state)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def remove(path: Path) -> None:
@@ -184,7 +183,7 @@ def find_checkpoint(asked: bool | str, folder: Path | None) -> Checkpoint | Fore
     """The checkpoint that `--resume_from_checkpoint` names.
 
     A bare flag takes the newest good one of the run's own folder, saying which newer ones are damaged; it
-    is None when there is none. `latest` and `best` insist on one; anything else is a path.
+    is None when nothing was saved yet. `latest` and `best` insist on one; anything else is a path.
 
     Raises:
         UserError: what was insisted on is missing or damaged.
@@ -202,6 +201,12 @@ def find_checkpoint(asked: bool | str, folder: Path | None) -> Checkpoint | Fore
         good = sorted((c for c in good if math.isfinite(c.eval_loss)), key=lambda c: c.eval_loss)
     if not good and asked is not True:
         raise UserError(f"--resume_from_checkpoint {asked}: there is no such checkpoint in {folder}")
+    if not good and saved_steps(folder):
+        # A fresh run would remove them, and what can still be saved of them.
+        raise UserError(
+            f"--resume_from_checkpoint: none of the checkpoints in {folder} is good; name another one, or "
+            "begin anew with --overwrite_output_dir and without --resume_from_checkpoint"
+        )
     return good[0] if good else None
 
 

@@ -7,11 +7,12 @@ import json
 import logging
 import platform
 import shlex
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llm.config.errors import UserError
+from llm.config.errors import Stopped, UserError
 from llm.config.options import Options
 from llm.data.loaders import batch_of
 from llm.engine.actions import Actions
@@ -44,7 +45,8 @@ def finish(actions: Actions, *, command: str) -> None:
     if actions.newest is None:
         actions.evaluate()  # resumed at the very end
     if actions.options.evaluation.sample_steps is not None:
-        actions.sample(num_samples=_NUM_FINAL_SAMPLES)
+        with suppress(Stopped):
+            actions.sample(num_samples=_NUM_FINAL_SAMPLES)
     for line in actions.text.closing_lines(actions.plan):
         log.info("%s", line)
     with actions.watchdog.phase("the finished model and its papers"):

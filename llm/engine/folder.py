@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 import os
 import shutil
 import time
@@ -19,9 +20,11 @@ from llm.config.toml import to_toml
 from llm.engine.checkpoint_files import saved_steps
 from llm.engine.hub import FINISHED_FILES
 from llm.engine.journal import keep_journal
-from llm.files.atomic import write_text
+from llm.files.atomic import bring_back, write_text
 from llm.files.lock import Lock, locked
 from llm.world.ranks import World
+
+log = logging.getLogger(__name__)
 
 # Everything that a run writes, by name: --overwrite_output_dir removes these and nothing else.
 _WRITTEN = (
@@ -146,6 +149,7 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Removes what a killed run left half written; called under the lock."""
+        bring_back(self.checkpoints, "step_*")
         for parent, pattern in ((self.path, ".export.*"), (self.checkpoints, ".step_*")):
             for leftover in parent.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -158,11 +162,41 @@ class RunFolder:
             return ""
 
     def write_status(self, state: str, **facts: Any) -> None:
-        """Replaces status.json, unless it is another run's by now: `state` is running, done, stopped or failed."""
+        """Replaces status.json, unless it is another run's by now: `state` is running, done, stopped or failed.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         if self.claim is not None and not self.claim.is_ours():
             return
         status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), **facts}
-        write_text(self.status, json.dumps(status, indent=1) + "\n")
+        text = json.dumps(status, indent=1) + "\n"
+        try:
+            write_text(self.status, text)
+        except OSError:
+            if not self.status.exists():
+                raise
+            # A full disk has no room for a second file, but that of the first one.
+            with open(self.status, "r+", encoding="utf-8") as file:
+                file.write(text)
+                file.truncate()
+
+    def write_end(self, state: str, **facts: Any) -> None:
+        """`write_status` where something else ends the run, which must be heard whether this can be written or not."""
+        try:
+            self.write_status(state, **facts)
+        except OSError as error:
+            log.warning("%s cannot be written (%s): it says what was before", self.status, error.strerror)
+
+    def write_sudden_end(self, reason: str, exit_code: int) -> None:
+        """`write_end` of a start that does not come to it any more; that of another start stays."""
+        try:
+            status = json.loads(self.read_status())
+            is_ours = (status["state"], status["pid"]) == ("running", os.getpid())
+        except (ValueError, KeyError, TypeError):
+            return
+        if is_ours:
+            self.write_end("failed", reason=reason, exit_code=exit_code)
 
 
 @contextmanager
@@ -209,12 +243,12 @@ def claimed(
             if world.is_main:
                 steps = [step for step, _ in saved_steps(folder.checkpoints)]
                 facts = {"step": max(steps, default=0), "reason": str(stopped), "exit_code": stopped.exit_code}
-                folder.write_status("stopped", **facts)
+                folder.write_end("stopped", **facts)
             raise
         except BaseException as error:
             if world.is_main and (not earlier or folder.read_status() != earlier):
                 code = getattr(error, "exit_code", 1)
-                folder.write_status("failed", reason=f"{type(error).__name__}: {error}", exit_code=code)
+                folder.write_end("failed", reason=f"{type(error).__name__}: {error}", exit_code=code)
             raise
 
 

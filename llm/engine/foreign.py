@@ -88,12 +88,12 @@ class ForeignCheckpoint:
         taken = [f"weights ({self.weights.name if self.weights else self.path})"]
         if self.optimizer is not None:
             saved = _unpickled(self.optimizer)
-            tensors, name = _by_parameter(saved, model, self.optimizer)
+            tensors, name, decayed = _by_parameter(saved, model, self.optimizer)
             scaler = self.path / _SCALER if updater.accelerator.scaler is not None else None
             has_scaler = scaler is not None and scaler.is_file()
             scale = _unpickled(scaler) if scaler is not None and has_scaler else None
             updater.load(tensors, {"optimizer": name, "scaler": scale})
-            _say_differences(saved, updater)
+            _say_differences(saved, decayed, updater)
             taken += [f"the state of {name} ({self.optimizer.name})", *[f"the loss scale ({_SCALER})"] * has_scaler]
         self._say(taken)
 
@@ -217,14 +217,17 @@ def _num_updates(saved: Mapping[str, Any], path: Path) -> int | None:
         raise UserError(f"{path} is refused: it holds no optimizer's state") from error
 
 
-def _by_parameter(saved: Mapping[str, Any], model: PreTrainedModel, path: Path) -> tuple[dict[str, Tensor], str]:
-    """The optimizer's tensors by `<parameter>/<what>`, and its class.
+def _by_parameter(
+    saved: Mapping[str, Any], model: PreTrainedModel, path: Path
+) -> tuple[dict[str, Tensor], str, set[str]]:
+    """The optimizer's tensors by `<parameter>/<what>`, its class, and the parameters that it decays.
 
     It numbers parameters in the order of its groups, which is not ours; the order is the one of those in use
     that has groups of these sizes and tensors of these shapes.
     """
     try:
         groups = [list(group["params"]) for group in saved["param_groups"] if group["params"]]
+        decays = [bool(group.get("weight_decay")) for group in saved["param_groups"] if group["params"]]
         # A momentum that is not there yet is None.
         states = {
             number: {key: torch.as_tensor(value) for key, value in state.items() if value is not None}
@@ -244,7 +247,7 @@ def _by_parameter(saved: Mapping[str, Any], model: PreTrainedModel, path: Path) 
         names = dict(zip(chain(*groups), chain(*order), strict=True))
         tensors = {f"{names[i]}/{key}": t.float() for i, state in states.items() for key, t in state.items()}
         if all(not t.ndim or t.shape == shapes[place.rpartition("/")[0]] for place, t in tensors.items()):
-            return tensors, name
+            return tensors, name, set(chain(*(names for names, is_so in zip(order, decays, strict=True) if is_so)))
     raise UserError(f"{path} does not fit the parameters of this run's model; {_START_ANEW}")
 
 
@@ -259,8 +262,15 @@ def _orders(model: PreTrainedModel) -> Iterator[list[list[str]]]:
     yield [names]
 
 
-def _say_differences(saved: Mapping[str, Any], updater: CentralUpdater) -> None:
-    """Settings of the optimizer that this run's options change."""
+def _say_differences(saved: Mapping[str, Any], decayed: set[str], updater: CentralUpdater) -> None:
+    """Settings of the optimizer that this run's options change, and the weights that decay in one of them only."""
+    decays = {
+        name for group in updater.optimizer.param_groups if group["weight_decay"] for name in group["param_names"]
+    }
+    if decayed and decays:
+        for names, said in ((decayed - decays, "did, and do not here"), (decays - decayed, "did not, and do here")):
+            if names:
+                log.warning("weights that decayed otherwise: %s and %d others %s", min(names), len(names) - 1, said)
     then, now = saved["param_groups"][0], updater.optimizer.param_groups[0]
     for key in ("initial_lr", "betas", "eps", "momentum", "weight_decay"):
         if key in then and key in now and then[key] != now[key]:

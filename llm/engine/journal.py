@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import transformers.utils.logging
@@ -36,6 +39,28 @@ class ConsoleHandler(logging.Handler):
             pass
 
 
+class FileHandler(logging.FileHandler):
+    """Appends lines with their time to a file; where it cannot, it says so once, and the run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self._is_said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Called where a line could not be written."""
+        reason = sys.exc_info()[1]
+        if not self._is_said and sys.stderr is not None:
+            self._is_said = True
+            with suppress(OSError, ValueError):
+                sys.stderr.write(f"{self.baseFilename} takes no more lines ({reason})\n")
+
+    def close(self) -> None:
+        """Closes the file, with or without what it did not take."""
+        with suppress(OSError):
+            super().close()
+
+
 def start_journal(*, is_main: bool, rank: int) -> None:
     """Sends the package's lines to the console: all of rank 0's; of the others', what they wait for."""
     stop_journal()
@@ -52,9 +77,7 @@ def start_journal(*, is_main: bool, rank: int) -> None:
 
 def keep_journal(path: Path) -> None:
     """Appends the lines of this process to a file too, with their time."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    _LOGGER.addHandler(handler)
+    _LOGGER.addHandler(FileHandler(path))
 
 
 def stop_journal() -> None:
@@ -101,3 +124,17 @@ def _silence_known_noise() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # Bars of libraries would tear ours and the lines apart.
     transformers.utils.logging.disable_progress_bar()
+    if getattr(threading.excepthook, "__module__", None) != __name__:
+        threading.excepthook = _without_tensorboard(threading.excepthook)
+
+
+def _without_tensorboard(
+    say: Callable[[threading.ExceptHookArgs], object],
+) -> Callable[[threading.ExceptHookArgs], object]:
+    """What a thread's failure is told to; that of TensorBoard's own is raised again by the next record."""
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            say(failure)
+
+    return hook

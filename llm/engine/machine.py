@@ -6,7 +6,7 @@ import datetime
 import gc
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -149,7 +149,9 @@ def start_machine(options: TrainingOptions) -> Machine:
     if world.device.type == "cuda":
         # Products of fp32 matrices in TF32, eight times as fast and three digits shorter.
         torch.set_float32_matmul_precision("highest" if options.full_determinism else "high")
-    machine = Machine(accelerator, world, chosen_by)
+    # Each node has one process of that number; no variable says it under every launcher.
+    num_nodes = int(world.sum_(torch.tensor(int(world.local_rank == 0), device=world.device)))
+    machine = Machine(accelerator, replace(world, num_nodes=num_nodes), chosen_by)
     machine.agree_on_precision()
     return machine
 

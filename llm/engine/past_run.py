@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.engine.checkpoint_files import ABANDONED, eval_loss, is_foreign, read_state, saved_steps
+from llm.engine.checkpoint_files import (
+    ABANDONED,
+    eval_loss,
+    is_foreign,
+    left_alone,
+    read_state,
+    saved_steps,
+)
 from llm.files.lock import holder_of
 from llm.files.manifest import NAME as MANIFEST
 from llm.files.manifest import damage
@@ -18,6 +25,8 @@ from llm.files.manifest import damage
 _SIGNS = ("status.json", "metrics.jsonl", "checkpoints")
 # The last record is in the last bytes of metrics.jsonl, unless it holds long samples.
 _TAIL_BYTES = 1 << 16
+# Where the nodes meet; torchrun's own default.
+_PORT = 29400
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class PastRun:
         last_step: update of the last record; None before the first.
         checkpoints: oldest first.
         num_abandoned: checkpoints of branches that a resume left.
+        left_alone: what lies in `checkpoints/` and no run removes.
     """
 
     path: Path
@@ -79,6 +89,7 @@ class PastRun:
     last_step: int | None
     checkpoints: list[SavedCheckpoint]
     num_abandoned: int
+    left_alone: list[Path]
 
     @property
     def good(self) -> list[SavedCheckpoint]:
@@ -97,12 +108,19 @@ class PastRun:
         return next((int(c.state["plan"]["num_steps"]) for c in reversed(self.good) if c.state), None)
 
     @property
+    def num_nodes(self) -> int:
+        """Machines of the start that saved the newest checkpoint; 1 if none says it."""
+        return int(self._world.get("num_nodes", 1))
+
+    @property
     def num_processes(self) -> int:
-        """Processes of the start that saved the newest checkpoint; 1 if none says it."""
-        plan = next((c.state["plan"] for c in reversed(self.good) if c.state), None)
-        return (
-            1 if plan is None else int(plan["global_batch"]) // (int(plan["micro_batch"]) * int(plan["accumulation"]))
-        )
+        """Processes of that start on each of them."""
+        return -(-int(self._world.get("num_processes", 1)) // self.num_nodes)
+
+    @property
+    def _world(self) -> dict[str, Any]:
+        world: dict[str, Any] = next((c.state.get("world", {}) for c in reversed(self.good) if c.state), {})
+        return world
 
 
 def is_run(path: Path) -> bool:
@@ -127,6 +145,7 @@ def read_run(path: Path, *, verify: bool) -> PastRun:
         # A run that goes on removes what it does not need while we look.
         checkpoints=[checkpoint for checkpoint in found if checkpoint.path.is_dir()],
         num_abandoned=len(saved_steps(folder / ABANDONED)),
+        left_alone=left_alone(folder),
     )
 
 
@@ -151,7 +170,8 @@ def how_it_stands(run: PastRun) -> str:
 def resume_command(run: PastRun) -> str | None:
     """The shell command that continues the run from its newest good checkpoint; None without its config.toml.
 
-    A run with relative paths goes on in the folder where it was started.
+    A run with relative paths goes on in the folder where it was started. Of a run on several nodes it is what starts
+    on each of them, with FIRST_NODE for the name of one.
     """
     config = run.path / "config.toml"
     try:
@@ -166,9 +186,16 @@ def resume_command(run: PastRun) -> str | None:
             config = named / config.name
         else:  # it was moved
             more = ["--output_dir", str(run.path)]
-    launcher = ["python"] if run.num_processes == 1 else ["torchrun", "--nproc_per_node", str(run.num_processes)]
-    words = [*launcher, "-m", "llm.trainers.gpt", "--config", str(config), *more, "--resume_from_checkpoint"]
+    words = [*_launcher(run), "-m", "llm.trainers.gpt", "--config", str(config), *more, "--resume_from_checkpoint"]
     return before + shlex.join(words)
+
+
+def _launcher(run: PastRun) -> list[str]:
+    if run.num_nodes == 1 and run.num_processes == 1:
+        return ["python"]
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"FIRST_NODE:{_PORT}"]
+    nodes = ["--nnodes", str(run.num_nodes), *meeting] if run.num_nodes > 1 else []
+    return ["torchrun", *nodes, "--nproc_per_node", str(run.num_processes)]
 
 
 def _checkpoint(step: int, path: Path, verify: bool) -> SavedCheckpoint:

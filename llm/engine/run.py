@@ -66,7 +66,9 @@ def train(options: Options, *, command: str, started: float | None = None) -> in
     folder = RunFolder(Path(options.output.output_dir)) if options.output.output_dir else None
     try:
         with ExitStack() as stack:
-            stop = stack.enter_context(listening(find_deadline(options.training, world, started=started)))
+            deadline = find_deadline(options.training, world, started=started)
+            last_words = folder.write_sudden_end if folder is not None and world.is_main else None
+            stop = stack.enter_context(listening(deadline, last_words))
             watchdog = stack.enter_context(watching(world, folder))
             if folder is not None and not options.output.dry_run:
                 options = as_restarted(options, folder)
@@ -135,7 +137,8 @@ def _run(
     progress = start.resume(updater)
     if folder is not None and world.is_main:
         folder.require_ours()
-        set_aside(folder.checkpoints, progress.step)
+        if start.checkpoint is not None:
+            set_aside(folder.checkpoints, progress.step)
         folder.begin(resolved(options, plan, precision=machine.precision), fresh=start.checkpoint is None)
     tracking = Tracking(machine.accelerator, folder)
     saver = _saver(options, plan, folder) if world.is_main else None
@@ -158,7 +161,7 @@ def _run(
 def _make_updates(options: Options, actions: Actions, bar: Bar) -> bool:
     """The updates that are left; whether all were made."""
     plan, progress = actions.plan, actions.progress
-    _evaluate_if_it_was_cut(options, actions)
+    _make_up_for_what_was_cut(options, actions)
     batches = actions.text.as_they_arrive(
         _batches(options, plan, actions.world, actions.blocks, progress.step),
         actions.blocks,
@@ -214,13 +217,21 @@ def _evaluating(options: Options, plan: Plan) -> Due:
     return any_of(every(each) if each else every_epoch(plan.num_blocks, plan.global_batch), at_end(plan.num_steps))
 
 
-def _evaluate_if_it_was_cut(options: Options, actions: Actions) -> None:
-    """A stop in an evaluation saved the update before it; the run that goes on from there still owes it."""
-    progress = actions.progress
-    is_owed = actions.validation is not None and progress.step > 0 and progress.eval_step != progress.step
-    if is_owed and _evaluating(options, actions.plan)(progress.step):
+def _sampling(options: Options, plan: Plan) -> Due:
+    return all_of(every(options.evaluation.sample_steps), before(plan.num_steps))
+
+
+def _make_up_for_what_was_cut(options: Options, actions: Actions) -> None:
+    """A stop in an evaluation, or in samples, saved the update before it; the run that goes on from there owes them."""
+    progress, plan = actions.progress, actions.plan
+    if progress.step == 0:
+        return
+    is_owed = actions.validation is not None and progress.eval_step != progress.step
+    if is_owed and _evaluating(options, plan)(progress.step):
         actions.evaluate()
         actions.save_what_is_due()
+    if _sampling(options, plan)(progress.step):
+        actions.sample()  # unless they are recorded
 
 
 def _events(options: Options, plan: Plan, actions: Actions) -> list[Event]:
@@ -230,8 +241,8 @@ def _events(options: Options, plan: Plan, actions: Actions) -> list[Event]:
         Event(every(1), actions.check_health),
         Event(any_of(every(options.output.logging_steps), last), actions.record),
         Event(_evaluating(options, plan), actions.evaluate),
-        Event(all_of(every(options.evaluation.sample_steps), before(plan.num_steps)), actions.sample),
         Event(every(1), actions.save_what_is_due),
+        Event(_sampling(options, plan), actions.sample),
     ]
 
 

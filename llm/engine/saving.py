@@ -75,6 +75,7 @@ class Saver:
     Attributes:
         step: the update of the newest save, finished or not; None before the first.
         stalls: seconds that the training waited for each save so far.
+        refusal: why the newest save was left out although the run goes on; None when it was not.
     """
 
     def __init__(self, options: OutputOptions, folder: Path, checkpoints: Path, *, regular: Due, last: Due) -> None:
@@ -96,6 +97,7 @@ class Saver:
         self._memory = Memory()
         self._thread: threading.Thread | None = None
         self._failure: UserError | None = None
+        self.refusal: NotFiniteError | None = None
         self.step: int | None = None
         self.stalls: list[float] = []
 
@@ -138,7 +140,7 @@ class Saver:
         joined = {**{f"w/{name}": t for name, t in weights.items()}, **{f"t/{name}": t for name, t in tensors.items()}}
         copies = self._memory.copy(joined)
         parts = [{name[2:]: t for name, t in copies.items() if name.startswith(part)} for part in ("w/", "t/")]
-        self.step, self._saved_at = step, time.monotonic()
+        self.step, self.refusal, self._saved_at = step, None, time.monotonic()
         self.stalls.append(self._saved_at - started)
         self._thread = threading.Thread(
             target=self._write,
@@ -168,17 +170,25 @@ class Saver:
         try:
             write()
             log.info("saved step %d", step)
-            if "asked" in reasons:
-                self._ask.unlink(missing_ok=True)
-            for path in superseded(self._checkpoints, self._limit):
-                remove(path)
+            self._tidy_up(reasons)
         except NotFiniteError as error:
+            self.refusal = error
             log.warning("%s", error)
         except UserError as error:
             self._failure = error
         except BaseException as error:  # whatever it is, the training must hear of it
             self._failure = UserError(f"checkpoint of step {step} was not written ({type(error).__name__}: {error})")
         self._stretch(stalled + (time.thread_time() - started) / (os.cpu_count() or 1))
+
+    def _tidy_up(self, reasons: list[str]) -> None:
+        """Removes what is answered or superseded; what cannot be removed costs room, and no run."""
+        try:
+            if "asked" in reasons:
+                self._ask.unlink(missing_ok=True)
+            for path in superseded(self._checkpoints, self._limit):
+                remove(path)
+        except OSError as error:
+            log.warning("%s cannot be removed (%s)", error.filename or "an older checkpoint", error.strerror or error)
 
     def _stretch(self, cost_seconds: float) -> None:
         """Makes timed saves so rare that they cost what they may."""

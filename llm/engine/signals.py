@@ -25,6 +25,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # them, passes the signal on to the others.
 _ECHO_SECONDS = 2.0
 _LOOK_SECONDS = 0.5
+_LAST_WORDS_SECONDS = 2.0
 _END = 0  # no signal has that number
 
 
@@ -84,12 +85,19 @@ class StopRequest:
 
 
 @contextmanager
-def listening(deadline: Deadline | None = None) -> Iterator[StopRequest]:
+def listening(
+    deadline: Deadline | None = None, last_words: Callable[[str, int], None] | None = None
+) -> Iterator[StopRequest]:
     """Catches SIGTERM, SIGINT and SIGUSR1 while the block runs; outside the main thread only the deadline counts.
 
     A second signal ends the process, with 128 + its number, also where the main thread hangs in a collective
     or in a library; not sooner than two seconds after the first, which until then is taken for the same
     request.
+
+    Args:
+        deadline: when the run must stop without a signal.
+        last_words: called with the reason and the exit code before a second signal ends the process, which waits
+            for it for two seconds at most.
     """
     request = StopRequest(deadline)
     if threading.current_thread() is not threading.main_thread():
@@ -102,7 +110,7 @@ def listening(deadline: Deadline | None = None) -> Iterator[StopRequest]:
     # the pipe at once.
     other = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     _wakeups.append(writer)
-    thread = threading.Thread(target=_Ears(request, reader).listen, name="signals", daemon=True)
+    thread = threading.Thread(target=_Ears(request, reader, last_words).listen, name="signals", daemon=True)
     thread.start()
     try:
         yield request
@@ -120,8 +128,8 @@ def listening(deadline: Deadline | None = None) -> Iterator[StopRequest]:
 class _Ears:
     """The thread that counts signals, and sees the deadline where the main thread does not look."""
 
-    def __init__(self, request: StopRequest, reader: int) -> None:
-        self._request, self._reader = request, reader
+    def __init__(self, request: StopRequest, reader: int, last_words: Callable[[str, int], None] | None = None) -> None:
+        self._request, self._reader, self._last_words = request, reader, last_words
         self._first: float | None = None
         self._nudges = 0
         self._is_said = False
@@ -153,8 +161,14 @@ class _Ears:
             self._request.reason = self._request.reason or signal.Signals(number).name
         elif now - self._first >= _ECHO_SECONDS:
             # Nothing is said through logging: the main thread may hang with its lock in its hands.
-            os.write(2, f"a second signal ({signal.Signals(number).name}): ended at once\n".encode())
-            os._exit(128 + number)
+            reason, code = f"a second signal ({signal.Signals(number).name}): ended at once", 128 + number
+            os.write(2, f"{reason}\n".encode())
+            if self._last_words is not None:
+                # In a thread: the disk may be what the run hangs in.
+                said = threading.Thread(target=self._last_words, args=(reason, code), daemon=True)
+                said.start()
+                said.join(_LAST_WORDS_SECONDS)
+            os._exit(code)
 
     def _say(self) -> None:
         if not self._is_said:

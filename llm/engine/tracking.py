@@ -79,6 +79,7 @@ class Tracking:
         self.accelerator = accelerator
         self.metrics = folder.metrics if folder else None
         self.identity = folder.trackers if folder else None
+        self._sampled: set[int] = set()
 
     def start(self, trackers: list[str], options: Options, *, first_step: int) -> None:
         """Opens the trackers and cuts metrics.jsonl back to update `first_step`.
@@ -89,7 +90,7 @@ class Tracking:
         if self.metrics is None:
             return
         if self.accelerator.is_main_process:
-            _cut_back(self.metrics, first_step)
+            self._sampled = _cut_back(self.metrics, first_step)
         # Built here and not by name, because its folder is not called after the project.
         purge = {"purge_step": first_step + 1} if first_step else {}
         tensorboard = TensorBoardTracker("tensorboard", self.metrics.parent, **purge)
@@ -108,13 +109,30 @@ class Tracking:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"one of the trackers {names} does not start: {reason}") from error
 
+    def has_samples(self, step: int) -> bool:
+        """Whether an earlier start has recorded the samples of this update already; asked on rank 0."""
+        return step in self._sampled
+
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Writes one record: finite numbers go to the trackers, everything to metrics.jsonl (JSON has no nan)."""
+        """Writes one record: finite numbers go to the trackers, everything to metrics.jsonl (JSON has no nan).
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if self.metrics is None or not self.accelerator.is_main_process:
             return
         values = {key: None if _is_nan_or_inf(value) else value for key, value in values.items()}
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            self._track(step, values)
+        except OSError as error:
+            raise UserError(
+                f"the records of step {step} cannot be written into {self.metrics.parent} ({error.strerror or error}); "
+                "make room: the checkpoints are whole"
+            ) from error
+
+    def _track(self, step: int, values: dict[str, Any]) -> None:
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
         for tracker in self.accelerator.trackers if numbers else ():
             # What a killed start of this run has sent already cannot be sent again, or taken back.
@@ -136,7 +154,11 @@ class Tracking:
     def close(self) -> None:
         """Ends the trackers (Accelerate's `end_training` would give up the process group too)."""
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except OSError as error:
+                # The run's end, good or bad, must be heard, not this.
+                log.info("%s did not end well (%s)", tracker.name, error.strerror or error)
 
 
 def _is_nan_or_inf(value: Any) -> bool:
@@ -153,16 +175,23 @@ def _flat(options: Options) -> dict[str, Any]:
     return values
 
 
-def _cut_back(metrics: Path, last_step: int) -> None:
-    """Keeps the records up to update `last_step`, so that a resumed run writes none of them twice."""
+def _cut_back(metrics: Path, last_step: int) -> set[int]:
+    """Keeps the records up to update `last_step`, so that a resumed run writes none of them twice.
+
+    Returns:
+        The updates that samples are kept of: those are made after the checkpoint at a run's end.
+    """
     if not metrics.exists():
-        return
-    kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+        return set()
+    kept, sampled = [], set()
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue  # torn by the kill that made the resume necessary
         if record["step"] <= last_step:
             kept.append(line + "\n")
+            if "samples" in record:
+                sampled.add(int(record["step"]))
     write_text(metrics, "".join(kept))
+    return sampled

@@ -164,7 +164,7 @@ def _show_stacks(line: str, rank: int, folder: RunFolder | None) -> None:
 
 def _die(line: str, folder: RunFolder | None) -> None:
     if folder is not None and folder.status.exists():
-        _with_patience(lambda: folder.write_status("failed", reason=line, exit_code=1))
+        _with_patience(lambda: folder.write_end("failed", reason=line, exit_code=1))
     # Nothing else ends a process whose main thread does not come back.
     os._exit(1)
 

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_OLDER = ".old"
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new one, never a part.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the old content is then intact.
+            Its `filename` is the path.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -22,8 +25,10 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
         raise
     sync_folder(path.parent)
 
@@ -46,17 +51,41 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync_tree(temporary)
-        if path.exists():
-            older = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.replace(path, older)
-            os.replace(temporary, path)
-            shutil.rmtree(older, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
+        _replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Gives a folder its name; the older one of that name is there until the new one is, durably."""
+    older = path.with_name(f".{path.name}{_OLDER}")
+    if path.exists():
+        shutil.rmtree(older, ignore_errors=True)
+        os.replace(path, older)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        _bring_back(older, path)
+        raise
     sync_folder(path.parent)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def bring_back(parent: Path, names: str) -> None:
+    """Gives folders their names back whose successor was killed before it had taken them.
+
+    Args:
+        parent: where they are.
+        names: a pattern of the names.
+    """
+    for older in parent.glob(f".{names}{_OLDER}"):
+        _bring_back(older, older.with_name(older.name.removeprefix(".").removesuffix(_OLDER)))
+
+
+def _bring_back(older: Path, path: Path) -> None:
+    if older.exists() and not path.exists():
+        os.replace(older, path)
 
 
 def sync_tree(folder: Path) -> None:

@@ -158,7 +158,11 @@ def release_all() -> None:
 def _taken(path: Path, content: str) -> bool:
     """Whether the lock is ours now."""
     own = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    own.write_text(content)
+    try:
+        own.write_text(content)
+    except OSError:
+        own.unlink(missing_ok=True)
+        raise
     try:
         # A link appears whole or not at all: nobody ever reads a lock that does not name its holder yet.
         os.link(own, path)
@@ -252,8 +256,8 @@ def _now(path: Path) -> float:
 
 
 def _remove(path: Path, content: str) -> None:
-    """Removes a stale lock."""
-    # Moved away before it is judged again: another starter may have put its own in place since we read it.
+    """Removes a lock, if it is still the one that was read."""
+    # Moved away before it is judged again: another starter may have put its own in place since.
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         os.rename(path, aside)

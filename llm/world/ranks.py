@@ -34,12 +34,14 @@ class World:
         size: number of processes.
         local_rank: number of this process on its node.
         device: where its tensors live.
+        num_nodes: machines that the processes run on.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    num_nodes: int = 1
 
     @property
     def is_main(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +46,16 @@ def test_outcome_when_the_reader_left_is_quiet() -> None:
     shell = f'"{sys.executable}" -c "{script}" | true'
     done = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_outcome_when_a_disk_is_full_then_is_one_line_and_other_errors_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def command() -> int:
+        return os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+
+    assert outcome(command) == 1
+    assert capsys.readouterr().err == "error: a file cannot be written (No space left on device); make room\n"
+    with pytest.raises(FileNotFoundError):
+        outcome(lambda: os.stat("/nowhere").st_size)

@@ -17,6 +17,7 @@ from llm.engine.checkpoints import (
     open_checkpoint,
     save_checkpoint,
     saved_steps,
+    set_aside,
     superseded,
 )
 
@@ -195,6 +196,40 @@ def test_find_when_the_newest_is_damaged_then_says_so_and_takes_the_older(
         assert "step_4 is damaged: optimizer.safetensors has other content" in warned[0]
         assert "step_3 is damaged: manifest.json is missing" in warned[1]
         assert "step_2" in warned[2]
+
+
+def test_find_when_all_are_damaged_then_even_a_bare_flag_is_refused(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    # A fresh run would remove them.
+    for step in (1, 2):
+        damage_it(save(step))
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* is good.*--overwrite_output_dir") as error:
+        find_checkpoint(True, tmp_path / "checkpoints")
+    assert "\n" not in str(error.value)
+
+
+def test_aside_when_set_then_those_beyond_are_moved_and_what_no_run_removes_is_named(
+    save,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("llm"), "propagate", True)
+    caplog.set_level(logging.INFO, "llm")
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3, 4):
+        save(step)
+    set_aside(folder, 4)
+    assert caplog.text == ""
+    (folder / "step_1" / "training_state.json").write_text("{")
+    (folder / "epoch_0").mkdir()
+    (folder / ".step_9.gone").mkdir()
+    set_aside(folder, 3)
+    assert (folder / "abandoned" / "step_4").is_dir()
+    moved, alone = [record.getMessage() for record in caplog.records]
+    assert "step_4 is beyond step 3" in moved
+    assert alone == f"in {folder}, damaged or not this run's, and removed by no run: epoch_0, step_1"
 
 
 def test_find_when_there_is_none_then_only_a_bare_flag_is_content(tmp_path: Path) -> None:

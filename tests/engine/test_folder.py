@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from llm.config.errors import UsageError, UserError
 from llm.config.options import HubOptions, Options, OutputOptions
 from llm.engine.folder import RunFolder, claimed
-from llm.engine.journal import stop_journal
+from llm.engine.journal import keep_journal, start_journal, stop_journal
 from llm.files.lock import LockLostError
 from llm.world.ranks import World
 
@@ -188,3 +189,50 @@ def test_claim_when_another_run_took_the_folder_over_then_its_files_are_left_alo
     assert folder.status.read_text() == "of the other"
     assert json.loads(folder.lock.read_text())["pid"] == 7
     assert folder.claim is None
+
+
+def test_status_when_there_is_no_room_for_a_second_file_then_takes_the_place_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = RunFolder(tmp_path)
+    folder.write_status("failed", reason="a long story " * 20)
+    monkeypatch.setattr("llm.engine.folder.write_text", full)
+    folder.write_status("stopped", step=3)
+    assert (status(folder)["state"], status(folder)["step"]) == ("stopped", 3)
+    folder.status.unlink()
+    with pytest.raises(OSError, match="No space left"):
+        folder.write_status("running")
+    folder.write_end("failed")  # only says that it could not
+    assert not folder.status.exists()
+
+
+def test_sudden_end_when_this_start_has_not_begun_then_the_earlier_status_stays(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_sudden_end("a second signal", 143)
+    assert not folder.status.exists()
+    for earlier in ({"state": "stopped", "pid": os.getpid()}, {"state": "running", "pid": os.getppid()}, {}):
+        folder.status.write_text(json.dumps(earlier))
+        folder.write_sudden_end("a second signal", 143)
+        assert status(folder) == earlier
+    folder.write_status("running")
+    folder.write_sudden_end("a second signal", 143)
+    facts = status(folder)
+    assert (facts["state"], facts["reason"], facts["exit_code"]) == ("failed", "a second signal", 143)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_journal_when_its_disk_is_full_then_says_so_once_and_the_run_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log = logging.getLogger("llm")
+    start_journal(is_main=True, rank=0)
+    keep_journal(Path("/dev/full"))
+    for number in range(3):
+        log.info("line %d", number)
+    stop_journal()
+    out, err = capsys.readouterr()
+    assert out == "line 0\nline 1\nline 2\n"
+    assert err == "/dev/full takes no more lines ([Errno 28] No space left on device)\n"

@@ -158,7 +158,7 @@ def test_resume_when_moments_are_lost_then_the_next_update_is_another(
 
 
 def test_resume_when_the_trainer_saved_it_then_goes_on(
-    tiny_gpt2: GPT2LMHeadModel, fresh: Callable[..., CentralUpdater], tmp_path: Path
+    tiny_gpt2: GPT2LMHeadModel, fresh: Callable[..., CentralUpdater], tmp_path: Path, said: Callable[[], str]
 ) -> None:
     from transformers.trainer_pt_utils import get_parameter_names
 
@@ -182,6 +182,7 @@ def test_resume_when_the_trainer_saved_it_then_goes_on(
     updater.model.model.load_state_dict(GPT2LMHeadModel.from_pretrained(path).state_dict())
     assert resume(path, updater) == 3
     # The groups are the same here, and so is the decay.
+    assert "decayed otherwise" not in said()
     assert_goes_on(loop, updater)
 
 
@@ -221,6 +222,8 @@ def test_resume_when_done_then_says_what_is_not_in_it(
     assert "not read: kfac.pt, random_states_0.pkl, scheduler.bin; the learning rate" in lines
     assert "its optimizer had betas (0.9, 0.999), this run has (0.9, 0.95)" in lines
     assert "weight_decay" not in lines
+    # Theirs takes a norm for one by its name, which is another in GPT-2.
+    assert "decayed otherwise: transformer.h.0.ln_1.weight and 4 others did, and do not here" in lines
 
 
 def test_resume_when_there_is_only_a_model_then_says_that_the_optimizer_starts_anew(

@@ -119,6 +119,11 @@ def test_save_when_the_weights_are_not_finite_then_the_run_goes_on_without_it(
     one.wait()
     assert one.reasons(11) == []
     assert [record.getMessage() for record in caplog.records] == ["step 10 is not saved: a is not finite"]
+    assert one.refusal is write.error
+    write.error = None
+    one.save(20, {"a": torch.ones(2)}, {}, write, ["regular"])
+    one.wait()
+    assert one.refusal is None
 
 
 def test_reasons_when_asked_after_each_update_then_are_those_that_are_due(tmp_path: Path) -> None:
@@ -190,3 +195,21 @@ def test_reasons_when_a_file_asks_for_it_then_saves_once_and_the_file_is_gone(
     assert not (tmp_path / "SAVE").exists()
     now += 10
     assert one.reasons(4) == []
+
+
+def test_save_when_an_older_one_cannot_be_removed_then_says_so_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        # As a network disk does while another program reads a file in it.
+        raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr(logging.getLogger("llm"), "propagate", True)
+    monkeypatch.setattr("llm.engine.saving.superseded", lambda *_: [tmp_path / "step_1"])
+    monkeypatch.setattr("llm.engine.saving.remove", refuse)
+    write, one = Written(), saver(tmp_path)
+    write.may_go_on.set()
+    one.save(10, {"a": torch.ones(2)}, {}, write, ["regular"])
+    one.wait()
+    assert one.reasons(11) == []
+    assert f"{tmp_path / 'step_1'} cannot be removed (Directory not empty)" in caplog.text

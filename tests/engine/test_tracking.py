@@ -111,6 +111,39 @@ def test_records_when_resumed_then_are_cut_back_to_the_step_and_the_torn_line_go
     assert [(record["step"], record["loss"]) for record in found] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
+def test_samples_when_kept_then_are_known_of_the_updates_up_to_the_step(tmp_path: Path) -> None:
+    records = opened(tmp_path, 0)
+    for step in (2, 4):
+        records.record(step, {"loss": 1.0})
+        records.record(step, {"samples": ["text"]})
+    records.close()
+    assert not records.has_samples(2)  # of this start's own, nobody asks
+    records = opened(tmp_path, 3)
+    records.close()
+    assert [records.has_samples(step) for step in (1, 2, 4)] == [False, True, False]
+
+
+@pytest.mark.parametrize("broken", ["metrics", "tracker"])
+def test_record_when_it_cannot_be_written_then_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    records = opened(tmp_path, 0)
+    if broken == "metrics":
+        monkeypatch.setattr(tracking.json, "dumps", full)
+    else:
+        monkeypatch.setattr(records.accelerator.trackers[0], "log", full)
+    monkeypatch.setattr(records.accelerator.trackers[0], "finish", full)
+    with pytest.raises(
+        UserError, match=r"records of step 7 cannot be written into .*No space left.*make room"
+    ) as error:
+        records.record(7, {"loss": 1.0})
+    assert "\n" not in str(error.value)
+    records.close()  # and nothing more is heard of it
+
+
 def test_tensorboard_when_resumed_then_shows_each_step_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

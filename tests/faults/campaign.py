@@ -23,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llm.engine.checkpoints import saved_steps
 from llm.files.manifest import damage
@@ -208,17 +209,29 @@ def _forget_the_end(folder: Path, draw: random.Random) -> None:
 
 
 def differences(whole: Path, killed: Path) -> list[str]:
-    """What differs between the ends of two runs: bits of the weights, records apart from times."""
+    """What differs between the ends of two runs: bits of the weights, records and curves apart from times."""
     found = []
     one, other = (load_file(folder / "model.safetensors") for folder in (whole, killed))
     if one.keys() != other.keys():
         found.append("the names of the weights")
     found += [name for name in one if one[name].tobytes() != other[name].tobytes()]
     for name in ("metrics.jsonl", "all_results.json"):
-        mine, others = _untimed(whole / name), _untimed(killed / name)
-        pairs = [f"{name}: {a} and {b}" for a, b in zip_longest(mine, others) if a != b]
+        records = zip_longest(_untimed(whole / name), _untimed(killed / name))
+        pairs = [f"{name}: {a} and {b}" for a, b in records if a != b]
         found += pairs[:2]
-    return found
+    mine, others = _series(whole), _series(killed)
+    return found + [f"tensorboard: {tag}" for tag in sorted({*mine, *others}) if mine.get(tag) != others.get(tag)]
+
+
+def _series(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values that TensorBoard shows, of all event files together, without those of time and speed."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if not tag.endswith(_OF_TIME)
+    }
 
 
 def _untimed(path: Path) -> list[dict[str, object]]:

@@ -35,7 +35,7 @@ def test_run_when_killed_at_random_instants_then_ends_as_if_it_never_was(
         *("--train_file", str(text), "--tokenizer_name", str(tiny_gpt2_dir), "--config_name", str(tiny_gpt2_dir)),
         *("--block_size", "32", "--max_train_steps", "60", "--learning_rate", "1e-3", "--seed", "7", "--use_cpu"),
         *("--checkpointing_steps", "3", "--save_minutes", "0.005", "--save_total_limit", "2", "--eval_steps", "10"),
-        *("--logging_steps", "4", "--dropout", "0", *options),
+        *("--logging_steps", "4", "--sample_steps", "25", "--dropout", "0", *options),
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     seconds = run_whole(words, whole, num_ranks)

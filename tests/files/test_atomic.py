@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.files.atomic import sync_tree, whole_folder, write_bytes, write_text
+from llm.files.atomic import bring_back, sync_tree, whole_folder, write_bytes, write_text
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -42,8 +42,9 @@ def test_write_when_it_fails_then_the_old_content_stands_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as error:
         write_bytes(path, b"new")
+    assert error.value.filename == str(path)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["status.json"]
 
@@ -87,6 +88,36 @@ def test_folder_when_the_block_fails_then_the_old_one_stands_and_nothing_else(tm
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert os.listdir(path) == ["old"]
+    assert os.listdir(tmp_path) == ["step_1"]
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_folder_when_it_ends_between_two_names_then_the_old_one_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool
+) -> None:
+    path, replace = tmp_path / "step_1", os.replace
+    with whole_folder(path) as temporary:
+        (temporary / "old").write_text("old")
+
+    def fail(source: Path, target: Path) -> None:
+        if target == path and ".tmp" in source.name:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        if is_killed:  # then nobody tidies up
+            patch.setattr("llm.files.atomic._bring_back", lambda *_: None)
+            patch.setattr("llm.files.atomic.shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(OSError, match="No space left"), whole_folder(path) as temporary:
+            (temporary / "new").write_text("new")
+    assert path.exists() is not is_killed
+    bring_back(tmp_path, "step_*")
+    assert os.listdir(path) == ["old"]
+    with whole_folder(path) as temporary:
+        (temporary / "new").write_text("new")
+    bring_back(tmp_path, "step_*")
+    assert os.listdir(path) == ["new"]
     assert os.listdir(tmp_path) == ["step_1"]
 
 

@@ -49,6 +49,25 @@ def test_lock_when_held_then_names_its_holder_and_is_gone_afterwards(tmp_path: P
     assert not path.exists()
 
 
+def test_lock_when_the_disk_is_full_then_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, _: str) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"), locked(tmp_path / "run.lock"):
+        pytest.fail("held without a lock")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lock_when_it_was_taken_over_then_that_of_the_other_stays(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with locked(path):
+        hold(path, pid=1)
+    assert json.loads(path.read_text())["pid"] == 1
+    assert os.listdir(tmp_path) == ["run.lock"]
+
+
 def test_lock_when_the_block_fails_then_is_released(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), locked(tmp_path / "run.lock"):
         raise ZeroDivisionError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 import llm.engine.run
+from llm.engine.central import CentralUpdater
+from llm.engine.past_run import how_it_stands, read_run
 from llm.models.language_model import LanguageModel
 from tests.conftest import Outcome
 
@@ -206,6 +209,8 @@ def test_signal_when_torchrun_gets_it_then_every_finished_update_is_saved_and_th
     assert facts["step"] >= program.last_step >= 20
     assert steps(folder) == [f"step_{facts['step']}"]
     assert "DataLoader worker" not in program.out
+    state = json.loads((folder / "checkpoints" / f"step_{facts['step']}" / "training_state.json").read_text())
+    assert state["world"] == {"num_processes": 2, "num_nodes": 1}
     words[words.index("100000")] = str(facts["step"] + 2)
     outcome = train(*words, "--per_device_train_batch_size", "8", "--resume_from_checkpoint")
     assert outcome.code == 0, outcome.err
@@ -228,6 +233,10 @@ def test_signal_when_an_update_hangs_then_the_second_one_ends_the_run(
     assert program.stop() == 128 + signal.SIGTERM
     assert time.time() - program.asked < 5
     assert "a second signal (SIGTERM): ended at once" in program.out
+    facts = status(tmp_path / "run")
+    assert (facts["state"], facts["exit_code"]) == ("failed", 128 + signal.SIGTERM)
+    said = how_it_stands(read_run(tmp_path / "run", verify=False))
+    assert said == "failed: a second signal (SIGTERM): ended at once (exit code 143)"
 
 
 def test_max_time_when_it_is_over_then_the_run_saves_and_continues_later(
@@ -243,6 +252,46 @@ def test_max_time_when_it_is_over_then_the_run_saves_and_continues_later(
     again = train(*words, "--max_time", "2s", "--resume_from_checkpoint")
     assert again.code == 75
     assert status(tmp_path)["step"] > facts["step"] > 0
+
+
+@pytest.mark.slow
+def test_max_time_when_one_of_two_ranks_sees_it_first_then_both_stop_after_the_same_update(
+    tiny_options: list[str], tmp_path: Path, train: Train
+) -> None:
+    folder = tmp_path / "run"
+    words = [*tiny_options, *LONG, "--per_device_train_batch_size", "4", "--output_dir", folder]
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import os, sys\n"
+        "from llm.engine.central import CentralUpdater\n"
+        "from llm.engine.deadline import Deadline\n"
+        "from llm.engine.saving import Saver\n"
+        "from llm.trainers.gpt import main\n"
+        "update, save, calls = CentralUpdater.update, Saver.save, []\n"
+        "CentralUpdater.update = lambda *given, **more: calls.append(1) or update(*given, **more)\n"
+        "Saver.save = lambda *given: calls.append(1) or save(*given)\n"
+        "Deadline.reason = lambda _: 'max_time' if len(calls) >= 21 - int(os.environ['RANK']) else None\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, script, *words, "--max_time", "10h", "--save_minutes", "0"],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    facts = status(folder)
+    assert (facts["state"], facts["reason"], facts["exit_code"]) == ("stopped", "max_time", 75), done.stderr
+    last = max(int(line.split("/")[0][5:]) for line in done.stdout.splitlines() if line.startswith("step "))
+    assert facts["step"] == last
+    assert 19 <= last <= 20
+    assert steps(folder) == [f"step_{last}"]
+    words[words.index("100000")] = str(last + 2)
+    outcome = train(*words, "--per_device_train_batch_size", "8", "--resume_from_checkpoint")
+    assert outcome.code == 0, outcome.err
+    assert f"resumed from step {last}" in outcome.out
 
 
 def test_walltime_when_slurm_says_it_then_the_run_stops_before_it(
@@ -290,6 +339,35 @@ def test_run_when_stopped_at_an_awkward_moment_then_continues_bit_identical(
     assert records(tmp_path / "whole") == records(tmp_path / "cut")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["in the samples", "in the export"])
+def test_samples_when_the_run_ends_around_them_then_are_recorded_once(
+    train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    words = [*tiny_options, "--sample_steps", "8", "--checkpointing_steps", "7", "--dropout", "0.1"]
+    assert train(*words, "--output_dir", tmp_path / "whole").code == 0
+    assert [record["step"] for record in records(tmp_path / "whole") if "samples" in record] == [8, 16, 20]
+    words += ["--output_dir", str(tmp_path / "cut")]
+    with monkeypatch.context() as patch:
+        if moment == "in the samples":
+
+            def signalling(*given: Any, **more: Any) -> list[str]:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return []
+
+            patch.setattr("llm.engine.actions.sample", signalling)
+            assert train(*words).code == 75
+            assert status(tmp_path / "cut")["step"] == 8
+        else:
+            patch.setattr("llm.engine.finish.export_model", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                train(*words)
+    outcome = train(*words, "--resume_from_checkpoint")
+    assert outcome.code == 0, outcome.err
+    assert are_equal(tmp_path / "whole", tmp_path / "cut")
+    assert records(tmp_path / "whole") == records(tmp_path / "cut")
+
+
 def test_stop_when_nothing_was_trained_since_the_resume_then_nothing_is_written_again(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +387,27 @@ def test_stop_when_nothing_was_trained_since_the_resume_then_nothing_is_written_
     assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("stopped", 10)
     after = manifest.stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_stop_when_the_weights_are_not_finite_then_does_not_say_that_they_were_saved(
+    train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = CentralUpdater.update
+
+    def ruined(self: CentralUpdater, *given: Any, **more: Any) -> Any:
+        report = update(self, *given, **more)
+        if given[1] == 6:
+            with torch.no_grad():
+                self.parameters[0].fill_(float("inf"))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report
+
+    monkeypatch.setattr(CentralUpdater, "update", ruined)
+    outcome = train(*tiny_options, "--checkpointing_steps", "5", "--output_dir", tmp_path)
+    assert outcome.code == 1
+    assert re.search(r"^error: step \d is not saved: .* is not finite; the older checkpoints stay$", outcome.err, re.M)
+    assert status(tmp_path)["state"] == "failed"
+    assert steps(tmp_path) == ["step_5"]
 
 
 def test_restart_when_torchrun_makes_it_then_continues_although_told_to_overwrite(
