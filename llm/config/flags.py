@@ -109,10 +109,11 @@ class Flag:
                 return value
         if word in self.choices:
             return word
-        if self.is_switch and word.lower() in YES + NO:
-            return word.lower() in YES
-        if bool in self.members and word.lower() in ("true", "false"):
-            return word.lower() == "true"
+        if bool in self.members:
+            # Where any text is a value, a file may be called "no".
+            spellings = ("true", "false") if str in self.members else YES + NO
+            if word.lower() in spellings:
+                return word.lower() in YES
         for kind in (int, float):
             if kind in self.members:
                 with suppress(ValueError):

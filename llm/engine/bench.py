@@ -66,7 +66,7 @@ def _bench(options: BenchOptions, machine: Machine) -> None:
     training = options.training.model_copy(update={"max_train_steps": options.training.max_train_steps or 1_000_000})
     plan = plan_run(training, samples, num_ranks=world.size, seed=choose_seed(options.training.seed))
     seed_weights(plan.seed)
-    language_model = build_language_model(options, options.model, config, tokenizer, machine)
+    language_model = build_language_model(options, options.model, config, tokenizer, machine, num_steps=plan.num_steps)
     updater = build_updater(options, machine, language_model, plan_schedule(options, plan), seed=plan.seed)
     runner = Bench(machine, updater, samples, plan, options.data.dataloader_num_workers)
     dtype = _DTYPES[machine.precision]

@@ -10,7 +10,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from llm.config.options import ModelOptions, Options
 from llm.engine.central import CentralUpdater
 from llm.engine.machine import Machine
+from llm.models.activations import fuse_gelu
+from llm.models.attention import use_causal_attention
 from llm.models.build import build_model
+from llm.models.compilation import compile_training
 from llm.models.document_mask import require_document_mask
 from llm.models.language_model import LanguageModel
 from llm.optim.build import build_optimizer
@@ -24,6 +27,8 @@ def build_language_model(
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     machine: Machine,
+    *,
+    num_steps: int,
 ) -> LanguageModel:
     """The module that is trained, on the CPU; random weights are drawn from torch's global generator.
 
@@ -33,17 +38,21 @@ def build_language_model(
         config: of the model.
         tokenizer: the tables of embeddings get its length; None leaves them as they are.
         machine: where it will be trained.
+        num_steps: updates of the run: compiling pays in a long one.
 
     Raises:
         UserError: as `build_model`, or a model that cannot keep documents apart though it is to.
     """
     model, origin = build_model(named, config, tokenizer)
     log.info("weights: %s (%s parameters)", origin, f"{model.num_parameters():,}")
+    device = machine.world.device
+    fuse_gelu(model)
+    if named.attn_implementation is None:
+        use_causal_attention(model)
     if options.data.document_mask:
-        require_document_mask(model, machine.world.device)
+        require_document_mask(model, device)
     language_model = LanguageModel(model)
-    if options.training.torch_compile:
-        language_model.compile()
+    compile_training(language_model, options.training.torch_compile, device=device, num_steps=num_steps)
     return language_model
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm.config.errors import UserError
+from llm.models.attention import spelled
 from llm.models.language_model import forward_apart, uses_flash
 from llm.models.names import first_line
 
@@ -72,8 +73,8 @@ def _difference(model: PreTrainedModel, ids: Tensor) -> float:
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> UserError:
-    config = model.config
+    config, attention = model.config, spelled(model.config._attn_implementation)
     return UserError(
-        f"--document_mask: {config.model_type} with --attn_implementation {config._attn_implementation} does not keep "
+        f"--document_mask: {config.model_type} with --attn_implementation {attention} does not keep "
         f"documents apart ({reason}); leave it out, or choose another attention or architecture, such as gpt2 or llama"
     )

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel, masking_utils
 
-IGNORED = -100
+from llm.models.loss import IGNORED, chunked_loss, loss_of_logits, pays
+from llm.models.plain_head import has_plain_head
+
+__all__ = ["IGNORED", "LanguageModel", "forward_apart", "uses_flash"]
+
+log = logging.getLogger(__name__)
 
 _SEARCH = "find_packed_sequence_indices"
+
+_Loss = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class LanguageModel(nn.Module):
@@ -31,6 +38,16 @@ class LanguageModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self._trained: _Loss = self._loss
+        # Found out where the model trains, in its arithmetic.
+        self._is_chunked: bool | None = None
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the training's forward and backward pass, as `torch.compile` with these arguments.
+
+        No weight gets another name. An evaluation, whose batches have other shapes, is never compiled.
+        """
+        self._trained = torch.compile(self._loss, *args, **kwargs)
 
     def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cross entropy of the targets, summed.
@@ -48,49 +65,88 @@ class LanguageModel(nn.Module):
         Returns:
             The loss in nats, float32 scalar, and the number of targets that count, int64 scalar.
         """
-        outputs = forward_apart(self.model, ids, positions)
-        # In float32 also under autocast: bf16 keeps three digits, too few for a sum over a
-        # vocabulary.
-        logits = outputs.logits.float().flatten(0, 1)
-        loss_sum = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        if torch.compiler.is_compiling():  # by someone else
+            return self._loss(ids, targets, positions)
+        if self._is_chunked is None:
+            self._is_chunked = self._may_be_chunked()
+        with told_apart(positions):
+            if self.training:
+                return self._trained(ids, targets, positions)
+            with torch.compiler.set_stance("force_eager"):
+                return self._loss(ids, targets, positions)
+
+    def _loss(self, ids: Tensor, targets: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         num_tokens = (targets != IGNORED).sum()
+        if self._is_chunked:
+            head: Any = self.model.get_output_embeddings()
+            states = _forward(self.model.base_model, ids, positions).last_hidden_state
+            return chunked_loss(states.flatten(0, 1), head.weight, head.bias, targets.flatten()), num_tokens
+        outputs = _forward(self.model, ids, positions)
+        loss_sum = loss_of_logits(outputs.logits.flatten(0, 1), targets.flatten())
         balance = getattr(outputs, "aux_loss", None)
         if self.training and isinstance(balance, torch.Tensor):
             loss_sum = loss_sum + self.model.config.router_aux_loss_coef * balance * num_tokens
         return loss_sum, num_tokens
 
+    def _may_be_chunked(self) -> bool:
+        head: Any = self.model.get_output_embeddings()
+        if head is None or not pays(head.weight.shape[0]):
+            return False
+        if has_plain_head(self.model):
+            return True
+        if self.training:
+            log.info("loss: %s does more than a linear head; its logits are kept whole", self.model.config.model_type)
+        return False
 
-def forward_apart(model: PreTrainedModel, ids: Tensor, positions: Tensor | None) -> Any:
+
+def forward_apart(model: nn.Module, ids: Tensor, positions: Tensor | None) -> Any:
     """What a model says of rows whose documents it keeps apart; `LanguageModel.forward` has the shapes.
 
     Not every model can: `require_document_mask` tries it. The logits of a flash model are one single row.
     """
+    with told_apart(positions):
+        return _forward(model, ids, positions)
+
+
+def _forward(model: nn.Module, ids: Tensor, positions: Tensor | None) -> Any:
     if positions is not None and uses_flash(model):
         # It finds documents by their positions, but in one single row only.
         ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
     words = {"input_ids": ids} if positions is None else {"input_ids": ids, "position_ids": positions}
-    with nullcontext() if torch.compiler.is_compiling() else _told_apart(positions):
-        return model(**words, use_cache=False)
+    return model(**words, use_cache=False)
 
 
-def uses_flash(model: PreTrainedModel) -> bool:
+def uses_flash(model: Any) -> bool:
     """Whether attention is computed by a flash attention library, which takes no masks."""
     return "flash" in (model.config._attn_implementation or "")
 
 
-@contextmanager
-def _told_apart(positions: Tensor | None) -> Iterator[None]:
-    """Tells transformers which tokens of a row belong together: None for all of them.
+def told_apart(positions: Tensor | None) -> AbstractContextManager[None]:
+    """Tells transformers which tokens of a row belong together: all of them, without positions.
 
     Without an attention mask it looks for rows whose positions start anew, and reads from the device
-    in every forward pass whether there are any: the processor would wait once a micro-batch.
+    in every forward pass whether there are any: the processor would wait once a micro-batch, and a
+    compiled model would build a mask for each block.
     """
-    search = getattr(masking_utils, _SEARCH, None)
-    if search is None:
-        yield
-        return
-    setattr(masking_utils, _SEARCH, lambda _: None if positions is None else (positions == 0).cumsum(-1))
+    if not hasattr(masking_utils, _SEARCH):
+        return nullcontext()
+    return _replaced(_one_text if positions is None else _by_starts)
+
+
+@contextmanager
+def _replaced(search: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    before = getattr(masking_utils, _SEARCH)
+    setattr(masking_utils, _SEARCH, search)
     try:
         yield
     finally:
-        setattr(masking_utils, _SEARCH, search)
+        setattr(masking_utils, _SEARCH, before)
+
+
+# Functions of the module, not made for each call: a compiled model is compiled anew where it meets another one.
+def _one_text(positions: Tensor) -> None:
+    return None
+
+
+def _by_starts(positions: Tensor) -> Tensor:
+    return (positions == 0).cumsum(-1)

@@ -113,7 +113,9 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
     model.train(False)
     try:
-        yield
+        # Layers that are compiled for training would be compiled again for every length of a text.
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         model.train(training)
 

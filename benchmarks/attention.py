@@ -1,0 +1,101 @@
+"""Causal attention, forward and backward, by each kernel: `python -m benchmarks.attention --json OUT`.
+
+Full blocks in the shapes of 4 x 128, 6 x 384 and 12 x 768; CPU seconds, interleaved, medians. What
+`llm.models.attention` chooses on a CPU rests on this table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm.models.attention import by_rows
+
+_TOKENS = 4096
+# Heads and their width.
+_SHAPES = {"4x128": (4, 32), "6x384": (6, 64), "12x768": (12, 64)}
+_BLOCKS = (64, 128, 256, 512, 1024)
+
+Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Torch's own kernel."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout).transpose(1, 2)
+
+
+def eager(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Two products and a softmax over the whole square, as transformers' eager attention."""
+    length = query.shape[2]
+    future = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1)
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + future
+    return (F.dropout(scores.softmax(-1), dropout) @ value).transpose(1, 2)
+
+
+def ours(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Plain products in parts that leave out the future."""
+    return by_rows(query, key, value, dropout, None)
+
+
+def main() -> None:
+    """Measures, prints and writes the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/attention.json"), help="the result")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    rows = []
+    for dropout in options.dropout:
+        for shape in _SHAPES:
+            for block in _BLOCKS:
+                row = measure(shape, block, dtype, dropout, options.rounds)
+                rows.append(row)
+                print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    result = {
+        "command": f"python -m benchmarks.attention --dtype {options.dtype} --rounds {options.rounds}",
+        "unit": "milliseconds of CPU, median, forward and backward of about 4,096 tokens in one layer",
+        "machine": {
+            "platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "load": os.getloadavg(), "torch": torch.__version__, "isa": torch.backends.cpu.get_cpu_capability(),
+        },
+        "rows": rows,
+    }  # fmt: skip
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(shape: str, block: int, dtype: torch.dtype, dropout: float, rounds: int) -> dict[str, Any]:
+    """One row of the table: milliseconds by kernel."""
+    kernels: dict[str, Kernel] = {"sdpa": sdpa, "eager": eager, "by_rows": ours}
+    heads, width = _SHAPES[shape]
+    batch = _TOKENS // block
+    joined = torch.randn(batch, block, 3 * heads * width, dtype=dtype, requires_grad=True)
+    slope = torch.randn(batch, block, heads, width, dtype=dtype)
+    seconds: dict[str, list[float]] = {name: [] for name in kernels}
+    for _ in range(rounds + 1):
+        for name, kernel in kernels.items():
+            joined.grad = None
+            begun = time.process_time()
+            parts = joined.split(heads * width, 2)
+            query, key, value = (part.view(batch, block, heads, width).transpose(1, 2) for part in parts)
+            kernel(query, key, value, dropout).backward(slope)
+            seconds[name].append(time.process_time() - begun)
+    medians = {name: round(statistics.median(each[1:]) * 1e3, 1) for name, each in seconds.items()}
+    return {"shape": shape, "block": block, "dropout": dropout, **medians}
+
+
+if __name__ == "__main__":
+    main()

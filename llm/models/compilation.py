@@ -1,0 +1,82 @@
+"""Compiling the training with torch.compile: whether it pays, whether it can be done, and what of the model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llm.models.language_model import LanguageModel
+from llm.models.names import first_line
+
+log = logging.getLogger(__name__)
+
+Wish = bool | Literal["auto", "blocks"]
+
+
+def compile_training(language_model: LanguageModel, wish: Wish, *, device: torch.device, num_steps: int) -> bool:
+    """Compiles the forward and backward pass of training, in place, at the first update.
+
+    Shapes are fixed: every micro-batch of a run has the same, so that there is one graph. Evaluations and samples,
+    whose shapes change, are computed as if nothing were compiled.
+
+    Args:
+        language_model: what is trained.
+        wish: all of it, nothing, each layer alone (which starts sooner), or what pays.
+        device: where it trains.
+        num_steps: updates of the run.
+
+    Returns:
+        Whether it will be compiled.
+    """
+    if wish is False or (wish == "auto" and not _pays(device, num_steps)):
+        return False
+    if obstacle := _obstacle(device):
+        log.info("torch_compile: left out, there is no working compiler (%s)", obstacle)
+        return False
+    if wish == "blocks":
+        for layer in layers_of(language_model.model):
+            layer.compile(dynamic=False)
+    else:
+        language_model.compile(dynamic=False)
+    log.info("torch_compile: %s, compiled in the first update", "each layer" if wish == "blocks" else "the whole model")
+    return True
+
+
+def _pays(device: torch.device, num_steps: int) -> bool:
+    """Whether a run of so many updates wins more than the compiling costs."""
+    # Not measured on an accelerator yet: compiling takes one to three minutes there.
+    return device.type == "cuda" and num_steps >= _LONG
+
+
+_LONG = 2000
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """What keeps a tiny function from being compiled: no C++ compiler, no Python headers, no Triton; None without."""
+
+    def tiny(x: torch.Tensor) -> torch.Tensor:
+        return x * x + 1
+
+    try:
+        with torch._inductor.config.patch(force_disable_caches=True):
+            torch.compile(tiny, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # of many types, by what is missing
+        return first_line(error)
+    return None
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers that a model stacks.
+
+    Raises:
+        ValueError: there is no list of them.
+    """
+    number = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return module
+    raise ValueError(f"{model.config.model_type} has no list of its layers")
