@@ -1,0 +1,20 @@
+"""K-FAC: gradients divided by the curvature of each linear layer, in front of any optimizer.
+
+Plain torch and torch.distributed; nothing here needs the rest of this package.
+
+    kfac = KFACPreconditioner(model, factor_update_steps=1)
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        loss_of(model(inputs), targets).backward()  # a mean over the tokens
+        kfac.step()
+        optimizer.step()
+
+Sources: Martens & Grosse 2015 (arXiv:1503.05671); Eschenhagen et al. 2023 (arXiv:2311.00636), whose "expand" setting
+counts every token as an example; Pauloski et al. 2021 (arXiv:2107.01739), for the work shared by the ranks.
+"""
+
+from llm.kfac.preconditioner import KFACPreconditioner
+from llm.kfac.report import Report
+from llm.kfac.schedule import dense_early
+
+__all__ = ["KFACPreconditioner", "Report", "dense_early"]

@@ -1,0 +1,57 @@
+"""What the arguments of a preconditioner may be, alone and together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm.kfac.schedule import Number
+
+_CHOICES = {
+    "rescale": ("norm", None),
+    "method": ("eigen", "inverse"),
+    "strategy": ("owner", "replicate"),
+    "compat": (None, "kfac-pytorch"),
+}
+_AT_LEAST_ONE = (
+    "factor_update_steps", "inv_update_steps", "accumulation_steps", "max_factor_dim", "factor_tokens",
+)  # fmt: skip
+_ABOVE_ZERO = ("damping", "kl_clip", "lr", "power")
+
+
+class Default(float):
+    """A default that can be told from the same number given by the caller."""
+
+
+def as_anchor(damping: Number, kl_clip: Number | None, lr: Number | None) -> tuple[Number, Number, Number]:
+    """Damping, kl_clip and lr, where they were not given, as kfac-pytorch has them."""
+    return (
+        1e-3 if isinstance(damping, Default) else damping,
+        1e-3 if kl_clip is None else kl_clip,
+        0.1 if lr is None else lr,
+    )
+
+
+def check(given: dict[str, Any]) -> None:
+    """Looks at the arguments by name; functions of the update are left alone.
+
+    Raises:
+        ValueError: one is out of its bounds, or does not go with another; the message names it.
+    """
+    for name, choices in _CHOICES.items():
+        if given[name] not in choices:
+            raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}, not {given[name]!r}")
+    for name in _AT_LEAST_ONE:
+        _check_number(name, given[name], given[name] is None or callable(given[name]) or given[name] >= 1, "at least 1")
+    for name in _ABOVE_ZERO:
+        _check_number(name, given[name], given[name] is None or callable(given[name]) or given[name] > 0, "above 0")
+    decay = given["factor_decay"]
+    _check_number("factor_decay", decay, callable(decay) or 0 < decay <= 1, "above 0 and at most 1")
+    if given["kl_clip"] is not None and (given["rescale"] is not None or given["lr"] is None):
+        raise ValueError('kl_clip needs rescale=None (rescale="norm" sets the lengths itself) and lr')
+    if given["method"] == "inverse" and given["power"] != 1:
+        raise ValueError('power needs method="eigen"')
+
+
+def _check_number(name: str, number: Number | None, is_good: bool, bound: str) -> None:
+    if not is_good:
+        raise ValueError(f"{name} is {bound}, not {number}")

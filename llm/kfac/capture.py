@@ -1,0 +1,160 @@
+"""What the layers saw in the backward passes of one update: sums of products, nothing else.
+
+A forward hook puts a tap on the layer's output; when the gradient comes back through it, the layer's input is at hand
+as it was saved for that purpose, or computed again under gradient checkpointing. So every real backward pass counts
+once: no pass without gradients does, nor the repeated forward of a checkpoint. `record` is an operator of its own,
+which torch.compile calls without looking inside; a compiled model has one more graph, with the taps, and no breaks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from llm.kfac.layers import Layer
+
+# Rows of a factor computed at once: what is above the diagonal is mostly left out.
+_PANEL = 128
+
+TRIANGLE = 0.6
+"""The share of a whole product that is computed, about: one half, and the diagonal blocks."""
+
+
+class Gate:
+    """Whether this update's passes are captured, and which update it is; shared by all layers."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.step = 0
+
+
+class Capture:
+    """Sums over the rows that one layer saw in the backward passes since they were last dropped.
+
+    Only the lower triangles of the sums mean anything.
+
+    Attributes:
+        sums: "a": of weight * a a^T with a = [x; 1], [dim_a, dim_a]; "g": of weight * g g^T with g as it came,
+            [dim_g, dim_g]; empty before the first row.
+        weight: of all rows together.
+        rows: how many there were.
+    """
+
+    def __init__(
+        self, layer: Layer, gate: Gate, *, dtype: torch.dtype, row_weight: Callable[[int], float], max_rows: int | None
+    ) -> None:
+        self.layer, self.gate = layer, gate
+        self._dtype, self._row_weight, self._max_rows = dtype, row_weight, max_rows
+        self.drop()
+        self._key = next(_KEYS)
+        _CAPTURES[self._key] = self
+        self._hook = layer.module.register_forward_hook(_Hook(gate, self._key), with_kwargs=True)
+
+    def drop(self) -> None:
+        """Forgets all rows."""
+        self.sums: dict[str, Tensor] = {}
+        self.weight = self.rows = 0.0
+
+    def close(self) -> None:
+        """Takes the hook off the layer."""
+        self._hook.remove()
+        self.drop()
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """One backward pass: inputs [..., num_in] and gradients of the outputs [..., num_out], of any dtype."""
+        n = self.layer.num_in
+        x, g = inputs.detach().reshape(-1, n), gradients.detach().reshape(-1, self.layer.num_out)
+        rows = x.shape[0]
+        if rows == 0:
+            return
+        chosen = self._choose(rows, x.device)
+        x, g = (each.index_select(0, chosen) if chosen is not None else each for each in (x, g))
+        x, g = x.to(self._dtype), g.to(self._dtype)
+        weight, share = self._row_weight(rows), rows / x.shape[0]
+        with torch.autocast(x.device.type, enabled=False):
+            if not self.sums:
+                self.sums = {
+                    side: x.new_zeros(size, size) for side, size in (("a", self.layer.dim_a), ("g", self.layer.dim_g))
+                }
+            sum_a, sum_g = self.sums["a"], self.sums["g"]
+            _add_product(sum_a[:n, :n], x, weight * share)
+            if self.layer.has_bias:
+                sum_a[n, :n].add_(x.sum(0), alpha=weight * share)
+                sum_a[n, n] += weight * rows
+            _add_product(sum_g, g, weight * share)
+        self.weight += weight * rows
+        self.rows += rows
+
+    def _choose(self, rows: int, device: torch.device) -> Tensor | None:
+        """Evenly spaced rows, others in every update, the same whenever it is made again; None for all of them."""
+        if self._max_rows is None or rows <= self._max_rows:
+            return None
+        start = random.Random(self.gate.step).randrange(rows // self._max_rows)
+        return torch.arange(self._max_rows, device=device) * rows // self._max_rows + start
+
+
+def _add_product(total: Tensor, rows: Tensor, weight: float) -> None:
+    """Adds weight * rows^T rows to the lower triangle of `total`."""
+    n = total.shape[0]
+    for start in range(0, n, _PANEL):
+        end = min(start + _PANEL, n)
+        total[start:end, :end].addmm_(rows[:, start:end].t(), rows[:, :end], alpha=weight)
+
+
+class _Hook:
+    """The forward hook of one layer. That of a copied model, which is not ours to train, captures nothing."""
+
+    def __init__(self, gate: Gate, key: int) -> None:
+        self.gate, self.key = gate, key
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        if not (self.gate.is_open and module.training and torch.is_grad_enabled() and output.requires_grad):
+            return None
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        return _Tap.apply(output, inputs, self.key)  # type: ignore[no-untyped-call]
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[Gate, int]]:
+        return _Hook, (Gate(), -1)
+
+
+_CAPTURES: WeakValueDictionary[int, Capture] = WeakValueDictionary()
+"""A graph can hold a number, not an object."""
+
+_KEYS = itertools.count()
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; on the way back `record` is called."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, key: int) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.key = key
+        return output.clone()  # a view could not be changed in place by what follows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inputs,) = ctx.saved_tensors
+        return _record(gradient, inputs, ctx.key), None, None
+
+
+# A recorded CUDA graph would repeat the products and not the counting.
+@torch.library.custom_op("llm_kfac::record", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _record(gradient: Tensor, inputs: Tensor, key: int) -> Tensor:
+    """Adds to the capture of that key; gives the gradient as it is, so that no compiler takes the call away."""
+    capture = _CAPTURES.get(key)
+    if capture is not None:
+        capture.add(inputs, gradient)
+    return gradient.clone()
+
+
+@_record.register_fake
+def _(gradient: Tensor, inputs: Tensor, key: int) -> Tensor:
+    return torch.empty_like(gradient)

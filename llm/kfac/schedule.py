@@ -1,0 +1,36 @@
+"""Numbers that may change from update to update, and when something is due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Number = float | Callable[[int], float]
+"""A number, or a function of the number of the update (0-based)."""
+
+
+def value_at(number: Number, step: int) -> float:
+    """The number at that update."""
+    return number(step) if callable(number) else number
+
+
+def is_due(interval: Number, step: int) -> bool:
+    """Whether the update's number is a multiple of the interval, in updates; 0 always is."""
+    return step % max(1, int(value_at(interval, step))) == 0
+
+
+def is_refresh_due(interval: Number, step: int) -> bool:
+    """As `is_due`, and at 1, 2, 4, 8, … below the interval: the curvature of the first updates is soon out of date."""
+    is_early = step < value_at(interval, step) and step & (step - 1) == 0
+    return is_early or is_due(interval, step)
+
+
+def dense_early(interval: int) -> Callable[[int], int]:
+    """An interval that is kept except at the updates 1, 2, 4, 8, … below it, which are due too.
+
+    For `factor_update_steps`: refreshing an inverse early says nothing new unless its factor is new.
+    """
+
+    def interval_at(step: int) -> int:
+        return 1 if 0 < step < interval and step & (step - 1) == 0 else interval
+
+    return interval_at

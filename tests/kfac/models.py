@@ -1,0 +1,77 @@
+"""Small models whose every layer a dense oracle can hold, their data, and their loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+WIDTH, CLASSES, POSITIONS = 8, 5, 6
+Make = Callable[[int, int], nn.Module]
+
+
+class Mlp(nn.Module):
+    """Two layers and a head, the last two with a nonlinearity in place before them."""
+
+    def __init__(self, linear: Make) -> None:
+        super().__init__()
+        self.fc, self.proj, self.head = linear(WIDTH, 7), linear(7, 9), linear(9, CLASSES)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.proj(self.act(self.fc(x)))))
+
+
+class Block(nn.Module):
+    """A transformer block of one head, under gradient checkpointing if asked, and a head."""
+
+    def __init__(self, linear: Make, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.norm, self.reentrant = nn.LayerNorm(WIDTH), reentrant
+        self.qkv, self.out = linear(WIDTH, 3 * WIDTH), linear(WIDTH, WIDTH)
+        self.fc, self.proj, self.head = linear(WIDTH, 12), linear(12, WIDTH), linear(WIDTH, CLASSES)
+
+    def block(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        x = x + self.out(((q @ k.mT) / WIDTH**0.5).softmax(-1) @ v)
+        return x + self.proj(F.gelu(self.fc(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is not None and self.training:
+            x = x.requires_grad_() if self.reentrant else x  # it looks at the inputs alone
+            x = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        else:
+            x = self.block(x)
+        return self.head(x)
+
+
+def linear(bias: bool) -> Make:
+    """Makes nn.Linear."""
+    return lambda num_in, num_out: nn.Linear(num_in, num_out, bias=bias)
+
+
+def conv1d(num_in: int, num_out: int) -> nn.Module:
+    """Makes HuggingFace's layer, with weights large enough to matter."""
+    from transformers.pytorch_utils import Conv1D  # heavy, and the ranks' programs do without
+
+    layer = Conv1D(num_out, num_in)
+    nn.init.normal_(layer.weight, std=num_in**-0.5)
+    nn.init.normal_(layer.bias, std=0.1)
+    return layer
+
+
+def data(seed: int, rows: int = 8) -> tuple[Tensor, Tensor]:
+    """Inputs [rows, POSITIONS, WIDTH] and targets [rows, POSITIONS], some of them -100."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, POSITIONS, WIDTH, generator=draw)
+    targets = torch.randint(CLASSES, (rows, POSITIONS), generator=draw)
+    return x, targets.masked_fill(torch.rand(rows, POSITIONS, generator=draw) < 0.2, -100)
+
+
+def loss_sum(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+    """Nats over all targets that count, in the model's own dtype."""
+    logits = model(x.to(next(model.parameters()).dtype))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")

@@ -1,0 +1,232 @@
+"""The directions against the dense definition, and what they may not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llm.kfac import KFACPreconditioner
+from tests.kfac.models import Block, Mlp, conv1d, data, linear, loss_sum
+from tests.kfac.oracle import Oracle, gradient_of, observe
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: Mlp(linear(True)),
+    "mlp_without_bias": lambda: Mlp(linear(False)),
+    "linear": lambda: Block(linear(True)),
+    "linear_without_bias": lambda: Block(linear(False)),
+    "linear_checkpointed": lambda: Block(linear(True), reentrant=False),
+    "linear_checkpointed_reentrant": lambda: Block(linear(False), reentrant=True),
+    "conv1d": lambda: Block(conv1d),
+    "conv1d_checkpointed": lambda: Block(conv1d, reentrant=False),
+}
+SPLITS = {"one": [8], "four": [3, 1, 2, 2]}
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(3)
+    return MODELS[name]()
+
+
+def losses(seed: int, split: Sequence[int], scale: float = 1.0) -> tuple[list[Callable[[nn.Module], Tensor]], int]:
+    """The passes of one update, of so many rows each, that sum to the mean loss; and its tokens."""
+    x, targets = data(seed, sum(split))
+    num_tokens = int((targets != -100).sum())
+    parts = zip(x.split(list(split)), targets.split(list(split)), strict=True)
+    return [lambda model, p=p: loss_sum(model, *p) * (scale / num_tokens) for p in parts], num_tokens
+
+
+def worst(kfac_model: nn.Module, expected: dict[str, Tensor]) -> float:
+    """The largest relative error of a layer's direction."""
+    layers = dict(kfac_model.named_modules())
+    errors = {
+        name: ((gradient_of(layers[name]).double() - direction).norm() / direction.norm()).item()
+        for name, direction in expected.items()
+    }
+    return max(errors.values())
+
+
+def descend(model: nn.Module, rate: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= rate * parameter.grad / parameter.grad.norm()
+    model.zero_grad()
+
+
+def run(name: str, split: Sequence[int], oracle: Oracle, num_updates: int = 6, **arguments: Any) -> list[float]:
+    """Trains with the directions; the worst relative error of every update."""
+    model = make(name)
+    kfac = KFACPreconditioner(model, accumulation_steps=len(split), **arguments)
+    errors = []
+    for update in range(num_updates):
+        passes, num_tokens = losses(update, split)
+        expected = oracle.directions(*observe(model, passes), num_tokens)
+        for loss in passes:
+            loss(model).backward()
+        kfac.step(num_tokens=num_tokens)
+        errors.append(worst(model, expected))
+        descend(model, 0.05)
+    return errors
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("name", MODELS)
+def test_directions_when_inverses_are_fresh_and_stale_then_are_those_of_the_dense_product(
+    name: str, split: list[int], power: float
+) -> None:
+    oracle = Oracle(power=power, factor_steps=2, inv_steps=5)  # factors at 0, 2, 4, inverses at 0, 1, 2, 4, 5
+    errors = run(name, split, oracle, factor_update_steps=2, inv_update_steps=5, power=power, rescale=None)
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("name", ["mlp", "linear_without_bias", "conv1d_checkpointed"])
+def test_directions_when_by_inverses_then_are_those_of_the_product_of_the_damped_factors(
+    name: str, split: list[int]
+) -> None:
+    oracle = Oracle(split=True, inv_steps=3)
+    arguments = {"factor_update_steps": 1, "inv_update_steps": 3, "method": "inverse", "rescale": None}
+    assert max(run(name, split, oracle, **arguments)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["eigen", "inverse"])
+@pytest.mark.parametrize("split", [[8], [2, 2, 2, 2]], ids=["one", "four"])
+@pytest.mark.parametrize("name", ["mlp", "linear", "conv1d"])
+def test_directions_when_compatible_then_are_those_of_kfac_pytorch(name: str, split: list[int], method: str) -> None:
+    oracle = Oracle(damping=1e-3, factor_steps=2, inv_steps=4, split=method == "inverse", anchor=True)
+    model = make(name)
+    kfac = KFACPreconditioner(
+        model, factor_update_steps=2, inv_update_steps=4, compat="kfac-pytorch", method=method, lr=0.1,
+        accumulation_steps=len(split),
+    )  # fmt: skip
+    shortened = 0
+    for update in range(6):
+        passes, num_tokens = losses(update, split)
+        seen, gradients = observe(model, passes)
+        expected = oracle.directions(seen, gradients, num_tokens)
+        product = sum((expected[name] * gradients[name]).sum() for name in expected) * 0.1**2
+        length = min(1.0, (1e-3 / abs(float(product))) ** 0.5)
+        shortened += length < 1
+        for loss in passes:
+            loss(model).backward()
+        kfac.step()
+        assert worst(model, {name: length * direction for name, direction in expected.items()}) < 1e-5
+        descend(model, 0.05)
+    assert shortened > 0
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("method", ["eigen", "inverse"])
+def test_directions_when_of_a_conv1d_model_then_are_those_of_its_linear_twin(
+    method: str, dtype: torch.dtype, bound: float
+) -> None:
+    model, twin = make("conv1d").to(dtype), make("linear").to(dtype)
+    arguments: dict[str, Any] = {"method": method, "factor_dtype": dtype, "inv_dtype": dtype}
+    pair = [(each, KFACPreconditioner(each, factor_update_steps=1, **arguments)) for each in (model, twin)]
+    for update in range(4):
+        twin.load_state_dict({name: w.T if w.ndim == 2 else w for name, w in model.state_dict().items()})
+        passes, num_tokens = losses(update, [8])
+        for each, kfac in pair:
+            passes[0](each).backward()
+            kfac.step(num_tokens=num_tokens)
+        wanted = {n: gradient_of(layer).double() for n, layer in twin.named_modules() if type(layer) is nn.Linear}
+        assert len(wanted) == 5
+        assert worst(model, wanted) < bound
+        descend(model, 0.05)
+        twin.zero_grad()
+
+
+def test_directions_when_the_loss_is_scaled_or_its_batch_repeated_then_are_the_same() -> None:
+    made = []
+    for scale, repeats in ((1.0, 1), (1024.0, 1), (1.0, 3)):
+        model = make("linear")
+        kfac = KFACPreconditioner(model, factor_update_steps=1, rescale=None)
+        passes, num_tokens = losses(0, [8], scale)
+        for _ in range(repeats):
+            (passes[0](model) / repeats).backward()
+        for parameter in model.parameters():
+            parameter.grad /= scale
+        kfac.step(num_tokens=repeats * num_tokens, loss_scale=torch.tensor(scale))
+        made.append({n: gradient_of(m).double() for n, m in model.named_modules() if type(m) is nn.Linear})
+    for other in made[1:]:
+        for name, direction in made[0].items():
+            torch.testing.assert_close(other[name], direction, rtol=0, atol=1e-5 * direction.abs().max().item())
+
+
+def test_directions_when_rescaled_then_have_their_gradients_norms() -> None:
+    model = make("linear")
+    kfac = KFACPreconditioner(model)
+    passes, num_tokens = losses(0, [8])
+    passes[0](model).backward()
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
+    before = [gradient_of(layer) for layer in layers]
+    kfac.step(num_tokens=num_tokens)
+    for old, layer in zip(before, layers, strict=True):
+        new = gradient_of(layer)
+        torch.testing.assert_close(new.norm(), old.norm())
+        assert torch.cosine_similarity(new.flatten(), old.flatten(), 0) < 0.99
+
+
+def test_directions_when_a_layer_was_never_seen_then_are_its_gradients() -> None:
+    model = make("mlp")
+    kfac = KFACPreconditioner(model)
+    passes, num_tokens = losses(0, [8])
+    with torch.no_grad():
+        model.head.weight.zero_()  # so that no gradient reaches the layers before it
+    passes[0](model).backward()
+    kfac.step(num_tokens=num_tokens)
+    model.zero_grad()
+    with torch.no_grad():
+        model.head.weight.normal_()
+    passes[0](model).backward()
+    before = gradient_of(model.fc)
+    kfac.step(num_tokens=num_tokens)
+    torch.testing.assert_close(gradient_of(model.fc), before)
+
+
+def test_arguments_when_functions_of_the_update_then_are_asked_for_each() -> None:
+    fixed, moving = make("mlp"), make("mlp")
+    asked: list[int] = []
+
+    def damping(step: int) -> float:
+        asked.append(step)
+        return 0.1
+
+    pair = [
+        (fixed, KFACPreconditioner(fixed, factor_update_steps=2, inv_update_steps=3)),
+        (moving, KFACPreconditioner(
+            moving, factor_update_steps=lambda _: 2, inv_update_steps=lambda _: 3, damping=damping,
+            factor_decay=lambda _: 0.95,
+        )),
+    ]  # fmt: skip
+    for update in range(5):
+        passes, num_tokens = losses(update, [8])
+        for model, kfac in pair:
+            passes[0](model).backward()
+            kfac.step(num_tokens=num_tokens)
+            descend(model, 0.05)
+    assert asked == list(range(5))
+    for one, other in zip(fixed.parameters(), moving.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"factor_update_steps": 0}, "factor_update_steps is at least 1, not 0"),
+        ({"damping": 0.0}, "damping is above 0"),
+        ({"factor_decay": 1.5}, "factor_decay is above 0 and at most 1"),
+        ({"method": "svd"}, "method is one of 'eigen', 'inverse', not 'svd'"),
+        ({"compat": "kfac"}, "compat is one of None, 'kfac-pytorch'"),
+        ({"kl_clip": 1e-3, "lr": 0.1}, "kl_clip needs rescale=None"),
+        ({"kl_clip": 1e-3, "rescale": None}, "and lr"),
+        ({"method": "inverse", "power": 0.5}, 'power needs method="eigen"'),
+    ],
+)
+def test_arguments_when_out_of_bounds_then_are_refused_by_name(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        KFACPreconditioner(make("mlp"), **arguments)
