@@ -18,20 +18,20 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+
+from benchmarks.machine import describe_machine
 
 BLOCK_SIZE = 1024
 _LETTERS_CHANGED = 0.01
@@ -57,7 +57,7 @@ def main() -> None:
         result = {"text_bytes": size, **compare(path, size, options.tokenizer, options.rounds)}
         result |= scale(options.text, path, options.tokenizer)
         result |= measure_memory(options.text, path, options.tokenizer)
-    result["machine"] = _machine()
+    result["machine"] = describe_machine("tokenizers", "transformers", "tiktoken", "datasets", "numpy")
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")
     print(f"ratio {result['ratio']:.2f}")
@@ -234,26 +234,6 @@ def _resident_bytes(pid: int) -> int:
     except psutil.Error:
         pass
     return total
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("tokenizers", "transformers", "tiktoken", "datasets", "numpy")},
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,342 @@
+"""The measured programs of `benchmarks.throughput`, each in its own process: `python -m benchmarks.programs NAME FILE`.
+
+All start from the weights of one folder, read the same blocks in the same order, and train with AdamW at a constant
+rate, without dropout. FILE holds the `Setting` as JSON.
+
+ours             the update as the trainer makes it, with what it chooses for this machine
+ours_fp32        the same with --mixed_precision no
+nanogpt          nanoGPT's own train.py as it is, at its defaults but for sizes and hyperparameters
+nanogpt_bf16     the same with bf16 autocast, which it leaves unused on a CPU
+nanogpt_compile  as nanogpt, compiled also where its README says --compile=False (a CPU)
+run_clm          transformers' run_clm_no_trainer.py: the step of its loop, from a `datasets` table, with Accelerate
+trainer          transformers.Trainer on the same table
+gemm             no update, but the rate of this machine's matrix products
+
+Where a run_clm program would predict all but a block's last target, it is given that one too, as the others are.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.gate import Gate
+
+BETAS = (0.9, 0.999)  # what run_clm's AdamW has, which has no option for them
+WEIGHT_DECAY = 0.1
+LEARNING_RATE = 6e-4
+# A device does bf16 natively that is at least so much faster in it than in fp32.
+_NATIVE = 1.2
+_QUICK_SIZE = 512
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every program is told.
+
+    Attributes:
+        start_dir: an HF GPT-2, a tokenizer of as many ids, and nanoGPT's checkpoint where that is measured.
+        data_dir: `train.bin`, uint16 ids.
+        block_size: targets of a block.
+        micro_batch: blocks of an update.
+        num_updates: that there are blocks for; then they begin again.
+        device: `cpu` or `cuda`.
+        nanogpt_dir: nanoGPT's folder; None where it is not measured.
+    """
+
+    start_dir: str
+    data_dir: str
+    block_size: int
+    micro_batch: int
+    num_updates: int
+    device: str
+    nanogpt_dir: str | None
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        path.write_text(json.dumps(asdict(self)))
+
+    def ids(self) -> NDArray[np.uint16]:
+        """All of them."""
+        return np.fromfile(Path(self.data_dir, "train.bin"), np.uint16)
+
+    def blocks(self) -> Iterator[NDArray[np.int64]]:
+        """Each int64 [block_size + 1]; a block's last target is the next one's first input."""
+        ids = self.ids().astype(np.int64)
+        for start in range(0, self.num_updates * self.micro_batch * self.block_size, self.block_size):
+            yield ids[start : start + self.block_size + 1]
+
+
+@dataclass
+class StoredBlocks:
+    """The setting's blocks in their order, over and over, as `llm.data.loaders.Samples`."""
+
+    setting: Setting
+
+    def __post_init__(self) -> None:
+        self.block_size = self.setting.block_size
+        self._blocks = list(self.setting.blocks())
+
+    @property
+    def num_blocks(self) -> int | None:
+        """There is no end."""
+        return None
+
+    def num_unread(self, num_samples: int) -> int:
+        """Nothing is left over of what has no end."""
+        return 0
+
+    def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
+        """int64 [block_size + 1]."""
+        return self._blocks[sample % len(self._blocks)]
+
+
+def run_ours(setting: Setting, gate: Gate, *words: str) -> None:
+    """As `llm.engine.run` builds it, without what follows an update."""
+    import torch
+
+    from llm.config.options import Options
+    from llm.config.reader import read_options
+    from llm.data.loaders import training_batches
+    from llm.engine.building import build_language_model, build_updater
+    from llm.engine.machine import start_machine
+    from llm.engine.plan import learning_rates, plan_run
+    from llm.engine.randomness import seed_weights
+    from llm.models.build import read_config
+    from llm.models.flops import flops_per_token
+
+    given = [*trainer_words(setting), "--max_train_steps", "1000000", *words]
+    options = read_options(Options, given, prog="benchmark", description="")
+    machine = start_machine(options.training)
+    samples = StoredBlocks(setting)
+    plan = plan_run(options.training, samples, num_ranks=1, seed=1)
+    seed_weights(plan.seed)
+    language_model = build_language_model(options, options.model, read_config(options.model), None, machine)
+    updater = build_updater(options, machine, language_model, learning_rates(options, plan), seed=plan.seed)
+    batches = training_batches(
+        samples,
+        seed=plan.seed,
+        first_step=0,
+        num_steps=plan.num_steps,
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+        rank=0,
+        num_ranks=1,
+        num_workers=options.data.dataloader_num_workers,
+        pin_memory=machine.world.device.type == "cuda",
+    )
+    precision = machine.accelerator.mixed_precision
+    gate.facts |= {
+        "arithmetic": "fp32" if precision == "no" else precision,
+        "flops_per_token": flops_per_token(language_model.model, setting.block_size),
+        "says": str(machine),
+        "threads": torch.get_num_threads(),
+    }
+    for step, micro_batches in enumerate(batches):
+        gate.passed(updater.update(micro_batches, step).loss, _peak)
+
+
+def trainer_words(setting: Setting) -> list[str]:
+    """Our trainer's options for the model and the hyperparameters of all programs."""
+    return [
+        *("--model_name_or_path", setting.start_dir, "--block_size", str(setting.block_size)),
+        *("--per_device_train_batch_size", str(setting.micro_batch), "--learning_rate", str(LEARNING_RATE)),
+        *("--weight_decay", str(WEIGHT_DECAY), "--adam_beta1", str(BETAS[0]), "--adam_beta2", str(BETAS[1])),
+        *("--lr_scheduler_type", "constant", "--seed", "1"),
+    ]
+
+
+def run_nanogpt(setting: Setting, gate: Gate, *, bf16: bool = False, compiled: bool = False) -> None:
+    """Its train.py, which finds the weights in a checkpoint and draws the blocks in their order."""
+    import torch
+
+    from benchmarks.nanogpt import endless, run_train_py
+
+    assert setting.nanogpt_dir is not None
+    folder, on_cpu = Path(setting.nanogpt_dir), setting.device == "cpu"
+    starts = _starts(setting)
+
+    def draw(*_: object, **__: object) -> Any:
+        return torch.tensor([next(starts) for _ in range(setting.micro_batch)])
+
+    def passed(variables: dict[str, Any]) -> None:
+        if gate.facts == {"new": True}:  # the first update
+            names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+            takes_autocast = bf16 or not on_cpu
+            arithmetic = names[variables["ptdtype"]] if takes_autocast else "fp32"
+            compiles = bool(variables["compile"])
+            gate.facts = {"arithmetic": arithmetic, "compiled": compiles, "threads": torch.get_num_threads()}
+        gate.passed(variables["loss"], _peak)
+
+    gate.facts = {"new": True}
+    torch.randint = draw  # where its get_batch draws the places of its blocks
+    words = [
+        *("--init_from=resume", f"--out_dir={setting.start_dir}", f"--dataset={setting.data_dir}"),
+        *(f"--device={setting.device}", "--gradient_accumulation_steps=1"),
+        *(f"--batch_size={setting.micro_batch}", f"--block_size={setting.block_size}"),
+        *(f"--learning_rate={LEARNING_RATE}", f"--weight_decay={WEIGHT_DECAY}"),
+        *(f"--beta1={BETAS[0]}", f"--beta2={BETAS[1]}"),
+        *([f"--compile={compiled}"] if on_cpu or compiled else []),
+        *(["--dtype=bfloat16"] if bf16 else []),
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        bf16_file = Path(name, "train.py") if bf16 and on_cpu else None
+        run_train_py(folder, endless(words), after_update=passed, bf16_file=bf16_file)
+
+
+def _starts(setting: Setting) -> Iterator[int]:
+    """Where each block begins, over and over."""
+    while True:
+        yield from range(0, setting.num_updates * setting.micro_batch * setting.block_size, setting.block_size)
+
+
+def run_run_clm(setting: Setting, gate: Gate) -> None:
+    """The step of run_clm_no_trainer.py and what it holds: scheduler, accumulation, progress bar; it clips nothing."""
+    import torch
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForCausalLM, default_data_collator, get_scheduler
+
+    accelerator = Accelerator()
+    model: Any = AutoModelForCausalLM.from_pretrained(setting.start_dir)
+    loader: Any = DataLoader(
+        _table(setting), shuffle=False, collate_fn=default_data_collator, batch_size=setting.micro_batch
+    )
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer: Any = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    scheduler: Any = get_scheduler("constant", optimizer)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    precision = accelerator.mixed_precision
+    gate.facts |= {"arithmetic": "fp32" if precision == "no" else precision, "threads": torch.get_num_threads()}
+    bar = tqdm(range(setting.num_updates))
+    model.train()
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            bar.update(1)
+        gate.passed(loss.detach(), _peak)
+
+
+def run_trainer(setting: Setting, gate: Gate) -> None:
+    """transformers.Trainer at its defaults, but for the hyperparameters; it saves nothing."""
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+    class Losing(Trainer):
+        def compute_loss(self, *given: Any, **named: Any) -> Any:
+            found = super().compute_loss(*given, **named)
+            self.newest_loss = (found[0] if isinstance(found, tuple) else found).detach()
+            return found
+
+    class Behind(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            gate.passed(trainer.newest_loss, _peak)
+
+    with tempfile.TemporaryDirectory() as name:
+        arguments = TrainingArguments(
+            output_dir=name,
+            per_device_train_batch_size=setting.micro_batch,
+            max_steps=setting.num_updates,
+            learning_rate=LEARNING_RATE,
+            weight_decay=WEIGHT_DECAY,
+            lr_scheduler_type="constant",
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,  # else the targets of the last tokens would go
+            use_cpu=setting.device == "cpu",
+        )
+        trainer: Any = Losing(
+            model=AutoModelForCausalLM.from_pretrained(setting.start_dir),
+            args=arguments,
+            train_dataset=_table(setting),
+            data_collator=default_data_collator,
+            callbacks=[Behind()],
+        )
+        gate.facts |= {"arithmetic": "bf16" if arguments.bf16 else "fp32", "threads": torch.get_num_threads()}
+        trainer.train()
+
+
+def _table(setting: Setting) -> Any:
+    """Rows as run_clm makes them, with a mask of ones, and the targets of all tokens."""
+    from datasets import Dataset
+
+    blocks = np.stack(list(setting.blocks()))
+    columns = {"input_ids": blocks[:, :-1], "attention_mask": np.ones_like(blocks[:, :-1]), "labels": blocks[:, :-1]}
+    return Dataset.from_dict({**columns, "shift_labels": blocks[:, 1:]})
+
+
+def measure_gemm(setting: Setting, gate: Gate) -> None:
+    """FLOP/s of products in fp32, and in bf16 where that is native; one measurement a request."""
+    import torch
+
+    from llm.engine.measuring import measured_flops
+
+    device = torch.device(setting.device)
+    quick = {dtype: _quick_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    native = quick[torch.bfloat16] > _NATIVE * quick[torch.float32]
+    gate.facts |= {"bf16_is_native": native, "quick_flops": {str(key)[6:]: rate for key, rate in quick.items()}}
+    while True:
+        gate.stop_clock()
+        rates = {"fp32": measured_flops(device, torch.float32)}
+        gate.answer(**rates, **({"bf16": measured_flops(device, torch.bfloat16)} if native else {}))
+
+
+def _quick_rate(device: Any, dtype: Any) -> float:
+    import torch
+
+    size = _QUICK_SIZE if device.type == "cpu" else 8 * _QUICK_SIZE
+    left = torch.randn(size, size, device=device).to(dtype)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        torch.mm(left, left)[0, 0].item()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+def _peak() -> dict[str, Any]:
+    """The highest memory since the answer before this one."""
+    import torch
+
+    from llm.engine.measuring import forget_peak, peak_bytes
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = peak_bytes(device)
+    forget_peak(device)
+    return {"peak_bytes": found}
+
+
+PROGRAMS: dict[str, Callable[[Setting, Gate], None]] = {
+    "ours": run_ours,
+    "ours_fp32": lambda setting, gate: run_ours(setting, gate, "--mixed_precision", "no"),
+    "nanogpt": run_nanogpt,
+    "nanogpt_bf16": lambda setting, gate: run_nanogpt(setting, gate, bf16=True),
+    "nanogpt_compile": lambda setting, gate: run_nanogpt(setting, gate, compiled=True),
+    "run_clm": run_run_clm,
+    "trainer": run_trainer,
+    "gemm": measure_gemm,
+}
+
+
+if __name__ == "__main__":
+    # Before anything is imported that might say something.
+    GATE = Gate()
+    PROGRAMS[sys.argv[1]](Setting(**json.loads(Path(sys.argv[2]).read_text())), GATE)

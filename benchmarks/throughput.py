@@ -1,0 +1,281 @@
+"""The update of ours and of other trainers, side by side: `python -m benchmarks.throughput --nanogpt DIR --json OUT`.
+
+Every program (`benchmarks.programs` says what each is) lives in a process of its own and makes a few updates in every
+round, one program after the other, in an order that turns from round to round. All have the same start, blocks,
+hyperparameters and number of threads.
+
+wall_seconds       of an update, the wait for its data included: the median over the rounds of their means
+cpu_seconds        the same of all threads of the process
+tokens_per_second  predicted, by the wall
+times_ours         wall seconds of the program by those of ours: how many times faster ours is; times_ours_cpu of CPU
+share_of_gemm      FLOP/s of the update by those of this machine's matrix products in the same arithmetic, measured in
+                   every round; the FLOPs are 6 N + 12 L H Q T a token (llm.models.flops)
+peak_bytes         the highest memory during a round: the device's, or the process's where that is the CPU
+first_loss         of the first update: within 1e-4 of each other in fp32, or the programs do not do the same
+last_loss          of the last timed update, which stays close
+same_by_same       ours by ours once more, another process: farther than 3 % from 1, no claim can be made
+whole_by_bare      tokens/s of `python -m llm.trainers.gpt` (its records, TensorBoard and all; neither evaluation nor
+                   checkpoints) between its first record and its last, by those of the bare update, in turn
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gate import Program, thread_environment
+from benchmarks.machine import describe_machine, num_cores
+from benchmarks.nanogpt import require_nanogpt
+from benchmarks.programs import PROGRAMS, Setting
+from benchmarks.starting import Size, require_run_clm, write_start
+from benchmarks.whole_trainer import measure_whole_trainer
+
+AGAIN = "ours_again"
+# Updates that are not timed, beside the first, unless a round has fewer: memory is taken and kernels are chosen.
+_NUM_WARM_UPS = 3
+# An accelerator makes so many times the updates of a CPU in a round, and is still done sooner.
+_ON_CUDA = 40
+_QUIET = 0.03
+_FIRST_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
+_LAST_TOLERANCE = 5e-2
+
+# Updates of a round take some seconds; those of the whole trainer pass through enough records.
+SIZES = {
+    "4x128": Size(layers=4, heads=4, width=128, block=64, batch=12, vocabulary=65, updates=40, whole=160),
+    "6x384": Size(layers=6, heads=6, width=384, block=256, batch=16, vocabulary=65, updates=4, whole=0),
+    "124M": Size(layers=12, heads=12, width=768, block=1024, batch=4, vocabulary=50_304, updates=1, whole=0),
+    "2x32": Size(layers=2, heads=2, width=32, block=32, batch=8, vocabulary=97, updates=20, whole=0),
+}
+_DEFAULT = ("ours_fp32", "nanogpt", "nanogpt_bf16", "run_clm", "trainer", "litgpt")
+
+
+@dataclass
+class Measured:
+    """A program's process, and what it answered: the first update, then each round."""
+
+    name: str
+    process: Program
+    rounds: list[dict[str, Any]]
+
+    def median(self, key: str) -> float:
+        """Of an update."""
+        return float(statistics.median(each[key] / each["num_updates"] for each in self.rounds))
+
+    def play(self, num_updates: int) -> None:
+        """One round."""
+        self.rounds.append({**self.process.ask(num_updates), "num_updates": num_updates})
+
+
+def main() -> None:
+    """Measures, prints and writes the result."""
+    options = _parser().parse_args()
+    import torch
+
+    if options.nanogpt is not None:
+        options.nanogpt = options.nanogpt.resolve()
+        require_nanogpt(options.nanogpt)
+    if options.run_clm is not None:
+        require_run_clm(options.run_clm)
+    size = SIZES[options.size]
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    num_updates = options.updates or size.updates * (_ON_CUDA if device == "cuda" else 1)
+    num_planned = 1 + min(_NUM_WARM_UPS, num_updates) + options.rounds * num_updates
+    with tempfile.TemporaryDirectory() as name:
+        setting = write_start(
+            *(Path(name), size, num_planned, device, options.nanogpt), nanogpt_bias=options.nanogpt_bias
+        )
+        result = measure(options, Path(name), setting, num_updates)
+    result |= {
+        "size": options.size,
+        "model": asdict(size),
+        "updates_a_round": num_updates,
+        "nanogpt_bias": options.nanogpt_bias,
+        "threads": options.threads,
+    }
+    result["machine"] = describe_machine("torch", "transformers", "accelerate", "datasets", "numpy")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(_table(result)))
+    print(f"written to {options.json}")
+    if result["unequal"]:
+        sys.exit("the programs do not do the same: " + "; ".join(result["unequal"]))
+
+
+def measure(options: argparse.Namespace, folder: Path, setting: Setting, num_updates: int) -> dict[str, Any]:
+    """All rounds of all programs, and the whole trainer."""
+    file = folder / "setting.json"
+    setting.write(file)
+    environment = thread_environment(options.threads, setting.device)
+    programs, gemm, skipped = _start(options.programs, file, setting, environment)
+    try:
+        for program in programs:
+            program.process.ask(min(_NUM_WARM_UPS, num_updates))
+        for number in range(options.rounds):
+            gemm.play(1)
+            turn = number % len(programs)
+            for program in [*programs[turn:], *programs[:turn]]:
+                program.play(num_updates)
+            shown = ", ".join(f"{each.name} {_last_milliseconds(each):.1f}" for each in programs)
+            print(f"round {number + 1}, ms an update: {shown}", flush=True)
+        result = _result(programs, gemm, setting) | {"skipped": skipped}
+        whole = options.whole_updates if options.whole_updates is not None else SIZES[options.size].whole
+        if whole:
+            for program in [*programs[1:], gemm]:
+                program.process.close()
+            result["whole"] = measure_whole_trainer(
+                programs[0].process, setting, folder, environment, num_updates=whole, rounds=options.rounds
+            )
+        return result
+    finally:
+        for program in [*programs, gemm]:
+            program.process.close()
+
+
+def _start(
+    wanted: list[str], file: Path, setting: Setting, environment: dict[str, str]
+) -> tuple[list[Measured], Measured, dict[str, str]]:
+    """The processes, each behind its first update: the programs, that of the products, and why others are not there."""
+
+    def start(program: str, name: str) -> Measured:
+        print(f"starting {name}", flush=True)
+        return Measured(name, Program(["benchmarks.programs", program, str(file)], environment), [])
+
+    gemm = start("gemm", "gemm")
+    programs = [start("ours", "ours"), start("ours", AGAIN)]
+    skipped = {}
+    for name in wanted:
+        reason = _reason_to_skip(name, setting, gemm.process.first, programs[0].process.first)
+        if reason is None:
+            programs.append(start(name, name))
+        else:
+            skipped[name] = reason
+            print(f"{name} is skipped: {reason}", flush=True)
+    return programs, gemm, skipped
+
+
+def _reason_to_skip(name: str, setting: Setting, gemm: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    if name == "litgpt":
+        return "its GPT has rotary positions alone, so that it cannot start from these weights or have this loss"
+    if name == "ours_fp32" and ours["arithmetic"] == "fp32":
+        return "ours is fp32 here"
+    if name.startswith("nanogpt") and setting.nanogpt_dir is None:
+        return "no --nanogpt"
+    if name == "nanogpt_bf16" and setting.device != "cpu":
+        return "nanogpt is bf16 here as it is"
+    if name == "nanogpt_bf16" and not gemm["bf16_is_native"]:
+        rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in gemm["quick_flops"].items())
+        return f"this machine does not multiply bf16 natively ({rates})"
+    return None
+
+
+def _result(programs: list[Measured], gemm: Measured, setting: Setting) -> dict[str, Any]:
+    rates = {"fp32": statistics.median(each["fp32"] for each in gemm.rounds)}
+    if "bf16" in gemm.rounds[0]:
+        rates["bf16"] = statistics.median(each["bf16"] for each in gemm.rounds)
+    ours, again = programs[0], programs[1]
+    flops = ours.process.first["flops_per_token"]
+    tokens = setting.micro_batch * setting.block_size
+    same = ours.median("wall_seconds") / again.median("wall_seconds")
+    found = {}
+    for program in programs:
+        first, wall, cpu = program.process.first, program.median("wall_seconds"), program.median("cpu_seconds")
+        rate = rates.get(first["arithmetic"])
+        found[program.name] = {
+            "wall_seconds": wall,
+            "cpu_seconds": cpu,
+            "tokens_per_second": tokens / wall,
+            "times_ours": wall / ours.median("wall_seconds"),
+            "times_ours_cpu": cpu / ours.median("cpu_seconds"),
+            "share_of_gemm": None if rate is None else flops * tokens / wall / rate,
+            "peak_bytes": max(each["peak_bytes"] for each in program.rounds),
+            "first_loss": first["loss"],
+            "last_loss": program.rounds[-1]["loss"],
+            "arithmetic": first["arithmetic"],
+            "says": {key: first[key] for key in ("threads", "compiled", "says") if key in first},
+            "rounds": program.rounds,
+        }
+    return {
+        "programs": found,
+        "same_by_same": same,
+        "is_quiet": abs(same - 1) <= _QUIET,
+        "unequal": unequal(found),
+        "gemm_flops": rates,
+        "flops_per_token": flops,
+        "device": setting.device,
+    }
+
+
+def unequal(programs: dict[str, dict[str, Any]]) -> list[str]:
+    """What shows that programs do not do the same; the first in fp32 is what the others are held against."""
+    exact = [each for each in programs.values() if each["arithmetic"] == "fp32"] or list(programs.values())
+    found = []
+    for name, each in programs.items():
+        for key, tolerance in (("first_loss", _FIRST_TOLERANCE[each["arithmetic"]]), ("last_loss", _LAST_TOLERANCE)):
+            if not abs(each[key] - exact[0][key]) <= tolerance:  # nor may it be nan
+                found.append(f"{key} of {name} is {each[key]:.5f}, not {exact[0][key]:.5f}")
+    threads = {name: each["says"]["threads"] for name, each in programs.items()}
+    if len(set(threads.values())) > 1:
+        found.append(f"threads differ: {threads}")
+    return found
+
+
+def _last_milliseconds(program: Measured) -> float:
+    newest = program.rounds[-1]
+    return float(newest["wall_seconds"]) / newest["num_updates"] * 1e3
+
+
+def _table(result: dict[str, Any]) -> list[str]:
+    lines = [f"{'':16}  arith  wall ms   CPU ms    tok/s  x ours  x CPU  of GEMM  peak MB  first loss  last loss"]
+    for name, each in result["programs"].items():
+        share = "" if each["share_of_gemm"] is None else f"{each['share_of_gemm']:.1%}"
+        lines.append(
+            f"{name:16} {each['arithmetic']:>6} {each['wall_seconds'] * 1e3:8.1f} {each['cpu_seconds'] * 1e3:8.1f}"
+            f" {each['tokens_per_second']:8.0f} {each['times_ours']:7.2f} {each['times_ours_cpu']:6.2f} {share:>8}"
+            f" {each['peak_bytes'] / 1e6:8.0f} {each['first_loss']:11.5f} {each['last_loss']:10.4f}"
+        )
+    lines += [f"{name:16} skipped: {reason}" for name, reason in result["skipped"].items()]
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in result["gemm_flops"].items())
+    lines.append(f"matrix products: {rates}")
+    if "whole" in result:
+        whole = result["whole"]
+        lines.append(
+            f"whole_by_bare {whole['whole_by_bare']:.3f}: {whole['whole_tokens_per_second']:.0f} tok/s of the trainer,"
+            f" {whole['bare_tokens_per_second']:.0f} of the bare update"
+        )
+    verdict = "quiet" if result["is_quiet"] else "NOT QUIET: no claim can be made"
+    return [*lines, f"same_by_same {result['same_by_same']:.3f}: {verdict}"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
+    parser.add_argument("--nanogpt_bias", action="store_true", help="nanoGPT has biases, as GPT-2 (as shipped: none)")
+    parser.add_argument("--run_clm", type=Path, help="run_clm_no_trainer.py: read, to see that its step is what is run")
+    parser.add_argument("--size", choices=SIZES, default="4x128")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--updates", type=int, help="of each program in a round (default: by the size)")
+    parser.add_argument("--whole_updates", type=int, help="of the whole trainer in a round (0: it is not measured)")
+    parser.add_argument("--threads", type=int, default=num_cores(), help="of every program (default: all cores)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="(default: cuda where there is one)")
+    parser.add_argument(
+        "--programs",
+        type=lambda words: [word for word in words.split(",") if word],
+        default=list(_DEFAULT),
+        help=f"beside ours, of {', '.join(PROGRAMS)} (default: {','.join(_DEFAULT)})",
+    )
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/throughput.json"), help="the result")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

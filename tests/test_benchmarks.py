@@ -1,0 +1,115 @@
+"""The benchmarks' own machinery: what they hold side by side is the same, and they say so when it is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gate import Program, thread_environment
+from benchmarks.nanogpt import require_nanogpt
+from benchmarks.starting import require_run_clm, write_start
+from benchmarks.throughput import SIZES, unequal
+from benchmarks.time_to_loss import summary
+
+RUN_CLM = """
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+            outputs = model(**batch)
+            accelerator.backward(loss)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+"""
+
+
+@pytest.mark.slow
+def test_throughput_when_run_then_programs_are_equal_and_figures_fit_together(tmp_path: Path) -> None:
+    file = tmp_path / "throughput.json"
+    words = ["--size", "2x32", "--rounds", "2", "--updates", "3", "--threads", "1", "--device", "cpu"]
+    words += ["--programs", "trainer,nanogpt,litgpt", "--json", str(file)]
+    subprocess.run([sys.executable, "-m", "benchmarks.throughput", *words], check=True, timeout=170)
+    found = json.loads(file.read_text())
+    assert list(found["programs"]) == ["ours", "ours_again", "trainer"]
+    assert list(found["skipped"]) == ["nanogpt", "litgpt"]
+    assert found["unequal"] == []
+    ours, again, trainer = found["programs"].values()
+    assert ours["first_loss"] == again["first_loss"] == pytest.approx(trainer["first_loss"], abs=1e-5)
+    assert ours["last_loss"] == pytest.approx(trainer["last_loss"], abs=1e-3) and ours["last_loss"] < 4.5
+    for each in (ours, again, trainer):
+        assert each["tokens_per_second"] == pytest.approx(8 * 32 / each["wall_seconds"])
+        assert each["times_ours"] == pytest.approx(each["wall_seconds"] / ours["wall_seconds"])
+        assert 0 < each["share_of_gemm"] < 1 and each["peak_bytes"] > 1e8 and each["cpu_seconds"] > 0
+        assert len(each["rounds"]) == 2
+    assert found["same_by_same"] == pytest.approx(ours["wall_seconds"] / again["wall_seconds"])
+
+
+@pytest.mark.slow
+def test_unequal_when_a_program_starts_from_other_weights_then_names_it(tmp_path: Path) -> None:
+    found = {}
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        setting = write_start(folder, SIZES["2x32"], 3, "cpu", None, seed=seed)
+        setting.write(folder / "setting.json")
+        words = ["benchmarks.programs", "run_clm", str(folder / "setting.json")]
+        program = Program(words, thread_environment(1, "cpu"))
+        last = program.ask(2)
+        program.close()
+        found[f"seed {seed}"] = {
+            "arithmetic": program.first["arithmetic"],
+            "first_loss": program.first["loss"],
+            "last_loss": last["loss"],
+            "says": {"threads": program.first["threads"]},
+        }
+    assert [words.split(" is ")[0] for words in unequal(found)] == ["first_loss of seed 1"]
+
+
+def test_unequal_when_losses_or_threads_differ_then_says_which() -> None:
+    same = {"arithmetic": "fp32", "first_loss": 4.0, "last_loss": 3.0, "says": {"threads": 2}}
+    assert unequal({"ours": same, "other": {**same, "first_loss": 4.00005, "last_loss": 3.01}}) == []
+    assert unequal({"ours": same, "other": {**same, "first_loss": 4.001, "arithmetic": "bf16"}}) == []
+    assert len(unequal({"ours": same, "other": {**same, "first_loss": 4.001}})) == 1
+    assert len(unequal({"ours": same, "other": {**same, "last_loss": float("nan")}})) == 1
+    assert unequal({"ours": same, "other": {**same, "says": {"threads": 1}}}) == [
+        "threads differ: {'ours': 2, 'other': 1}"
+    ]
+
+
+def test_program_when_it_fails_then_its_last_words_are_said(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"(?s)benchmarks\.programs nothing ended with code 1.*FileNotFoundError"):
+        Program(["benchmarks.programs", "nothing", str(tmp_path / "none.json")], {})
+
+
+def test_summary_when_curves_cross_the_loss_then_gives_seconds_and_quotients() -> None:
+    def point(step: int, seconds: float, loss: float) -> dict[str, float]:
+        return {"step": step, "wall_seconds": seconds, "cpu_seconds": 2 * seconds, "eval_loss": loss}
+
+    nanogpt = [point(100, 10, 2.5), point(200, 20, 1.9)]
+    ours = [point(100, 4, 1.88), point(200, 8, 1.7)]
+    found = summary([{"nanogpt": nanogpt, "llm": ours}], 1.88)
+    assert found["ratio"] == {"wall": 5.0, "cpu": 5.0} and found["ratio_to_loss"] is None
+    assert found["nanogpt"]["seconds_to_loss"] is None and found["llm"]["step_at_loss"] == 100
+    found = summary([{"nanogpt": nanogpt, "llm": ours}], 1.9)
+    assert found["ratio_to_loss"] == {"wall": 5.0, "cpu": 5.0}
+    assert summary([{"nanogpt": nanogpt, "llm": ours}], 1.0)["ratio"] is None
+
+
+def test_require_when_another_folder_or_script_is_given_then_one_line_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no train\.py there"):
+        require_nanogpt(tmp_path)
+    for name in ("train.py", "model.py", "configurator.py"):
+        (tmp_path / name).write_text("print('nothing')\n")
+    with pytest.raises(SystemExit, match=r"another train\.py"):
+        require_nanogpt(tmp_path)
+    file = tmp_path / "run_clm_no_trainer.py"
+    file.write_text(RUN_CLM)
+    require_run_clm(file)
+    file.write_text(RUN_CLM.replace("lr_scheduler.step()", ""))
+    with pytest.raises(SystemExit, match=r"no `lr_scheduler\.step\(\)`"):
+        require_run_clm(file)
+    file.write_text(RUN_CLM + "accelerator.clip_grad_norm_(model.parameters(), 1.0)")
+    with pytest.raises(SystemExit, match="it clips"):
+        require_run_clm(file)
