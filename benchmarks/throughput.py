@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks.gate import Program, thread_environment
 from benchmarks.machine import describe_machine, num_cores
 from benchmarks.nanogpt import require_nanogpt
-from benchmarks.programs import PROGRAMS, Setting
+from benchmarks.programs import Setting
 from benchmarks.starting import Size, require_run_clm, write_start
 from benchmarks.whole_trainer import measure_whole_trainer
 
@@ -52,7 +52,8 @@ SIZES = {
     "124M": Size(layers=12, heads=12, width=768, block=1024, batch=4, vocabulary=50_304, updates=1, whole=0),
     "2x32": Size(layers=2, heads=2, width=32, block=32, batch=8, vocabulary=97, updates=20, whole=0),
 }
-_DEFAULT = ("ours_fp32", "nanogpt", "nanogpt_bf16", "run_clm", "trainer", "litgpt")
+CHOICES = ("ours_fp32", "nanogpt", "nanogpt_bf16", "nanogpt_compile", "run_clm", "trainer", "litgpt")
+_DEFAULT = tuple(name for name in CHOICES if name != "nanogpt_compile")
 
 
 @dataclass
@@ -77,6 +78,8 @@ def main() -> None:
     options = _parser().parse_args()
     import torch
 
+    if unknown := [name for name in options.programs if name not in CHOICES]:
+        sys.exit(f"--programs {','.join(unknown)}: known are {', '.join(CHOICES)}")
     if options.nanogpt is not None:
         options.nanogpt = options.nanogpt.resolve()
         require_nanogpt(options.nanogpt)
@@ -271,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         "--programs",
         type=lambda words: [word for word in words.split(",") if word],
         default=list(_DEFAULT),
-        help=f"beside ours, of {', '.join(PROGRAMS)} (default: {','.join(_DEFAULT)})",
+        help=f"beside ours, of {', '.join(CHOICES)} (default: {','.join(_DEFAULT)})",
     )
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/throughput.json"), help="the result")
     return parser

@@ -79,7 +79,7 @@ def test_unequal_when_losses_or_threads_differ_then_says_which() -> None:
 
 
 def test_program_when_it_fails_then_its_last_words_are_said(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"(?s)benchmarks\.programs nothing ended with code 1.*FileNotFoundError"):
+    with pytest.raises(SystemExit, match=r"(?s)benchmarks\.programs nothing ended with code 1.*KeyError: 'nothing'"):
         Program(["benchmarks.programs", "nothing", str(tmp_path / "none.json")], {})
 
 

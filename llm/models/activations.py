@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel, activations
 
-# Python spellings of the same function: eight kernels forward and twelve backward, each over the widest tensor of
-# the model. At 6 x 384, block 256, they took a fifth of an update.
+# Python spellings of the same function: many kernels, each over the widest tensor of the model. At 6 x 384,
+# block 256, on a CPU, they took a fifth of an update.
 _SPELLINGS = (activations.NewGELUActivation, activations.FastGELUActivation, activations.AccurateGELUActivation)
 
 

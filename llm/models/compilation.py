@@ -48,7 +48,8 @@ def compile_training(language_model: LanguageModel, wish: Wish, *, device: torch
 
 def _pays(device: torch.device, num_steps: int) -> bool:
     """Whether a run of so many updates wins more than the compiling costs."""
-    # Not measured on an accelerator yet: compiling takes one to three minutes there.
+    # On a CPU the first update of 4 x 128 took 157 s, of each layer alone 49 s (two busy cores), as long as that whole
+    # run of 2,000 updates. The length for CUDA is an estimate, not measured.
     return device.type == "cuda" and num_steps >= _LONG
 
 

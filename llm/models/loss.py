@@ -15,7 +15,7 @@ IGNORED = -100
 # only take memory: 4 x 1,024 tokens of GPT-2's vocabulary make four chunks.
 _CHUNK_BYTES = 256 * 2**20
 # Below, whole logits are faster: at 65 tokens 12 against 29 ms, at 1,024 150 against 148, at 8,192 782 against 659
-# (forward and backward, one core, fp32, 4,096 rows x 384, of 8,192 half as many: `python -m benchmarks.loss`).
+# (forward and backward, one core, fp32, 4,096 rows x 384, of 8,192 half as many; benchmarks/loss.py repeats it).
 _LARGE = 2048
 # Products over a multiple of this run faster on tensor cores.
 _COLUMNS = 64
@@ -112,6 +112,8 @@ def _sweep(
             of_hidden[begin:end] = torch.mm(slope, head) * counts
         if of_head is not None:
             _add_product(of_head, slope.t(), rows * counts)
+        # Else they would still be there beside the next chunk's.
+        del logits, slope
     return loss, of_hidden, None if of_head is None else of_head[:vocabulary], of_bias
 
 
