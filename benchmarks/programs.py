@@ -33,7 +33,8 @@ from benchmarks.gate import Gate
 
 BETAS = (0.9, 0.999)  # what run_clm's AdamW has, which has no option for them
 WEIGHT_DECAY = 0.1
-LEARNING_RATE = 6e-4
+# Without a warm-up: at more, the loss of the wider models first rises.
+LEARNING_RATE = 1e-4
 # A device does bf16 natively that is at least so much faster in it than in fp32.
 _NATIVE = 1.2
 _QUICK_SIZE = 512
@@ -109,7 +110,7 @@ def run_ours(setting: Setting, gate: Gate, *words: str) -> None:
     from llm.data.loaders import training_batches
     from llm.engine.building import build_language_model, build_updater
     from llm.engine.machine import start_machine
-    from llm.engine.plan import learning_rates, plan_run
+    from llm.engine.plan import plan_run, plan_schedule
     from llm.engine.randomness import seed_weights
     from llm.models.build import read_config
     from llm.models.flops import flops_per_token
@@ -120,8 +121,9 @@ def run_ours(setting: Setting, gate: Gate, *words: str) -> None:
     samples = StoredBlocks(setting)
     plan = plan_run(options.training, samples, num_ranks=1, seed=1)
     seed_weights(plan.seed)
-    language_model = build_language_model(options, options.model, read_config(options.model), None, machine)
-    updater = build_updater(options, machine, language_model, learning_rates(options, plan), seed=plan.seed)
+    config = read_config(options.model)
+    language_model = build_language_model(options, options.model, config, None, machine, num_steps=plan.num_steps)
+    updater = build_updater(options, machine, language_model, plan_schedule(options, plan), seed=plan.seed)
     batches = training_batches(
         samples,
         seed=plan.seed,

@@ -37,7 +37,8 @@ def test_throughput_when_run_then_programs_are_equal_and_figures_fit_together(tm
     assert found["unequal"] == []
     ours, again, trainer = found["programs"].values()
     assert ours["first_loss"] == again["first_loss"] == pytest.approx(trainer["first_loss"], abs=1e-5)
-    assert ours["last_loss"] == pytest.approx(trainer["last_loss"], abs=1e-3) and ours["last_loss"] < 4.5
+    assert ours["last_loss"] == pytest.approx(trainer["last_loss"], abs=1e-3)
+    assert ours["last_loss"] < ours["first_loss"]
     for each in (ours, again, trainer):
         assert each["tokens_per_second"] == pytest.approx(8 * 32 / each["wall_seconds"])
         assert each["times_ours"] == pytest.approx(each["wall_seconds"] / ours["wall_seconds"])
