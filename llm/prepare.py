@@ -65,6 +65,9 @@ def _prepare(argv: Sequence[str]) -> int:
             else:
                 _write(folder, options, corpus, lock)
         _sum_up(folder, open_folder(folder))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted; start the same command again: it continues in {folder}\n")
+        raise
     except OSError as error:
         raise UserError(
             f"--output_dir {folder}: cannot be written ({error.strerror or error}); make room or name another,"
@@ -74,15 +77,22 @@ def _prepare(argv: Sequence[str]) -> int:
 
 
 def _verify(folder: Path) -> int:
-    """Prints a line for every shard; 1 if one is damaged."""
+    """Prints a line for every shard, and one for the tokenizer; 1 if one is damaged."""
     from llm.data.shards import verify
+    from llm.models.tokenizers import tokenizer_hash
 
-    num_damaged = 0
+    num_damaged, expected = 0, set()
     for shard, damage in verify(folder):
         num_damaged += damage is not None
+        expected.add(shard.tokenizer_hash)
         print(f"{shard.path}: {damage or f'good, {shard.num_tokens:,} tokens'}")
     if num_damaged:
         raise UserError(f"{folder}: {num_damaged} shards are damaged; remove the folder and prepare the text again")
+    saved = folder / "tokenizer"
+    if saved.is_dir():  # the shards of the cache have theirs elsewhere
+        if {tokenizer_hash(_saved_tokenizer(saved))} != expected:
+            raise UserError(f"{saved} is not the tokenizer of the shards; remove the folder and prepare the text again")
+        print(f"{saved}: good")
     return 0
 
 
@@ -201,7 +211,7 @@ def _tokenizer(folder: Path, options: PrepareOptions, corpus: Corpus) -> PreTrai
     """The one in the folder, or else the one that the options name, which is put there."""
     from huggingface_hub import constants
 
-    from llm.config.options import ModelOptions, TokenizerOptions
+    from llm.config.options import ModelOptions
     from llm.files.atomic import whole_folder
     from llm.models.tokenizers import load_tokenizer
 
@@ -223,8 +233,15 @@ def _tokenizer(folder: Path, options: PrepareOptions, corpus: Corpus) -> PreTrai
         except Exception as error:  # what tokenizers raises where the disk is full is nothing else
             raise OSError(str(error)) from error
     # Always the saved one: what the trainer will load decides what the ids mean.
+    return _saved_tokenizer(saved)
+
+
+def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from llm.config.options import ModelOptions, TokenizerOptions
+    from llm.models.tokenizers import load_tokenizer
+
     return load_tokenizer(
-        TokenizerOptions(tokenizer_name=str(saved)),
+        TokenizerOptions(tokenizer_name=str(folder)),
         ModelOptions(),
         texts=lambda: iter(()),
         corpus_fingerprint="",

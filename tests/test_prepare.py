@@ -63,7 +63,7 @@ def test_prepare_when_run_then_shards_that_say_everything(
     assert (streams.train.num_documents or 0) + (streams.validation.num_documents or 0) == NUM_ROWS
     assert len(streams.train.tokens) > 200_000
     assert main(["--output_dir", str(folder), "--verify"]) == 0
-    assert capsys.readouterr().out.count(": good, ") == len(list(folder.glob("*.bin")))
+    assert capsys.readouterr().out.count(": good") == len(list(folder.glob("*.bin"))) + 1
     made = _content(folder)
     assert main(_words(rows, tiny_gpt2_dir, folder)) == 0
     assert "finished already" in capsys.readouterr().out
@@ -97,6 +97,34 @@ def test_prepare_when_a_byte_changed_then_verify_says_where(
     printed = capsys.readouterr()
     assert f"{path}: has other ids" in printed.out
     assert "1 shards are damaged" in printed.err
+
+
+def test_prepare_when_the_tokenizer_changed_then_verify_says_so(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    assert main(_words(rows, tiny_gpt2_dir, folder)) == 0
+    path = folder / "tokenizer" / "tokenizer.json"
+    facts = json.loads(path.read_text())
+    vocab = facts["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(facts))
+    assert main(["--output_dir", str(folder), "--verify"]) == 1
+    assert "tokenizer is not the tokenizer of the shards" in capsys.readouterr().err
+
+
+def test_prepare_when_interrupted_then_says_that_it_can_be_continued(
+    rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    words = _words(rows, tiny_gpt2_dir, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitWriter, "_finish_shard", interrupted)
+        assert main(words) == 130
+    assert "interrupted; start the same command again" in capsys.readouterr().err
+    assert main(words) == 0
 
 
 def test_prepare_when_a_tokenizer_is_trained_then_it_lies_beside_the_shards(rows: Path, tmp_path: Path) -> None:
