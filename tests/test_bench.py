@@ -49,6 +49,25 @@ def test_bench_when_given_a_text_then_its_blocks_and_vocabulary_are_used(
     assert "of 256 tokens" in out and f"({num_parameters:,} parameters)" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        ([], 97),
+        (["--tokenizer_name", "train:bpe", "--vocab_size", "300"], 300),
+        (["--tokenizer_name", "train:bpe"], 8192),
+        (["--tokenizer_name", "FOLDER"], 257),
+    ],
+)
+def test_bench_when_no_text_is_named_then_the_vocabulary_is_that_of_the_run(
+    words: list[str], size: int, tiny_gpt2_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    named = [str(tiny_gpt2_dir) if word == "FOLDER" else word for word in words]
+    assert main([*TINY, "--num_updates", "2", *named]) == 0
+    num_parameters = (size + 64) * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32
+    out = capfd.readouterr().out
+    assert f"of a vocabulary of {size:,}\n" in out and f"({num_parameters:,} parameters)" in out
+
+
 def test_bench_when_sweeping_then_says_which_size_is_fastest(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "sweep.json"
     assert main([*TINY, "--sweep", "micro_batch", "--num_updates", "2", "--json_file", str(file)]) == 0
@@ -74,6 +93,7 @@ def test_bench_when_profiling_then_writes_a_trace_and_prints_the_top_rows(
         (["--num_updates", "1"], 2, "--num_updates 1: must be"),
         (["--sweep", "macro_batch"], 2, "did you mean micro_batch?"),
         (["--block_size", "100000"], 1, "beyond the 64 tokens"),
+        (["--tokenizer_name", "char"], 1, "the vocabulary is that of the text"),
         (["--json_file", "/proc/none/bench.json"], 1, "cannot be written"),
     ],
 )

@@ -15,7 +15,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llm.config.bench import BenchOptions
 from llm.config.errors import UserError
-from llm.config.options import DataOptions
 from llm.data.loaders import Samples
 from llm.engine.building import build_language_model, build_updater
 from llm.engine.journal import start_journal, stop_journal
@@ -27,6 +26,7 @@ from llm.engine.randomness import seed_weights
 from llm.engine.text import meet_the_hub, prepare_text
 from llm.models.build import context_limit, load_config, read_config
 from llm.models.flops import flops_per_token, peak_flops
+from llm.models.tokenizers import CHARACTERS, TRAINED, DEFAULT_VOCAB_SIZE, load_tokenizer
 from llm.world.network import come_online
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ def bench(options: BenchOptions) -> None:
 def _bench(options: BenchOptions, machine: Machine) -> None:
     world, wanted = machine.world, options.bench
     log.info("%s", machine)
+    if wanted.sweep is not None and world.size > 1:
+        raise UserError("--sweep tries sizes until memory is full or more is no faster, in one process; start one")
     meet_the_hub(options, world)
     limit = context_limit(read_config(options.model))
     block_size = choose_block_size(options.data.block_size, limit, limit)
@@ -104,14 +106,36 @@ def _samples(
     options: BenchOptions, machine: Machine, block_size: int
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None, Samples]:
     """The model's configuration, its tokenizer if there is a text, and the blocks."""
-    data: DataOptions = options.data
+    data = options.data
     if all(getattr(data, name) is None for name in _SOURCES):
-        config = read_config(options.model)
-        vocabulary_size = int(config.get_text_config(decoder=True).vocab_size)
-        return config, None, SyntheticBlocks(block_size, vocabulary_size)
+        config = _config_without_a_text(options)
+        size = int(config.get_text_config(decoder=True).vocab_size)
+        log.info("blocks: random ids of a vocabulary of %s", f"{size:,}")
+        return config, None, SyntheticBlocks(block_size, size)
     text = machine.world.in_turn("the text", lambda: prepare_text(options, machine.world))
     blocks, _ = text.cut(block_size, document_mask=data.document_mask)
     return load_config(options.model, text.tokenizer), text.tokenizer, blocks
+
+
+def _config_without_a_text(options: BenchOptions) -> PretrainedConfig:
+    """The configuration, with the vocabulary of the tokenizer that the options name; its own where they name none.
+
+    Raises:
+        UserError: only the text knows the vocabulary.
+    """
+    name, model = options.tokenizer.tokenizer_name, options.model
+    if name == CHARACTERS:
+        raise UserError("--tokenizer_name char: the vocabulary is that of the text; name it (--train_file FILE)")
+    if name is None or model.model_name_or_path is not None:
+        return read_config(model)
+    if name == TRAINED:
+        size = options.tokenizer.vocab_size or DEFAULT_VOCAB_SIZE
+        overrides = ",".join(filter(None, [model.config_overrides, f"vocab_size={size}"]))
+        return read_config(model.model_copy(update={"config_overrides": overrides}))
+    nothing = load_tokenizer(
+        options.tokenizer, model, texts=lambda: iter(()), corpus_fingerprint="", cache_dir=Path()
+    )
+    return load_config(model, nothing)
 
 
 def _record(found: Measurement, facts: dict[str, Any]) -> dict[str, Any]:

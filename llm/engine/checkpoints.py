@@ -146,9 +146,11 @@ def set_aside(folder: Path, step: int) -> None:
         if beyond > step:
             aside = folder / ABANDONED / path.name
             aside.parent.mkdir(exist_ok=True)
+            earlier = ", in the place of an earlier one, which is removed" if aside.exists() else ""
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            log.warning("checkpoint %s is beyond step %d, where this run goes on: moved to %s", path.name, step, aside)
+            told = (path.name, step, aside, earlier)
+            log.warning("checkpoint %s is beyond step %d, where this run goes on: moved to %s%s", *told)
     if others := left_alone(folder):
         names = ", ".join(path.name for path in others[:_NUM_NAMED]) + ", ..." * (len(others) > _NUM_NAMED)
         log.info("in %s, damaged or not this run's, and removed by no run: %s", folder, names)

@@ -134,4 +134,5 @@ def by_rows(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: 
         weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
         parts.append(torch.bmm(weights, values[:, :end]))
     output = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return output.view(batch, heads, length, -1).transpose(1, 2)
+    # Some models take a view of it, as torch's own kernels allow.
+    return output.view(batch, heads, length, -1).transpose(1, 2).contiguous()

@@ -71,7 +71,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
-            None if gradient is None else gradient.to(dtype) * scale.to(dtype)
+            # Scaled in float32: one over the tokens of an update has no room in fp16, a loss scale neither.
+            None if gradient is None else (gradient.float() * scale).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None

@@ -230,6 +230,11 @@ def test_aside_when_set_then_those_beyond_are_moved_and_what_no_run_removes_is_n
     moved, alone = [record.getMessage() for record in caplog.records]
     assert "step_4 is beyond step 3" in moved
     assert alone == f"in {folder}, damaged or not this run's, and removed by no run: epoch_0, step_1"
+    assert "removed" not in moved
+    save(4)
+    caplog.clear()
+    set_aside(folder, 3)
+    assert "in the place of an earlier one, which is removed" in caplog.records[0].getMessage()
 
 
 def test_find_when_there_is_none_then_only_a_bare_flag_is_content(tmp_path: Path) -> None:

@@ -61,6 +61,12 @@ def test_by_rows_when_compared_with_sdpa_then_output_and_gradients_are_equal(
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("_by_rows_everywhere")
+def test_causal_attention_when_computed_by_rows_then_its_output_can_be_viewed() -> None:
+    output, _ = causal_attention(torch.nn.Module(), *heads(30), None)
+    assert output.is_contiguous()  # as torch's own kernel gives it; some models take a view
+
+
 def test_by_rows_when_in_bf16_then_is_within_rounding_of_float32() -> None:
     found = by_rows(*heads(30, torch.bfloat16), 0.0, None).detach()
     exact = by_rows(*heads(30), 0.0, None).detach()

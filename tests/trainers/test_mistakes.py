@@ -16,12 +16,12 @@ Train = Callable[..., Outcome]
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test if a model is built."""
-    import llm.engine.run
+    import llm.engine.building
 
     def build(*_: object, **__: object) -> None:
         pytest.fail("a model was built before the mistake was reported")
 
-    monkeypatch.setattr(llm.engine.run, "build_model", build)
+    monkeypatch.setattr(llm.engine.building, "build_model", build)
 
 
 def one_line(outcome: Outcome, code: int) -> str:

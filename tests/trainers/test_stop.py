@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import llm.engine.run
+import llm.engine.building
 from llm.engine.central import CentralUpdater
 from llm.engine.past_run import how_it_stands, read_run
 from llm.models.language_model import LanguageModel
@@ -374,13 +374,13 @@ def test_stop_when_nothing_was_trained_since_the_resume_then_nothing_is_written_
     words = [*tiny_options, "--output_dir", tmp_path, "--checkpointing_steps", "10", "--max_train_steps"]
     assert train(*words, "10").code == 0
     manifest = tmp_path / "checkpoints" / "step_10" / "manifest.json"
-    before, build = manifest.stat(), llm.engine.run.build_optimizer
+    before, build = manifest.stat(), llm.engine.building.build_optimizer
 
     def signalled(*given: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return build(*given)
 
-    monkeypatch.setattr(llm.engine.run, "build_optimizer", signalled)
+    monkeypatch.setattr(llm.engine.building, "build_optimizer", signalled)
     halves = ("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "4")
     outcome = train(*words, "20", *halves, "--resume_from_checkpoint")
     assert outcome.code == 75, outcome.err
