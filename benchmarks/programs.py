@@ -123,7 +123,7 @@ def run_ours(setting: Setting, gate: Gate, *words: str) -> None:
     seed_weights(plan.seed)
     config = read_config(options.model)
     language_model = build_language_model(options, options.model, config, None, machine, num_steps=plan.num_steps)
-    updater = build_updater(options, machine, language_model, plan_schedule(options, plan), seed=plan.seed)
+    updater = build_updater(options, machine, language_model, plan_schedule(options, plan), plan)
     batches = training_batches(
         samples,
         seed=plan.seed,

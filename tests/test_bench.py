@@ -39,6 +39,18 @@ def test_bench_when_run_then_writes_figures_that_fit_together(
     assert "update: " in out and "of 256 tokens" in out and "speed: " in out and "memory: " in out
 
 
+def test_bench_when_kfac_then_its_share_is_told_and_whole_periods_are_timed(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    words = ["--kfac", "--kfac_factor_update_steps", "2", "--kfac_inv_update_steps", "4", "--json", str(file)]
+    assert main([*TINY, *words]) == 0
+    (update,) = json.loads(file.read_text())["updates"]
+    assert (update["period"], len(update["seconds"])) == (4, 2)  # the 5 updates asked for, in whole periods
+    shares = update["shares"]
+    assert list(shares) == ["forward", "backward", "optimizer", "kfac", "data wait", "rest"]
+    assert all(share > 0 for name, share in shares.items() if name != "rest")
+    assert sum(shares.values()) == pytest.approx(1)
+
+
 def test_bench_when_given_a_text_then_its_blocks_and_vocabulary_are_used(
     tiny_options: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ names are unique over all groups, so that the command line stays flat.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import model_validator
@@ -158,12 +159,17 @@ class HubOptions(Group):
 class KfacOptions(Group):
     """K-FAC preconditioning."""
 
-    kfac: bool = row(False, "precondition gradients with K-FAC (refused until the preconditioner is here)")
-    kfac_factor_update_steps: int = row(10, "updates between refreshes of the Kronecker factors", ge=1, metavar="N")
-    kfac_inv_update_steps: int = row(10, "updates between refreshes of their inverses", ge=1, metavar="N")
-    kfac_damping: float = row(0.001, "damping", gt=0, metavar="X")
-    kfac_factor_decay: float = row(0.95, "decay of the factors' running average", ge=0, le=1, metavar="X")
-    kfac_kl_clip: float = row(0.001, "bound of the KL-clip", gt=0, metavar="X")
+    kfac: bool = row(False, "divide the gradients of linear layers by their curvature, before any --optim")
+    kfac_factor_update_steps: int = row(10, "updates between two looks at the curvature (its Kronecker factors)", ge=1, metavar="N")
+    kfac_inv_update_steps: int = row(10, "updates between refreshes of the factors' inverses; below it also 1, 2, 4, 8, ...", ge=1, metavar="N")
+    kfac_damping: float | None = row(None, "damping, relative to the mean curvature of each layer (default 0.1; with --kfac_compat absolute, 0.001)", gt=0, metavar="X")
+    kfac_factor_decay: float = row(0.95, "decay of the factors' running average", gt=0, le=1, metavar="X")
+    kfac_kl_clip: float | None = row(None, "bound of the KL-clip (default: none, each layer keeps its gradient's norm; with --kfac_compat 0.001)", gt=0, metavar="X")
+    kfac_method: Literal["eigen", "inverse"] = row("eigen", "by eigenbases, or by inverses: each factor is damped alone, about half the cost")
+    kfac_factor_tokens: int | None = row(None, "tokens of an update, over all devices, that the factors are made of (default: all)", ge=1, metavar="N")
+    kfac_skip_layers: tuple[str, ...] | None = row(None, "layers to leave out: regular expressions found in their names or classes", metavar="REGEX")
+    kfac_compat: bool = row(False, "kfac-pytorch's formulas and its defaults of --kfac_damping and --kfac_kl_clip")
+    kfac_backend: Literal["llm", "kfac-pytorch"] = row("llm", "whose K-FAC: this package's, or an installed kfac-pytorch")
 
 
 class Options(Group):
@@ -200,8 +206,7 @@ def _contradictions(options: Options) -> list[str | None]:
         if schedule.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") else None,
         "--min_lr_ratio is the floor of --lr_scheduler_type cosine; other schedules take theirs through --lr_scheduler_kwargs"
         if schedule.min_lr_ratio is not None and schedule.lr_scheduler_type != "cosine" else None,
-        "--kfac is refused: the preconditioner is not here yet; leave it out (the --kfac-* options are read and kept)"
-        if kfac.kfac else None,
+        *_mistakes_in_kfac(kfac),
         "--train_dir, --dataset_name and --train_file name the text to train on twice; give one of them"
         if data.train_dir and (data.dataset_name is not None or data.train_file is not None) else None,
         "--validation_file is text, and --train_dir holds tokens; prepare it too and give its folder as --validation_dir"
@@ -229,6 +234,20 @@ def _contradictions(options: Options) -> list[str | None]:
         if isinstance(output.checkpointing_steps, int) and output.checkpointing_steps < 1 else None,
         _duration_mistake("--max_time", training.max_time),
     ]
+
+
+def _mistakes_in_kfac(kfac: KfacOptions) -> list[str]:
+    """Of options that are read without --kfac too."""
+    foreign = kfac.kfac_backend == "kfac-pytorch"
+    mistakes = []
+    if foreign and kfac.kfac_factor_tokens is not None:
+        mistakes.append("--kfac_factor_tokens is for --kfac_backend llm: kfac-pytorch looks at all tokens")
+    for pattern in kfac.kfac_skip_layers or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            mistakes.append(f"--kfac_skip_layers {pattern}: no regular expression ({error})")
+    return mistakes
 
 
 def _mistake_in_folders(words: tuple[str, ...]) -> str | None:

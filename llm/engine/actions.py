@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,14 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAMPLE_TOKENS = 128
 _SAMPLE_TEMPERATURE = 0.8
 _SAMPLE_TOP_K = 200
+
+
+class Gathered(NamedTuple):
+    """What the updater gave for a checkpoint, and for how long the training stood still."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+    seconds: float
 
 
 class Actions:
@@ -79,6 +87,8 @@ class Actions:
         self._first_step = progress.step
         self.newest: Evaluation | None = None
         self._is_best = False
+        self._reasons: list[str] = []
+        self._gathered_step: int | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -198,42 +208,77 @@ class Actions:
                 " run stops, its checkpoints are as they were; try a lower --learning_rate or more --num_warmup_steps"
             )
 
+    def wants_checkpoint(self) -> bool:
+        """Whether this rank, which can only be rank 0, knows that one is due after the update that is being made.
+
+        All must hear of it: the state of an update is gathered from all ranks.
+        """
+        return self._look_for_reasons(self.progress.step + 1)
+
     def save_what_is_due(self, report: StepReport | None = None) -> None:
-        """A checkpoint, if one is due after this update; the training goes on while it is written.
+        """A checkpoint, if one is due after this update; on all ranks. The training goes on while it is written.
+
+        Args:
+            report: of this update; None where an earlier start made it.
 
         Raises:
             UserError: the one before could not be written, or the folder is another run's by now.
         """
         if self.folder is not None:
             self.folder.require_ours(look=False)
+        if self.saver is not None:
+            self.saver.check()
         is_best, self._is_best = self._is_best, False
-        if self.saver is not None and (reasons := self.saver.reasons(self.progress.step) + ["best"] * is_best):
-            self._save(self.saver, reasons)
+        if report is not None:
+            is_due = report.save
+        else:
+            is_due = self.world.share(self._look_for_reasons(self.progress.step))
+        if self.folder is not None and (is_due or is_best):
+            self._save(self._gather(), self._reasons + ["best"] * is_best)
 
-    def save_now(self, reason: str) -> None:
-        """A checkpoint, if this update has none yet; rank 0 returns when it is durable, the others at once.
+    def _look_for_reasons(self, step: int) -> bool:
+        self._reasons = self.saver.reasons(step) if self.saver is not None else []
+        return bool(self._reasons)
+
+    def gather_last(self) -> Gathered | None:
+        """What `save_now` will write: None if this update has a checkpoint already. On all ranks."""
+        is_there = self.folder is None or self._gathered_step == self.progress.step
+        return None if is_there else self._gather()
+
+    def save_now(self, gathered: Gathered | None, reason: str) -> None:
+        """On rank 0 a checkpoint of what was gathered, if anything was; returns when the newest one is durable.
 
         Raises:
             UserError: it could not be written.
         """
         if self.saver is not None:
-            if self.saver.step != self.progress.step:
-                self._save(self.saver, [reason])
+            if gathered is not None:
+                self._save(gathered, [reason])
             self.saver.wait()
             if self.saver.refusal is not None:
                 raise self.saver.refusal
 
-    def _save(self, saver: Saver, reasons: list[str]) -> None:
+    def _gather(self) -> Gathered:
+        """The updater's state, for which all ranks may be needed."""
+        started = time.monotonic()
+        with self.watchdog.phase("the ranks' parts of a checkpoint"):
+            tensors, numbers = self.updater.state()
+        self._gathered_step = self.progress.step
+        return Gathered(tensors, numbers, time.monotonic() - started)
+
+    def _save(self, gathered: Gathered, reasons: list[str]) -> None:
+        """Rank 0 writes; the others had to give their parts only."""
+        if self.saver is None:
+            return
         assert self.folder is not None
         folder, step = self.folder, self.progress.step
-        tensors, numbers = self.updater.state()
         state = {
             "reasons": reasons,
             "progress": self.progress.state(),
             "plan": asdict(self.plan),
             "identity": self.text.identity(),
             "mixed_precision": self.machine.precision,
-            "updater": numbers,
+            "updater": gathered.numbers,
             "world": {"num_processes": self.world.size, "num_nodes": self.world.num_nodes},
         }
 
@@ -254,7 +299,14 @@ class Actions:
             self.stop.deadline.note_save(time.monotonic() - started)
 
         with self.watchdog.phase("the checkpoint before this one, which is still being written"):
-            saver.save(self.progress.step, self.model.state_dict(), tensors, write, reasons)
+            self.saver.save(
+                self.progress.step,
+                self.model.state_dict(),
+                gathered.tensors,
+                write,
+                reasons,
+                gathering_seconds=gathered.seconds,
+            )
 
     def close(self) -> None:
         """Ends what still goes on: the checkpoint that is being written, and the trackers."""
@@ -270,13 +322,14 @@ class Actions:
         Raises:
             UserError: on every rank, when the checkpoint could not be written.
         """
+        gathered = self.gather_last() if self.progress.step > self._first_step else None
         with self.watchdog.phase("the last checkpoint"):
-            self.world.on_main(self._stop_here)
+            self.world.on_main(lambda: self._stop_here(gathered))
 
-    def _stop_here(self) -> None:
+    def _stop_here(self, gathered: Gathered | None) -> None:
         step = self.progress.step
         if step > self._first_step:
-            self.save_now("stop")
+            self.save_now(gathered, "stop")
         # Another rank may have seen first what this one sees by now.
         reason = self.stop.reason if self.stop() else "another rank"
         self.text.check()  # a stream that broke is saved like a stop, and is none

@@ -69,7 +69,7 @@ def _bench(options: BenchOptions, machine: Machine) -> None:
     plan = plan_run(training, samples, num_ranks=world.size, seed=choose_seed(options.training.seed))
     seed_weights(plan.seed)
     language_model = build_language_model(options, options.model, config, tokenizer, machine, num_steps=plan.num_steps)
-    updater = build_updater(options, machine, language_model, plan_schedule(options, plan), seed=plan.seed)
+    updater = build_updater(options, machine, language_model, plan_schedule(options, plan), plan)
     runner = Bench(machine, updater, samples, plan, options.data.dataloader_num_workers)
     dtype = _DTYPES[machine.precision]
     facts = {
@@ -147,6 +147,7 @@ def _record(found: Measurement, facts: dict[str, Any]) -> dict[str, Any]:
         "tokens": found.tokens,
         "median_seconds": found.median_seconds,
         "seconds": found.seconds,
+        "period": found.period,
         "cpu_seconds": found.cpu_seconds,
         "tokens_per_second": found.tokens_per_second,
         "flops": flops,
@@ -162,10 +163,11 @@ def _lines(found: Measurement, facts: dict[str, Any]) -> list[str]:
     record = _record(found, facts)
     exchange = found.communication_seconds
     sheet = "its data sheet is not known here" if record["mfu"] is None else f"MFU {record['mfu']:.1%}"
+    means = f" means of {found.period}" if found.period > 1 else ""
     low, high = min(found.seconds) * 1e3, max(found.seconds) * 1e3
     return [
-        f"update: {found.median_seconds * 1e3:.1f} ms, the median of {len(found.seconds)} ({low:.1f} to {high:.1f};"
-        f" CPU {found.cpu_seconds * 1e3:.1f}), of {found.tokens:,} tokens",
+        f"update: {found.median_seconds * 1e3:.1f} ms, the median of {len(found.seconds)}{means} ({low:.1f} to"
+        f" {high:.1f}; CPU {found.cpu_seconds * 1e3:.1f}), of {found.tokens:,} tokens",
         f"speed: {quantity(found.tokens_per_second)} tok/s",
         f"arithmetic: {quantity(facts['flops_per_token'])}FLOP a token, {quantity(record['flops'])}FLOP/s:"
         f" {record['share_of_measured_flops']:.1%} of what this device does in {facts['arithmetic']} products"

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm.config.options import ModelOptions, Options
 from llm.engine.central import CentralUpdater
+from llm.engine.kfac_pytorch import KfacPytorch
 from llm.engine.machine import Machine
+from llm.engine.plan import Plan
+from llm.engine.preconditioning import Kfac, Preconditioning, Unchanged
 from llm.models.activations import fuse_gelu
 from llm.models.attention import use_causal_attention
 from llm.models.build import build_model
@@ -61,17 +65,44 @@ def build_updater(
     machine: Machine,
     language_model: LanguageModel,
     schedule: Callable[[int], float],
-    *,
-    seed: int,
+    plan: Plan,
 ) -> CentralUpdater:
-    """What makes the updates; the model goes to its device."""
-    # On the device before the optimizer sees it.
+    """What makes the updates of a plan; the model goes to its device."""
+    # On the device before the optimizer and the preconditioner see it.
     wrapped = machine.accelerator.prepare_model(language_model)
+    optimizer = build_optimizer(language_model.model, options.optimizer)
     return CentralUpdater(
         machine=machine,
         model=wrapped,
-        optimizer=build_optimizer(language_model.model, options.optimizer),
+        optimizer=optimizer,
         schedule=schedule,
         max_grad_norm=options.optimizer.max_grad_norm,
-        seed=seed,
+        seed=plan.seed,
+        preconditioning=_preconditioning(options, language_model.model, optimizer, machine, plan),
     )
+
+
+def _preconditioning(
+    options: Options, model: PreTrainedModel, optimizer: torch.optim.Optimizer, machine: Machine, plan: Plan
+) -> Preconditioning:
+    kfac = options.kfac
+    if not kfac.kfac:
+        return Unchanged()
+    main = next(group for group in optimizer.param_groups if group["initial_lr"] == optimizer.defaults["lr"])
+
+    def rate() -> float:
+        return float(main["lr"])
+
+    made: Preconditioning
+    if kfac.kfac_backend == "kfac-pytorch":
+        made = KfacPytorch(model, kfac, rate=rate, accumulation=plan.accumulation, scaler=machine.accelerator.scaler)
+    else:
+        made = Kfac(model, kfac, rate=rate, accumulation=plan.accumulation)
+    for line in made.lines(plan.tokens_per_step):
+        log.info("%s", line)
+    if options.optimizer.optim == "muon":
+        log.warning(
+            "--optim muon with --kfac: Muon gives all singular values of its matrices' steps one length, so that of "
+            "K-FAC's direction only the turn is left; adamw is the optimizer that it was measured with"
+        )
+    return made

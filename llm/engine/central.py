@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from llm.data.loaders import Batch
 from llm.engine.machine import Machine
+from llm.engine.preconditioning import Preconditioning, Unchanged, norm_of
 from llm.engine.randomness import seed_micro_batch
 from llm.models.language_model import IGNORED
 
 Wish = Callable[[], bool]
-"""Whether this rank was asked to stop."""
+"""Whether this rank was asked to stop, or wants a checkpoint."""
+
+# In the names of a preconditioner's tensors, which stand beside the optimizer's.
+_PREFIX = "preconditioner/"
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,12 @@ class StepReport:
 
     Attributes:
         loss: nats a token over the global batch, before the update.
-        grad_norm: norm of the whole gradient before clipping; fp32 scalar tensor on the device.
+        grad_norm: norm of the whole gradient before preconditioning and clipping; fp32 scalar tensor on the device.
         lr: learning rate of the update, of the optimizer's groups the main one.
         skipped: the gradient was not finite, so no weight was changed, on any rank.
         stop: some rank was asked to stop.
         abandoned: the stop came between the micro-batches, so no weight was changed, on any rank.
+        save: some rank wants a checkpoint of the weights after the update.
     """
 
     loss: float
@@ -38,10 +43,11 @@ class StepReport:
     skipped: bool
     stop: bool
     abandoned: bool = False
+    save: bool = False
 
 
 class CentralUpdater:
-    """Forward, backward, clip, step: data parallel with synchronised gradients.
+    """Forward, backward, precondition, clip, step: data parallel with synchronised gradients.
 
     Args:
         machine: device, ranks and arithmetic.
@@ -51,6 +57,7 @@ class CentralUpdater:
         schedule: share of its peak that every rate has in update k (0-based); a pure function.
         max_grad_norm: clip beyond this norm; 0 clips nothing.
         seed: of dropout and whatever else is random in an update.
+        preconditioning: what is done to the gradients before they are clipped.
     """
 
     def __init__(
@@ -62,18 +69,29 @@ class CentralUpdater:
         schedule: Callable[[int], float],
         max_grad_norm: float,
         seed: int,
+        preconditioning: Preconditioning | None = None,
     ) -> None:
         self.accelerator, self.world = machine.accelerator, machine.world
         self.model, self.optimizer = model, optimizer
         self.schedule, self.max_grad_norm, self.seed = schedule, max_grad_norm, seed
+        self.preconditioning = preconditioning or Unchanged()
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def update(self, micro_batches: Sequence[Batch], step: int, *, should_stop: Wish = lambda: False) -> StepReport:
-        """One update from this rank's micro-batches; `should_stop` is this rank's wish, heard by all."""
+    def update(
+        self,
+        micro_batches: Sequence[Batch],
+        step: int,
+        *,
+        should_stop: Wish = lambda: False,
+        should_save: Wish = lambda: False,
+    ) -> StepReport:
+        """One update from this rank's micro-batches; the wishes are this rank's, heard by all."""
         device = self.world.device
         batches = [batch.to(device) for batch in micro_batches]
         num_tokens = self.world.sum_(torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum())
         loss = torch.zeros((), device=device)
+        # DDP takes the mean over ranks; times their number it is the sum that we want.
+        loss_scale = torch.full_like(loss, self.world.size)
         abandoned = False
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -82,33 +100,37 @@ class CentralUpdater:
             seed_micro_batch(self.seed, step, index, self.world.rank)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss_sum, _ = self.model(*batch)
-                # DDP takes the mean over ranks; times their number it is the sum that we want.
-                self.accelerator.backward(loss_sum * (self.world.size / num_tokens))
+                self.accelerator.backward(loss_sum * (loss_scale / num_tokens))
             loss += loss_sum.detach() / num_tokens
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            loss_scale = self.accelerator.scaler.scale(loss_scale)
+        grad_norm = norm_of(self.parameters)
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        wishes = [torch.full_like(loss, float(wish)) for wish in (should_stop(), abandoned)]
-        flags = torch.stack([loss, bad.float(), *wishes])
-        loss_value, num_bad, num_stop, num_abandoned = self.world.sum_(flags).tolist()  # the one read of the device
+        wishes = [torch.full_like(loss, float(wish)) for wish in (should_stop(), abandoned, should_save())]
+        flags = self.world.sum_(torch.stack([loss, bad.float(), *wishes]))
+        loss_value, num_bad, num_stop, num_abandoned, num_save = flags.tolist()  # the one read of the device
         if num_bad == num_abandoned == 0:
-            if self.max_grad_norm > 0:
-                nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, grad_norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.schedule(step)
+            norm = self.preconditioning.apply(grad_norm, num_tokens=num_tokens, loss_scale=loss_scale)
+            if self.max_grad_norm > 0:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
             self.optimizer.step()
+        else:
+            self.preconditioning.discard()
         if self.accelerator.scaler is not None and num_abandoned == 0:
             self.accelerator.scaler.update()
         self.optimizer.zero_grad()
         lr = self.optimizer.defaults["lr"] * self.schedule(step)
-        return StepReport(loss_value, grad_norm, lr, num_bad > 0, num_stop > 0, num_abandoned > 0)
+        return StepReport(loss_value, grad_norm, lr, num_bad > 0, num_stop > 0, num_abandoned > 0, num_save > 0)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What the next update depends on beside the weights.
+        """What the next update depends on beside the weights; on all ranks together, and the same on all.
 
         Returns:
-            Tensors named `<parameter>/<what>`, which the next update changes, and numbers that JSON holds.
+            Tensors named `<parameter>/<what>`, and `preconditioner/…`, which the next update changes, and numbers
+            that JSON holds.
         """
         tensors = {
             f"{name}/{key}": value.detach()
@@ -117,9 +139,11 @@ class CentralUpdater:
             if isinstance(value, Tensor)
         }
         scaler = self.accelerator.scaler
-        return tensors, {
+        more, numbers = self.preconditioning.state()
+        return tensors | {f"{_PREFIX}{name}": tensor for name, tensor in more.items()}, {
             "optimizer": type(self.optimizer).__name__,
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "preconditioner": numbers,
         }
 
     def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -127,19 +151,25 @@ class CentralUpdater:
 
         Raises:
             KeyError: the tensors are those of another model.
-            ValueError: they are those of another optimizer.
+            ValueError: they are those of another optimizer, or of another preconditioner.
         """
         if numbers["optimizer"] != type(self.optimizer).__name__:
             raise ValueError(f"it was {numbers['optimizer']}")
         state: dict[int, dict[str, Tensor]] = {}
         indices = {name: index for index, (name, _) in enumerate(self._named_parameters())}
+        more: dict[str, Tensor] = {}
         for path, tensor in tensors.items():
+            if path.startswith(_PREFIX):
+                more[path.removeprefix(_PREFIX)] = tensor
+                continue
             name, key = path.rsplit("/", 1)
             state.setdefault(indices[name], {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self.accelerator.scaler is not None and numbers["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
+        # Older checkpoints, and those of other programs, have none.
+        self.preconditioning.load(more, numbers.get("preconditioner", {}))
 
     def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters in the optimizer's own order."""

@@ -8,16 +8,18 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from llm.config.errors import UserError
+from llm.config.options import KfacOptions
 from llm.engine.checkpoint_files import saved_steps
 from llm.engine.dry_run import count_numbers
 from llm.engine.lines import quantity
+from llm.engine.preconditioning import kfac_bytes
 
 # The newest checkpoint, the one before it, and one that is being written.
 _NUM_CHECKPOINTS = 3
 _BYTES_OF_A_NUMBER = 4
 
 
-def require_room(checkpoints: Path, config: PretrainedConfig, optim: str, *, is_fresh: bool) -> None:
+def require_room(checkpoints: Path, config: PretrainedConfig, optim: str, kfac: KfacOptions, *, is_fresh: bool) -> None:
     """Refuses a run whose checkpoints will not fit on the disk.
 
     What an earlier start of the run saved counts: it is rotated away. What an earlier run left is removed when a
@@ -27,12 +29,13 @@ def require_room(checkpoints: Path, config: PretrainedConfig, optim: str, *, is_
         checkpoints: the run's `checkpoints/`, whose parent is there.
         config: of the model.
         optim: `--optim`.
+        kfac: of K-FAC, which keeps more than most optimizers.
         is_fresh: whether nothing is continued.
 
     Raises:
-        UserError: three checkpoints need more than is free.
+        UserError: three checkpoints need more than is free, or K-FAC has nothing to take in the model.
     """
-    one = sum(count_numbers(config, optim)) * _BYTES_OF_A_NUMBER
+    one = sum(count_numbers(config, optim)) * _BYTES_OF_A_NUMBER + kfac_bytes(config, kfac)[1]
     present = [path for _, path in saved_steps(checkpoints)]
     free = shutil.disk_usage(checkpoints.parent).free
     number = _NUM_CHECKPOINTS

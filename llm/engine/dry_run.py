@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from llm.config.options import OptimizerOptions, OutputOptions
+from llm.config.options import KfacOptions, OptimizerOptions, OutputOptions
 from llm.engine.lines import quantity
 from llm.engine.plan import Plan
+from llm.engine.preconditioning import kfac_bytes
 from llm.optim.groups import hidden_matrices
 
 _BYTES_OF_A_NUMBER = 4  # weights, gradients and what the optimizer keeps are fp32
@@ -26,9 +27,11 @@ def dry_run_lines(
     optimizer: OptimizerOptions,
     schedule: Callable[[int], float],
     output: OutputOptions,
+    kfac: KfacOptions,
 ) -> list[str]:
     """What `--dry_run` prints beyond a run's own first lines; all estimates are marked `about`."""
     num_parameters, num_kept = count_numbers(config, optimizer.optim)
+    kfac_memory, kfac_disk = kfac_bytes(config, kfac)
     weights, kept = _BYTES_OF_A_NUMBER * num_parameters, _BYTES_OF_A_NUMBER * num_kept
     width = getattr(config, "hidden_size", 0) or 0
     layers = getattr(config, "num_hidden_layers", 0) or 0
@@ -39,9 +42,11 @@ def dry_run_lines(
         f"{plan.num_steps * plan.tokens_per_step:,} in all",
         f"parameters: {num_parameters:,}",
         f"memory of one device: about {quantity(2 * weights + kept)}B for weights, gradients "
-        f"and {optimizer.optim}, about {quantity(activations)}B for activations in fp32",
+        f"and {optimizer.optim}, about {quantity(activations)}B for activations in fp32"
+        + f", about {quantity(kfac_memory)}B for K-FAC"
+        * kfac.kfac,
         f"disk: {quantity(weights)}B for the finished model, "
-        f"about {quantity(weights + kept)}B for each checkpoint ({_num_checkpoints(plan, output)} kept)",
+        f"about {quantity(weights + kept + kfac_disk)}B for each checkpoint ({_num_checkpoints(plan, output)} kept)",
         f"learning rate: {_rates(optimizer.learning_rate, schedule, plan.num_steps)}",
         *[f"learning rate of Muon: {_rates(optimizer.muon_learning_rate, schedule, plan.num_steps)}"]
         * (optimizer.optim == "muon"),

@@ -15,7 +15,7 @@ from typing import Any
 from llm.config.errors import Stopped, UserError
 from llm.config.options import Options
 from llm.data.loaders import batch_of
-from llm.engine.actions import Actions
+from llm.engine.actions import Actions, Gathered
 from llm.engine.export import export_model
 from llm.engine.folder import RunFolder
 from llm.engine.hub import push_folder
@@ -47,16 +47,17 @@ def finish(actions: Actions, *, command: str) -> None:
     if actions.options.evaluation.sample_steps is not None:
         with suppress(Stopped):
             actions.sample(num_samples=_NUM_FINAL_SAMPLES)
-    for line in actions.text.closing_lines(actions.plan):
+    for line in [*actions.updater.preconditioning.closing_lines(), *actions.text.closing_lines(actions.plan)]:
         log.info("%s", line)
+    gathered = actions.gather_last()
     with actions.watchdog.phase("the finished model and its papers"):
-        actions.world.on_main(lambda: _finish(actions, command) if actions.folder else None)
+        actions.world.on_main(lambda: _finish(actions, gathered, command) if actions.folder else None)
 
 
-def _finish(actions: Actions, command: str) -> None:
+def _finish(actions: Actions, gathered: Gathered | None, command: str) -> None:
     folder, options = actions.folder, actions.options
     assert folder is not None
-    actions.save_now("end")  # the checkpoint of the last update must be durable before the run is `done`
+    actions.save_now(gathered, "end")  # the checkpoint of the last update must be durable before the run is `done`
     folder.require_ours()
     probe = batch_of([actions.blocks.of_sample(0, actions.plan.seed)])
     export_model(
@@ -157,6 +158,7 @@ def _hyperparameters(actions: Actions) -> dict[str, object]:
             for name, value in optimizer.model_dump().items()
             if optimizer.optim == "muon" or not name.startswith("muon_")
         },
+        **{name: value for name, value in options.kfac.model_dump().items() if options.kfac.kfac and value is not None},
         **{name: value for name, value in schedule.model_dump().items() if value not in (None, {})},
     }
 

@@ -18,7 +18,12 @@ class Updater(Protocol):
     """What the loop drives: the central updater, or another one with the same verbs."""
 
     def update(
-        self, micro_batches: Sequence[Batch], step: int, *, should_stop: Callable[[], bool] = lambda: False
+        self,
+        micro_batches: Sequence[Batch],
+        step: int,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        should_save: Callable[[], bool] = lambda: False,
     ) -> StepReport:
         """One update of the weights; an abandoned one has changed nothing."""
 
@@ -40,6 +45,7 @@ def run_updates(
     num_steps: int,
     tokens_per_step: int,
     should_stop: Callable[[], bool],
+    should_save: Callable[[], bool] = lambda: False,
     watched: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> bool:
     """Updates until `num_steps` are done, or until some rank was asked to stop, or the batches end.
@@ -55,6 +61,7 @@ def run_updates(
         num_steps: updates of the whole run.
         tokens_per_step: tokens predicted in one update.
         should_stop: whether this rank was asked to stop.
+        should_save: whether this rank wants a checkpoint after the update that is being made.
         watched: what each update is made in.
 
     Returns:
@@ -67,7 +74,7 @@ def run_updates(
             return False
         data_seconds = time.perf_counter() - started
         with watched():
-            report = updater.update(micro_batches, progress.step, should_stop=should_stop)
+            report = updater.update(micro_batches, progress.step, should_stop=should_stop, should_save=should_save)
         if report.abandoned:
             return False
         seconds = time.perf_counter() - started

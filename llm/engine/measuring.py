@@ -26,6 +26,8 @@ from llm.engine.plan import Plan
 _NUM_WARM_UPS = 3
 # Updates whose phases are marked, which costs a little: not among those that are timed.
 _NUM_MARKED = 5
+# The operator by which llm.kfac looks at a layer in a backward pass, as a profiler names it.
+_LOOK = "llm_kfac::record"
 
 
 @dataclass
@@ -61,7 +63,8 @@ class Measurement:
     Attributes:
         micro_batch: blocks of one forward pass on one device.
         tokens: predicted in one update, over all devices.
-        seconds: of each update, the wait for its data included.
+        seconds: of each update, the wait for its data included; the mean of each period where that is longer.
+        period: updates after which the work of an update repeats itself: 1, or more with K-FAC.
         cpu_seconds: of all threads of this process, an update.
         data_seconds: mean wait for the data of an update.
         phase_seconds: mean of each phase of an update, measured apart from `seconds`.
@@ -77,6 +80,7 @@ class Measurement:
     phase_seconds: dict[str, float]
     communication_seconds: float | None
     peak_bytes: int
+    period: int
 
     @property
     def median_seconds(self) -> float:
@@ -127,11 +131,14 @@ class Bench:
             torch.OutOfMemoryError: it does not fit the device.
         """
         micro_batch = micro_batch or self._plan.micro_batch
-        world = self._machine.world
-        total = _NUM_WARM_UPS + num_updates + _NUM_MARKED * (1 if world.size == 1 else 3)
+        world, period = self._machine.world, self._updater.preconditioning.rhythm.period
+        # Whole periods; never the first one, in which K-FAC has more to do.
+        num_warm_ups = _whole(self._step + _NUM_WARM_UPS, period) - self._step
+        num_updates, num_marked = _whole(num_updates, period), _whole(_NUM_MARKED, period)
+        total = num_warm_ups + num_updates + num_marked + 1 + 2 * _NUM_MARKED
         batches = self._batches(micro_batch, total)
         forget_peak(world.device)
-        for _ in range(_NUM_WARM_UPS):
+        for _ in range(num_warm_ups):
             self._update(next(batches))
         seconds, data_seconds = [], 0.0
         cpu = time.process_time()
@@ -142,19 +149,16 @@ class Bench:
             self._update(micro_batches)
             seconds.append(time.perf_counter() - begin)
         cpu = time.process_time() - cpu
-        phases = Phases(self._clock)
-        with phases.watching(self._updater.model, self._updater.optimizer):
-            for _ in range(_NUM_MARKED):
-                self._update(next(batches))
         return Measurement(
             micro_batch=micro_batch,
             tokens=micro_batch * self._plan.accumulation * world.size * self._plan.block_size,
-            seconds=tuple(seconds),
+            seconds=tuple(statistics.fmean(seconds[at : at + period]) for at in range(0, num_updates, period)),
             cpu_seconds=cpu / num_updates,
             data_seconds=data_seconds / num_updates,
-            phase_seconds={name: value / _NUM_MARKED for name, value in phases.seconds().items()},
+            phase_seconds=self._phase_seconds(batches, num_marked),
             communication_seconds=self._communication(batches) if world.size > 1 else None,
             peak_bytes=peak_bytes(world.device),
+            period=period,
         )
 
     def sweep(self, num_updates: int) -> Iterator[Measurement]:
@@ -199,6 +203,28 @@ class Bench:
         order = "self_cpu_time_total" if on_cpu else "self_device_time_total"
         return str(profile.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
 
+    def _phase_seconds(self, batches: Iterator[list[Batch]], num_marked: int) -> dict[str, float]:
+        """Of an update, mean; where K-FAC is on, all that it does is a phase, which is no part of the others."""
+        phases = Phases(self._clock)
+        with phases.watching(self._updater.model, self._updater.optimizer):
+            for _ in range(num_marked):
+                self._update(next(batches))
+        found = {name: seconds / num_marked for name, seconds in phases.seconds().items()}
+        kfac = self._updater.preconditioning
+        own = kfac.newest_seconds(num_marked)
+        if own is not None:
+            looking = self._look_seconds(next(batches)) / kfac.rhythm.looks
+            found |= {"backward": found["backward"] - looking, "kfac": own / num_marked + looking}
+        return found
+
+    def _look_seconds(self, micro_batches: list[Batch]) -> float:
+        """What K-FAC takes in the backward passes of one update that looks at the curvature."""
+        with torch.profiler.profile() as profile:
+            self._update(micro_batches)
+        on_cpu = self._machine.world.device.type == "cpu"
+        looks = [event for event in profile.key_averages() if event.key == _LOOK]
+        return sum(event.cpu_time_total if on_cpu else event.device_time_total for event in looks) / 1e6
+
     def _update(self, micro_batches: list[Batch]) -> None:
         report = self._updater.update(micro_batches, self._step)
         self._clock.wait()
@@ -242,6 +268,11 @@ class Bench:
             return True
         available = _available_bytes()
         return available is None or before.peak_bytes < available
+
+
+def _whole(number: int, period: int) -> int:
+    """The number, or the next one that is a multiple of the period."""
+    return -(-number // period) * period
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:

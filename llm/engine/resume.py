@@ -90,7 +90,7 @@ class Start:
             updater.load(self.checkpoint.tensors(), self.checkpoint.state["updater"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"checkpoint {self.checkpoint.path} holds the optimizer of another model or --optim ({error})"
+                f"checkpoint {self.checkpoint.path} holds the state of another model, --optim or --kfac ({error})"
             ) from error
         log.info("resumed from step %d (%s)", self.checkpoint.step, self.checkpoint.path)
         return Progress.of(self.checkpoint.state["progress"])

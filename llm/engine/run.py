@@ -28,6 +28,7 @@ from llm.engine.lines import mixture_lines
 from llm.engine.loop import Event, run_updates
 from llm.engine.machine import Machine, start_machine
 from llm.engine.plan import Plan, check_training, choose_block_size, plan_run, plan_schedule, resolved
+from llm.engine.preconditioning import kfac_bytes
 from llm.engine.randomness import seed_weights
 from llm.engine.resume import Start, as_restarted, choose_start
 from llm.engine.saving import Saver
@@ -112,6 +113,7 @@ def _run(
     limit = context_limit(read_config(start.model))
     choose_block_size(options.data.block_size, limit, limit)
     check_training(options, num_ranks=world.size)
+    kfac_bytes(read_config(start.model), options.kfac)  # refuses a model with nothing for it
     with watchdog.phase("the text"):
         text = stack.enter_context(opened_text(options, world, start.checkpoint, stop))
     config = load_config(start.model, text.tokenizer)
@@ -125,7 +127,7 @@ def _run(
     _say(text.ledger_line(block_size, document_mask=masked))
     _say(*mixture_lines(text.streams, blocks, plan.num_steps * plan.global_batch), str(plan))
     if options.output.dry_run:
-        _say(*dry_run_lines(config, plan, options.optimizer, schedule, options.output))
+        _say(*dry_run_lines(config, plan, options.optimizer, schedule, options.output, options.kfac))
         return EXIT_DONE
 
     if folder is not None:
@@ -135,7 +137,7 @@ def _run(
         language_model = build_language_model(
             options, start.model, config, text.tokenizer, machine, num_steps=plan.num_steps
         )
-    updater = build_updater(options, machine, language_model, schedule, seed=start.seed)
+    updater = build_updater(options, machine, language_model, schedule, plan)
     progress = start.resume(updater)
     if folder is not None and world.is_main:
         folder.require_ours()
@@ -180,12 +182,14 @@ def _make_updates(options: Options, actions: Actions, bar: Bar) -> bool:
             num_steps=plan.num_steps,
             tokens_per_step=plan.tokens_per_step,
             should_stop=actions.stop,
+            should_save=actions.wants_checkpoint,
             watched=actions.watchdog.update,
         )
 
 
 def _require_room(folder: RunFolder, config: PretrainedConfig, options: Options, start: Start) -> None:
-    require_room(folder.checkpoints, config, options.optimizer.optim, is_fresh=start.checkpoint is None)
+    kept = options.optimizer.optim, options.kfac
+    require_room(folder.checkpoints, config, *kept, is_fresh=start.checkpoint is None)
 
 
 def _say(*lines: str) -> None:

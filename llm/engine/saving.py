@@ -102,12 +102,7 @@ class Saver:
         self.stalls: list[float] = []
 
     def reasons(self, step: int) -> list[str]:
-        """Why a checkpoint is due after this update; none when it is not.
-
-        Raises:
-            UserError: the last one could not be written.
-        """
-        self._raise_failure()
+        """Why a checkpoint is due after this update; none when it is not."""
         found = [name for name, due in self._due.items() if due(step)]
         now = time.monotonic()
         if self._interval and now - self._saved_at >= self._interval:
@@ -118,8 +113,24 @@ class Saver:
                 found.append("asked")
         return found
 
+    def check(self) -> None:
+        """Looks back, without waiting.
+
+        Raises:
+            UserError: the last one could not be written.
+        """
+        if self._failure is not None:
+            raise self._failure
+
     def save(
-        self, step: int, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], write: Write, reasons: list[str]
+        self,
+        step: int,
+        weights: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        write: Write,
+        reasons: list[str],
+        *,
+        gathering_seconds: float = 0.0,
     ) -> None:
         """Copies the tensors and has them written; `saved step N` is said when they are durable.
 
@@ -131,11 +142,12 @@ class Saver:
             tensors: the optimizer's, by name.
             write: writes a checkpoint of the copies; called in the thread.
             reasons: those of `reasons`, or others.
+            gathering_seconds: that the training stood still for until the tensors were at hand.
 
         Raises:
             UserError: the former one could not be written.
         """
-        started = time.monotonic()
+        started = time.monotonic() - gathering_seconds
         self.wait()
         joined = {**{f"w/{name}": t for name, t in weights.items()}, **{f"t/{name}": t for name, t in tensors.items()}}
         copies = self._memory.copy(joined)
@@ -158,7 +170,7 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._raise_failure()
+        self.check()
 
     def close(self) -> None:
         """Lets the thread end, without a word about how: something else ends the run."""
@@ -195,7 +207,3 @@ class Saver:
         if self._interval and cost_seconds > _LARGEST_SHARE * self._interval:
             self._interval = cost_seconds / _LARGEST_SHARE
             log.info("saving takes %.1f s: from now on every %.1f minutes", cost_seconds, self._interval / 60)
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure

@@ -50,11 +50,12 @@ LEGACY: list[tuple[str, Any, list[str], Any]] = [
     ("report_to", "all", ["wandb"], "wandb"),
     ("low_cpu_mem_usage", False, [], True),
     ("mixed_precision", "auto", ["bf16"], "bf16"),
+    ("kfac", False, [], True),
     ("kfac_factor_update_steps", 10, ["1"], 1),
     ("kfac_inv_update_steps", 10, ["1"], 1),
-    ("kfac_damping", 0.001, ["0.01"], 0.01),
+    ("kfac_damping", None, ["0.01"], 0.01),
     ("kfac_factor_decay", 0.95, ["0.9"], 0.9),
-    ("kfac_kl_clip", 0.001, ["0.01"], 0.01),
+    ("kfac_kl_clip", None, ["0.01"], 0.01),
 ]
 
 
@@ -72,7 +73,7 @@ def test_options_when_an_old_command_line_gives_one_then_it_means_the_same(
 def test_options_when_compared_with_the_old_programs_then_none_is_missing() -> None:
     known = {*flags_of(Options), *BUILT_IN}
     assert known >= RUN_CLM | LLM_PYTORCH
-    assert {name for name, *_ in LEGACY} == (RUN_CLM | LLM_PYTORCH) - {"help", "kfac"}
+    assert {name for name, *_ in LEGACY} == (RUN_CLM | LLM_PYTORCH) - {"help"}
 
 
 def test_options_when_listed_then_each_row_has_help_and_the_table_stays_readable() -> None:

@@ -225,10 +225,10 @@ def test_read_when_the_file_starts_with_a_byte_order_mark_then_it_is_read(tmp_pa
 
 
 def test_read_when_options_contradict_each_other_then_each_contradiction_is_a_line() -> None:
-    lines = mistakes("--kfac", "--vocab_size", "300", "--push_to_hub", "--seed", "x")
+    lines = mistakes("--kfac_skip_layers", "(", "--vocab_size", "300", "--push_to_hub", "--seed", "x")
     assert [line.split()[0] for line in lines] == [
         "--seed",
-        "--kfac",
+        "--kfac_skip_layers",
         "--vocab_size",
         "--push_to_hub",
     ]

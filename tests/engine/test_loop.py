@@ -23,7 +23,12 @@ class Scripted:
         self.at = at
 
     def update(
-        self, micro_batches: Sequence[Batch], step: int, *, should_stop: Callable[[], bool] = lambda: False
+        self,
+        micro_batches: Sequence[Batch],
+        step: int,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        should_save: Callable[[], bool] = lambda: False,
     ) -> StepReport:
         facts: dict[str, Any] = {"stop": False} | self.at.get(f"step_{step}", {})
         return StepReport(loss=1.0, grad_norm=torch.tensor(1.0), lr=1e-3, skipped=False, **facts)

@@ -104,7 +104,7 @@ def test_save_when_it_fails_then_the_next_update_hears_of_it(tmp_path: Path, err
     one.save(10, {"a": torch.ones(2)}, {}, write, ["regular"])
     one.close()
     with pytest.raises(UserError, match=said):
-        one.reasons(11)
+        one.check()
     with pytest.raises(UserError, match=said):
         one.wait()
 

@@ -294,7 +294,7 @@ def test_resume_when_the_optimizer_is_another_then_is_refused_in_one_line(
     assert train(*words, "--optim", saved).code == 0
     refused = train(*words, "--optim", asked, "--resume_from_checkpoint", tmp_path / "run/checkpoints/step_1")
     assert refused.code == 1
-    assert f"holds the optimizer of another model or --optim (it was {was})" in refused.err
+    assert f"holds the state of another model, --optim or --kfac (it was {was})" in refused.err
     assert refused.err.count("\n") == 1
 
 

@@ -1,0 +1,232 @@
+"""K-FAC in the main program: its options, its checkpoints, its ranks."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.conftest import Outcome, keep_only
+from tests.trainers.test_gpt import farthest, records, torchrun, weights
+
+Train = Callable[..., Outcome]
+
+# Looked at often and refreshed seldom, so that most updates use inverses of older factors.
+KFAC = ("--kfac", "--kfac_factor_update_steps", "2", "--kfac_inv_update_steps", "5")
+
+
+def states(folder: Path, step: int) -> dict[str, Tensor]:
+    """What a checkpoint keeps beside the weights."""
+    return load_file(folder / f"checkpoints/step_{step}/optimizer.safetensors")
+
+
+def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+def test_run_when_kfac_then_learns_and_says_what_it_takes_and_costs(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    outcome = train(*tiny_options, *KFAC, "--logging_steps", "1", "--output_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    losses = [record["loss"] for record in records(tmp_path / "run") if "loss" in record]
+    assert losses[-1] < losses[0] - 0.3
+    said = (
+        r"^K-FAC: 8 layers, factors every 2 and bases every 5 updates; \S+B of factors and \S+B of bases here.*computed"
+    )
+    assert re.search(said, outcome.out, re.M)
+    assert re.search(r"^K-FAC leaves to the optimizer alone: .*lm_head \(its weight is shared", outcome.out, re.M)
+    assert "means them absolutely" not in outcome.out
+    # Behind the first period of 10, less than two are left.
+    assert "K-FAC took" not in outcome.out
+    assert train(*tiny_options, "--output_dir", tmp_path / "without").code == 0
+    assert farthest(weights(tmp_path / "run"), weights(tmp_path / "without")) > 1e-3
+
+
+@pytest.mark.parametrize("step", [1, 3, 10])
+def test_resume_when_at_any_update_then_ends_with_the_same_bits(
+    train: Train, tiny_options: list[str], tmp_path: Path, step: int
+) -> None:
+    words = [*tiny_options, *KFAC, "--max_train_steps", "12"]
+    assert train(*words, "--output_dir", tmp_path / "whole", "--checkpointing_steps", str(step)).code == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    keep_only(tmp_path / "killed", step)
+    outcome = train(*words, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint")
+    assert outcome.code == 0, outcome.err
+    assert f"resumed from step {step}" in outcome.out
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    kept = states(tmp_path / "whole", 12)
+    assert_same(kept, states(tmp_path / "killed", 12))
+    of_a_layer = {"factor_a", "factor_g", "basis_a", "basis_g", "values_a", "values_g", "count"}
+    found = {name.rsplit("/", 1)[1] for name in kept if name.startswith("preconditioner/transformer.h.1.mlp.c_fc/")}
+    assert found == of_a_layer
+
+
+def test_resume_when_only_one_of_both_starts_has_kfac_then_says_so_in_one_line(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_options, "--max_train_steps", "4", "--checkpointing_steps", "2", "--resume_from_checkpoint"]
+    for first, second, line in (
+        ((), KFAC, "the checkpoint holds no state of K-FAC: its factors start anew here"),
+        (KFAC, (), "the checkpoint was made with --kfac, this run goes on without: its K-FAC state is not used"),
+    ):
+        folder = tmp_path / str(len(first))
+        assert train(*words, *first, "--output_dir", folder).code == 0
+        keep_only(folder, 2)
+        outcome = train(*words, *second, "--output_dir", folder)
+        assert outcome.code == 0, outcome.err
+        assert (outcome.out + outcome.err).count(line) == 1
+
+
+def test_resume_when_the_method_is_another_then_is_refused(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_options, *KFAC, "--max_train_steps", "4", "--checkpointing_steps", "2", "--output_dir", tmp_path]
+    assert train(*words).code == 0
+    keep_only(tmp_path, 2)
+    refused = train(*words, "--resume_from_checkpoint", "--kfac_method", "inverse")
+    assert refused.code == 1
+    assert "--kfac (the state is of another model or other K-FAC arguments" in refused.err
+    assert refused.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"),
+        ("--gradient_checkpointing",),
+    ],
+)
+def test_run_when_its_updates_are_made_otherwise_then_ends_alike(
+    train: Train, tiny_options: list[str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    # Without an optimizer that makes a sign of every rounding; against the way that the weights went.
+    options = [*tiny_options, *KFAC, "--optim", "sgd", "--learning_rate", "0.1"]
+    for name, more in (("start", ("--learning_rate", "0")), ("one", ()), ("other", words)):
+        outcome = train(*options, "--max_train_steps", "6", *more, "--output_dir", tmp_path / name)
+        assert outcome.code == 0, outcome.err
+    moved = farthest(weights(tmp_path / "start"), weights(tmp_path / "one"))
+    assert moved > 1e-3
+    assert farthest(weights(tmp_path / "one"), weights(tmp_path / "other")) <= 3e-5 * moved
+
+
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [
+        ("2", r"K-FAC took \S+ ms an update, \d+% of an update without it \(measured over 24 updates\)"),
+        ("1", r"K-FAC took \S+ ms an update, and its look at the curvature in every backward pass"),
+    ],
+)
+def test_run_when_long_enough_then_says_what_kfac_took(
+    train: Train, tiny_options: list[str], every: str, said: str
+) -> None:
+    words = ["--kfac", "--kfac_factor_update_steps", every, "--kfac_inv_update_steps", "4"]
+    outcome = train(*tiny_options, *words, "--max_train_steps", "30")
+    assert outcome.code == 0, outcome.err
+    assert len(re.findall(said, outcome.out)) == 1
+
+
+def test_command_line_of_llm_pytorch_when_given_then_trains_and_says_what_its_numbers_mean(
+    train: Train, tiny_options: list[str]
+) -> None:
+    words = ["--kfac", "--kfac-factor-update-steps", "1", "--kfac-inv-update-steps", "10", "--kfac-damping", "0.003",
+             "--kfac-factor-decay", "0.9", "--kfac-kl-clip", "0.001"]  # fmt: skip
+    outcome = train(*tiny_options, *words)
+    assert outcome.code == 0, outcome.err
+    lines = [line for line in outcome.out.splitlines() if "means them absolutely, as --kfac_compat does" in line]
+    assert len(lines) == 1
+    assert "--kfac_damping 0.003" in lines[0]
+    assert "--kfac_kl_clip 0.001" in lines[0]
+
+
+def test_compat_when_given_then_its_numbers_are_the_anchors(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    # The anchor's own defaults, given or not, are the same run; a mean loss against an absolute damping leaves the
+    # gradient nearly as it is, which plain descent shows.
+    options = [*tiny_options, "--optim", "sgd", "--learning_rate", "0.1", "--max_train_steps", "6"]
+    given = ("--kfac", "--kfac_compat", "--kfac_damping", "0.001", "--kfac_kl_clip", "0.001")
+    for name, words in (("plain", ()), ("compat", given[:2]), ("given", given), ("ours", ("--kfac",))):
+        outcome = train(*options, *words, "--output_dir", tmp_path / name)
+        assert outcome.code == 0, outcome.err
+        assert "absolutely" not in outcome.out
+    assert_same(weights(tmp_path / "compat"), weights(tmp_path / "given"))
+    assert farthest(weights(tmp_path / "plain"), weights(tmp_path / "compat")) > 0
+    assert farthest(weights(tmp_path / "ours"), weights(tmp_path / "compat")) > 1e-3
+
+
+def test_muon_when_combined_then_says_what_is_left_of_kfac(train: Train, tiny_options: list[str]) -> None:
+    outcome = train(*tiny_options, *KFAC, "--optim", "muon", "--max_train_steps", "2")
+    assert outcome.code == 0, outcome.err
+    assert "--optim muon with --kfac" in outcome.out + outcome.err
+
+
+def test_model_when_nothing_is_left_to_take_then_is_refused_before_the_text(
+    train: Train, tiny_options: list[str]
+) -> None:
+    outcome = train(*tiny_options, *KFAC, "--kfac_skip_layers", "^transformer.h")
+    assert outcome.code == 1
+    assert outcome.err.count("\n") == 1
+    assert "error: --kfac: K-FAC has no layer to precondition" in outcome.err
+    assert "updates:" not in outcome.out
+
+
+def test_dry_run_when_kfac_then_counts_its_state(train: Train, tiny_options: list[str]) -> None:
+    sizes = []
+    for words in ((), ("--kfac",), ("--kfac", "--kfac_method", "inverse")):
+        outcome = train(*tiny_options, *words, "--dry_run")
+        assert outcome.code == 0, outcome.err
+        assert ("for K-FAC" in outcome.out) == bool(words)
+        (size,) = re.findall(r"about (\S+) for each checkpoint", outcome.out)
+        sizes.append(float(size.removesuffix("kB").removesuffix("MB")) * (1 if "M" in size else 1e-3))
+    # Of the eight layers: folded factors n (n + 1) / 2, with bases n^2 and values n, or with inverses n^2.
+    dims = [(32, 96), (32, 32), (32, 128), (128, 32)] * 2
+    numbers = [n for num_in, num_out in dims for n in (num_in + 1, num_out)]
+    folded, squares = sum(n * (n + 1) // 2 for n in numbers), sum(n * n for n in numbers)
+    assert sizes[1] - sizes[0] == pytest.approx(4e-6 * (folded + squares + sum(numbers)), rel=0.02)
+    assert sizes[2] - sizes[0] == pytest.approx(4e-6 * (folded + squares), rel=0.02)
+
+
+@pytest.mark.slow
+def test_two_ranks_when_each_owns_layers_then_end_like_one_and_resume_on_one(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_options, *KFAC, "--adam_epsilon", "1e-6", "--checkpointing_steps", "7"]
+    assert train(*words, "--output_dir", tmp_path / "one").code == 0
+    halves = [*words, "--per_device_train_batch_size", "4", "--global_batch_size", "8"]
+    outcome = torchrun(*halves, "--output_dir", tmp_path / "two")
+    assert outcome.returncode == 0, outcome.stderr
+    assert farthest(weights(tmp_path / "one"), weights(tmp_path / "two")) <= 1e-5
+    assert states(tmp_path / "one", 14).keys() == states(tmp_path / "two", 14).keys()
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    keep_only(tmp_path / "again", 7)
+    resumed = torchrun(*halves, "--output_dir", tmp_path / "again", "--resume_from_checkpoint")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same(weights(tmp_path / "two"), weights(tmp_path / "again"))
+    assert_same(states(tmp_path / "two", 20), states(tmp_path / "again", 20))
+    keep_only(tmp_path / "two", 7)
+    alone = train(*words, "--output_dir", tmp_path / "two", "--resume_from_checkpoint")
+    assert alone.code == 0, alone.err
+    assert farthest(weights(tmp_path / "one"), weights(tmp_path / "two")) <= 1e-5
+
+
+@pytest.mark.slow
+def test_two_ranks_when_rank_0_alone_wants_a_checkpoint_then_both_give_their_parts(
+    tiny_options: list[str], tmp_path: Path
+) -> None:
+    # Timed saves are the wish of one clock; the last one and the best one all ranks know of.
+    words = [*tiny_options, *KFAC, "--max_train_steps", "60", "--save_minutes", "0.001", "--eval_steps", "20"]
+    outcome = torchrun(*words, "--per_device_train_batch_size", "4", "--output_dir", tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    saved = {int(step) for step in re.findall(r"saved step (\d+)", outcome.stdout)}
+    assert 60 in saved
+    assert len(saved - {20, 40, 60}) >= 1
+    assert any(name.startswith("preconditioner/") for name in states(tmp_path, 60))
