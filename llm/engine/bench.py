@@ -26,7 +26,7 @@ from llm.engine.randomness import seed_weights
 from llm.engine.text import meet_the_hub, prepare_text
 from llm.models.build import context_limit, load_config, read_config
 from llm.models.flops import flops_per_token, peak_flops
-from llm.models.tokenizers import CHARACTERS, TRAINED, DEFAULT_VOCAB_SIZE, load_tokenizer
+from llm.models.tokenizers import CHARACTERS, DEFAULT_VOCAB_SIZE, TRAINED, load_tokenizer
 from llm.world.network import come_online
 
 log = logging.getLogger(__name__)
@@ -132,9 +132,7 @@ def _config_without_a_text(options: BenchOptions) -> PretrainedConfig:
         size = options.tokenizer.vocab_size or DEFAULT_VOCAB_SIZE
         overrides = ",".join(filter(None, [model.config_overrides, f"vocab_size={size}"]))
         return read_config(model.model_copy(update={"config_overrides": overrides}))
-    nothing = load_tokenizer(
-        options.tokenizer, model, texts=lambda: iter(()), corpus_fingerprint="", cache_dir=Path()
-    )
+    nothing = load_tokenizer(options.tokenizer, model, texts=lambda: iter(()), corpus_fingerprint="", cache_dir=Path())
     return load_config(model, nothing)
 
 
