@@ -22,7 +22,7 @@ NUM_KILLS = {"few": 4, "many": 34}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.parametrize("number", ["few", pytest.param("many", marks=pytest.mark.exhaustive)])
 def test_run_when_killed_at_random_instants_then_ends_as_if_it_never_was(
