@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -105,15 +106,11 @@ def write_shards(
     check()
     _remove_unfinished(folder)
     skipped: Skipped = Counter()
-    with Encoder(tokenizer, num_workers) as encoder:
+    with Encoder(tokenizer, num_workers) as encoder, ExitStack() as stack:
         form = Form(encoder.vocabulary_size, tokenizer_hash, shard_size, tokenizer.eos_token_id, eos_in_single_text)
-        writers = {split: SplitWriter(folder, split, form) for split in SPLITS}
+        writers = {split: stack.enter_context(closing(SplitWriter(folder, split, form))) for split in SPLITS}
         progress = _Progress(corpus, list(writers.values()), watch)
-        try:
-            _write_documents(corpus, encoder, writers, skipped, progress, check)
-        finally:
-            for writer in writers.values():
-                writer.close()
+        _write_documents(corpus, encoder, writers, skipped, progress, check)
     progress.end(skipped)
     check()
     _write_manifest(folder, corpus, form, writers, skipped)
