@@ -223,7 +223,7 @@ class Bench:
             self._update(micro_batches)
         on_cpu = self._machine.world.device.type == "cpu"
         looks = [event for event in profile.key_averages() if event.key == _LOOK]
-        return float(sum(event.cpu_time_total if on_cpu else event.device_time_total for event in looks)) / 1e6
+        return sum(float(event.cpu_time_total if on_cpu else event.device_time_total) for event in looks) / 1e6
 
     def _update(self, micro_batches: list[Batch]) -> None:
         report = self._updater.update(micro_batches, self._step)
