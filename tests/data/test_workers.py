@@ -71,8 +71,9 @@ def test_workers_when_a_process_is_killed_then_one_clear_error() -> None:
 
 # No guard around what it does: workers must not import it.
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from llm.data.workers import Workers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 workers = Workers(2)
 workers.share(3.0 if "busy" in sys.argv else 0.0)
 for _ in range(2):
