@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_UPDATES_SECONDS = 240.0
+_UPDATES_SECONDS = 150.0
 
 
 def main() -> None:

@@ -189,7 +189,7 @@ def test_resume_when_the_trainer_saved_it_then_goes_on(
 def test_resume_when_this_run_has_muon_then_their_adamw_is_refused(
     folder: Path, fresh: Callable[..., CentralUpdater]
 ) -> None:
-    with pytest.raises(UserError, match=r"another model or --optim \(it was AdamW\)"):
+    with pytest.raises(UserError, match=r"another model, --optim or --kfac \(it was AdamW\)"):
         resume(folder, fresh(optim="muon"))
 
 
@@ -331,7 +331,7 @@ def test_optimizer_when_it_is_none_of_this_model_then_is_refused(
 
 
 def test_optimizer_when_the_run_has_another_then_is_refused(folder: Path, fresh: Callable[..., CentralUpdater]) -> None:
-    with pytest.raises(UserError, match=r"another model or --optim \(it was AdamW\)"):
+    with pytest.raises(UserError, match=r"another model, --optim or --kfac \(it was AdamW\)"):
         resume(folder, fresh(optim="sgd"))
 
 

@@ -269,7 +269,7 @@ def test_max_time_when_one_of_two_ranks_sees_it_first_then_both_stop_after_the_s
         "from llm.trainers.gpt import main\n"
         "update, save, calls = CentralUpdater.update, Saver.save, []\n"
         "CentralUpdater.update = lambda *given, **more: calls.append(1) or update(*given, **more)\n"
-        "Saver.save = lambda *given: calls.append(1) or save(*given)\n"
+        "Saver.save = lambda *given, **more: calls.append(1) or save(*given, **more)\n"
         "Deadline.reason = lambda _: 'max_time' if len(calls) >= 21 - int(os.environ['RANK']) else None\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
