@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_UPDATES_SECONDS = 150.0
+_UPDATES_SECONDS = 90.0
 
 
 def main() -> None:
@@ -27,13 +27,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.saving", description=__doc__)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/saving.json"), help="the result")
     parser.add_argument("--config_name", help="folder of a configuration (default: GPT-2's own, 124M)")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer (default: train:bpe's 8,192 tokens)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        _train(options.child, options.config_name)
+        _train(options.child, options.config_name, options.tokenizer)
         return
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), options.config_name)
+        result = measure(Path(folder), options.config_name, options.tokenizer)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")
     print(
@@ -43,10 +44,11 @@ def main() -> None:
     )
 
 
-def measure(folder: Path, config_name: str | None) -> dict[str, Any]:
+def measure(folder: Path, config_name: str | None, tokenizer: str | None) -> dict[str, Any]:
     """One run that is stopped by SIGTERM in the end."""
     command = [sys.executable, "-m", "benchmarks.saving", "--child", str(folder / "run")]
-    child = subprocess.Popen(command + (["--config_name", config_name] if config_name else []))
+    command += ["--config_name", config_name] if config_name else []
+    child = subprocess.Popen(command + (["--tokenizer", tokenizer] if tokenizer else []))
     checkpoints = folder / "run" / "checkpoints"
     while child.poll() is None and not any(checkpoints.glob("step_*")):
         time.sleep(0.5)
@@ -75,7 +77,7 @@ def measure(folder: Path, config_name: str | None) -> dict[str, Any]:
     }
 
 
-def _train(folder: Path, config_name: str | None) -> None:
+def _train(folder: Path, config_name: str | None, tokenizer: str | None) -> None:
     from llm.engine.saving import Saver
     from llm.trainers.gpt import main as trainer
 
@@ -94,6 +96,7 @@ def _train(folder: Path, config_name: str | None) -> None:
 
     Saver.save, Saver._write = timed_save, timed_write  # type: ignore[method-assign]
     model = ["--config_name", config_name] if config_name else ["--model_type", "gpt2"]
+    model += ["--tokenizer_name", tokenizer] if tokenizer else []
     words = [*model, "--block_size", "64", "--per_device_train_batch_size", "1", "--save_minutes", "0.5", "--seed", "1"]
     words += ["--max_train_steps", "100000", "--logging_steps", "1", "--output_dir", str(folder)]
     sys.exit(trainer(words))
