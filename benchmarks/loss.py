@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.machine import describe_machine
 from llm.models.loss import chunked_loss, loss_of_logits
 
 # Vocabulary, width, rows.
@@ -59,12 +58,9 @@ def main() -> None:
     result = {
         "command": f"python -m benchmarks.loss --rounds {options.rounds}",
         "unit": "milliseconds of CPU, median; allocated_mb: the most that was allocated at once",
-        "machine": {
-            "platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "load": os.getloadavg(), "torch": torch.__version__, "isa": torch.backends.cpu.get_cpu_capability(),
-        },
+        "machine": describe_machine("torch") | {"threads": torch.get_num_threads()},
         "rows": rows,
-    }  # fmt: skip
+    }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=2) + "\n")
 

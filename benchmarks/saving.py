@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -18,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import describe_machine
 
 _UPDATES_SECONDS = 90.0
 
@@ -73,7 +73,7 @@ def measure(folder: Path, config_name: str | None, tokenizer: str | None) -> dic
         "stop_seconds": stop_seconds,
         "last_step_done": max(json.loads(line)["step"] for line in lines),
         "last_step_saved": int(newest.name[5:]),
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "load": os.getloadavg()},
+        "machine": describe_machine("torch", "safetensors"),
     }
 
 

@@ -71,31 +71,11 @@ def write_start(
         nanogpt_bias: whether it trains biases; as shipped it does not.
         seed: of the weights.
     """
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
     from benchmarks.nanogpt import write_checkpoint
 
     start_dir, data_dir = folder / "start", folder / "data"
     data_dir.mkdir()
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=size.vocabulary,
-        n_positions=size.block,
-        n_embd=size.width,
-        n_layer=size.layers,
-        n_head=size.heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    GPT2LMHeadModel(config).save_pretrained(start_dir)
-    words = {f"<{number}>": number for number in range(size.vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<0>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<0>").save_pretrained(start_dir)
+    _write_model(start_dir, size, seed)
     draw = np.random.default_rng(0)
     num_ids = num_updates * size.batch * size.block + 1
     (draw.random(num_ids) ** _SKEW * size.vocabulary).astype(np.uint16).tofile(data_dir / "train.bin")
@@ -118,6 +98,31 @@ def write_start(
         device=device,
         nanogpt_dir=None if nanogpt_dir is None else str(nanogpt_dir),
     )
+
+
+def _write_model(folder: Path, size: Size, seed: int) -> None:
+    """A random GPT-2 and a tokenizer with its vocabulary, as `from_pretrained` loads them."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=size.vocabulary,
+        n_positions=size.block,
+        n_embd=size.width,
+        n_layer=size.layers,
+        n_head=size.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    words = {f"<{number}>": number for number in range(size.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<0>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<0>").save_pretrained(folder)
 
 
 def require_run_clm(file: Path) -> None:
