@@ -6,6 +6,7 @@ import atexit
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 # Before any library reads them: one thread a test process, no network, no noise.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("MKL_NUM_THREADS", None)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # No test reads or fills the user's own caches, or uses the user's own accounts.
@@ -23,6 +25,14 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 _SCHEDULERS = ("LLM_END_TIME", "SLURM_JOB_ID", "SLURM_JOB_END_TIME", "PBS_JOBID", "TORCHELASTIC_RESTART_COUNT")
 for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "WANDB_API_KEY", "WORLD_SIZE", "RANK", *_SCHEDULERS):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Undoes what a run in an earlier test chose for the whole process: sums of other threads end in other bits."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
 
 WORDS = "the a king queen sword runs speaks to of and love night day with from into crown blood".split()
 
