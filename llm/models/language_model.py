@@ -27,8 +27,7 @@ class LanguageModel(nn.Module):
     """A HuggingFace causal language model with its loss, as DDP, FSDP and compile wrap it.
 
     The loss is a sum and comes with the number of tokens it was summed over, so that micro-batches
-    and ranks of any sizes add up to the mean over the tokens of an update. HF's own `labels` are
-    not
+    and ranks of any sizes add up to the mean over the tokens of an update. HF's own `labels` are not
     used: they shift the targets and divide by the micro-batch's count.
 
     Attributes:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, activations
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm.models import attention
 from llm.models.activations import fuse_gelu
@@ -183,23 +183,3 @@ def test_save_pretrained_when_kernels_were_replaced_then_writes_the_same_files(t
     config = json.loads((tmp_path / "after" / "config.json").read_text())
     assert config["activation_function"] == "gelu_new"
     assert NAME not in json.dumps(config)
-
-
-@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"])
-def test_fuse_gelu_when_spelled_in_python_then_is_the_same_function(name: str) -> None:
-    model = model_of(activation_function=name)
-    x = torch.linspace(-6, 6, 1001).requires_grad_()
-    expected = activations.ACT2FN[name](x)
-    (slope,) = torch.autograd.grad(expected.sum(), x)
-    assert fuse_gelu(model) == 2
-    found = model.transformer.h[0].mlp.act(x)
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert torch.allclose(torch.autograd.grad(found.sum(), x)[0], slope, rtol=1e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize("name", ["gelu", "gelu_10", "gelu_pytorch_tanh", "relu", "silu"])
-def test_fuse_gelu_when_it_is_another_function_or_fused_already_then_stays(name: str) -> None:
-    model = model_of(activation_function=name)
-    before = type(model.transformer.h[0].mlp.act)
-    assert fuse_gelu(model) == 0
-    assert type(model.transformer.h[0].mlp.act) is before

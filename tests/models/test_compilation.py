@@ -83,8 +83,10 @@ def test_compile_training_when_there_is_no_compiler_then_says_so_and_stays_eager
     ("wish", "device", "num_steps", "expected"),
     [
         (False, "cuda", 10**6, False),
-        ("auto", "cpu", 10**6, False),
+        ("auto", "cpu", 2_000, False),
+        ("auto", "cpu", 10_000, True),
         ("auto", "cuda", 100, False),
+        ("auto", "mps", 10**6, False),
         ("auto", "cuda", 10**6, True),
         (True, "cpu", 1, True),
     ],
