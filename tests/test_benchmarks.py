@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.arithmetic import too_far
 from benchmarks.gate import Program, thread_environment
 from benchmarks.nanogpt import require_nanogpt
 from benchmarks.starting import require_run_clm, write_start
@@ -82,6 +83,22 @@ def test_unequal_when_losses_or_threads_differ_then_says_which() -> None:
 def test_program_when_it_fails_then_its_last_words_are_said(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"(?s)benchmarks\.programs nothing ended with code 1.*KeyError: 'nothing'"):
         Program(["benchmarks.programs", "nothing", str(tmp_path / "none.json")], {})
+
+
+@pytest.mark.slow
+def test_arithmetic_when_runs_are_short_then_ways_differ_by_rounding_and_a_far_one_is_found(
+    tiny_text: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "arithmetic.json"
+    words = ["--text", str(tiny_text), "--seeds", "1", "--num_updates", "3", "--threads", "1", "--json", str(file)]
+    command = [sys.executable, "-m", "benchmarks.arithmetic", "--ways", "eager", "chunked", *words]
+    subprocess.run(command, check=True, timeout=170)
+    found = json.loads(file.read_text())
+    (eager,), (chunked,) = found["eval_loss"]["eager"], found["eval_loss"]["chunked"]
+    assert eager != chunked, "the same way twice"
+    assert found["difference"] == {"chunked": pytest.approx(chunked - eager)}
+    assert too_far(found, 0.0) == (["chunked"] if eager != chunked else [])
+    assert too_far(found, 1e-5) == []
 
 
 def test_summary_when_curves_cross_the_loss_then_gives_seconds_and_quotients() -> None:
