@@ -6,10 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm.config.errors import UserError
+from llm.config.errors import UsageError, UserError
 from llm.config.outcome import outcome
 from llm.config.plot import PlotOptions
 from llm.config.reader import read_options
+
+
+_KINDS = (".png", ".pdf", ".svg")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,8 +39,10 @@ def _plot(argv: Sequence[str]) -> int:
         PlotOptions,
         argv,
         prog="python -m llm.plot",
-        description="Draws the losses and the learning rate of one or more runs as a PNG.",
+        description="Draws the losses and the learning rate of one or more runs.",
     )
+    if Path(options.output).suffix.lower() not in _KINDS:
+        raise UsageError(f"--output {options.output}: must end in {', '.join(_KINDS[:-1])} or {_KINDS[-1]}")
     metrics = named_metrics(options.runs)
 
     from llm.report.curves import draw_curves

@@ -18,6 +18,9 @@ def test_plot_when_given_runs_writes_the_picture(tmp_path: Path, capsys: pytest.
     assert main([*runs, "--output", str(picture)]) == 0
     assert picture.stat().st_size > 10_000
     assert capsys.readouterr().out == f"{picture}\n"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main([*runs, "--output", str(tmp_path / "curves.PDF")]) == 0
+    assert (tmp_path / "curves.PDF").read_bytes().startswith(b"%PDF")
 
 
 def test_plot_when_there_is_no_run_is_one_line_and_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,6 +30,8 @@ def test_plot_when_there_is_no_run_is_one_line_and_exit_1(tmp_path: Path, capsys
 
 
 def test_plot_when_misused_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs/a", "--output", "curves.jpg"]) == 2
+    assert capsys.readouterr().err == "error: --output curves.jpg: must end in .png, .pdf or .svg\n"
     assert main(["runs/a", "--smoothing", "x"]) == 2
     assert capsys.readouterr().err.startswith("error: --smoothing x: must be a whole number")
     assert main([]) == 2

@@ -11,7 +11,7 @@ class PlotOptions(Group):
     """Curves of one or more runs."""
 
     runs: tuple[str, ...] = row(..., "folders of runs, or their metrics.jsonl", positional=True, metavar="RUN")
-    output: str = row("curves.png", "picture that is written", metavar="FILE.png")
+    output: str = row("curves.png", "picture that is written: .png, .pdf or .svg", metavar="FILE")
     x: Literal["step", "tokens"] = row("step", "what the curves are drawn over")
     smoothing: int | None = row(
         None,

@@ -11,6 +11,7 @@ from llm.data.shards import Streams
 
 # Below that share of the time nobody would train faster with faster data.
 _NOTABLE_WAIT = 0.01
+_LONG_PERPLEXITY = 1e6
 
 
 # How many documents begin inside a block is not known without reading where all of them start.
@@ -37,10 +38,10 @@ def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seco
 
 def evaluation_line(step: int, record: dict[str, Any]) -> str:
     """Such as `eval step 500 | loss 3.204 | ppl 24.63 | bits/byte 1.402`."""
-    return (
-        f"eval step {step} | loss {record['eval_loss']:.3f} | ppl {record['perplexity']:.2f} "
-        f"| bits/byte {record['bits_per_byte']:.3f}"
-    )
+    perplexity = record["perplexity"]
+    # Of a run that went astray: two hundred digits would say no more.
+    shown = f"{perplexity:.2f}" if perplexity < _LONG_PERPLEXITY else f"{perplexity:.3g}"
+    return f"eval step {step} | loss {record['eval_loss']:.3f} | ppl {shown} | bits/byte {record['bits_per_byte']:.3f}"
 
 
 def ledger_line(ledger: Ledger, *, document_mask: bool = False) -> str:

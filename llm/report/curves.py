@@ -210,7 +210,7 @@ def _dress(losses: Axes, rates: Axes, *, title: str, x: str) -> None:
 
 def _save(figure: Figure, picture: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format=picture.suffix[1:].lower())
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(picture, buffer.getvalue())

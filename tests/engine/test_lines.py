@@ -39,6 +39,8 @@ def test_training_line_when_no_loss_was_finite_then_says_so() -> None:
 def test_evaluation_line_when_written_then_is_the_documented_one() -> None:
     record = {"eval_loss": 3.2041, "perplexity": 24.634, "bits_per_byte": 1.4018}
     assert evaluation_line(500, record) == "eval step 500 | loss 3.204 | ppl 24.63 | bits/byte 1.402"
+    astray = {"eval_loss": 460.5, "perplexity": 9.9953e199, "bits_per_byte": 201.43}
+    assert evaluation_line(500, astray) == "eval step 500 | loss 460.500 | ppl 1e+200 | bits/byte 201.430"
 
 
 def test_ledger_line_when_written_then_adds_up() -> None:
