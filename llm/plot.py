@@ -11,7 +11,6 @@ from llm.config.outcome import outcome
 from llm.config.plot import PlotOptions
 from llm.config.reader import read_options
 
-
 _KINDS = (".png", ".pdf", ".svg")
 
 
