@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS = $(shell $(BIN)/python -c 'import os; print(min(2, os.cpu_count() or 1))')
 
-.PHONY: help setup demo test test-exhaustive test-faults check clean
+.PHONY: help setup demo test test-exhaustive test-faults test-clusters test-clusters-quick check clean
 
 help:
 	@echo "make demo    train a small GPT on this machine's own Python source: about three minutes"
 	@echo "make test    run the tests"
 	@echo "make test-exhaustive  run those that take minutes, too many for every change"
 	@echo "make test-faults  of these, the runs that are killed 200 times"
+	@echo "make test-clusters  tests with a real Slurm, MPICH and Open MPI (Debian's, see .ci/run), as root"
+	@echo "make test-clusters-quick  of these, what takes seconds, and one run that is cut by its walltime"
 	@echo "make check   lint, format, types, import layers"
 	@echo "make setup   install everything into $(VENV) (the others do it when needed)"
 	@echo "make clean   remove what the above left behind, $(VENV) and runs/demo included"
@@ -34,10 +36,17 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
 test-exhaustive: $(STAMP)
-	$(BIN)/python -m pytest -q -m exhaustive
+	$(BIN)/python -m pytest -q -m "exhaustive and not clusters"
 
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -q -m exhaustive tests/faults
+
+# Each has both cores to itself: there are times in them.
+test-clusters: $(STAMP)
+	$(BIN)/python -m pytest -q -rs -m clusters tests/clusters
+
+test-clusters-quick: $(STAMP)
+	$(BIN)/python -m pytest -q -rs -m "clusters and not exhaustive" tests/clusters
 
 check: $(STAMP)
 	$(BIN)/ruff check .

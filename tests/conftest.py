@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="llm-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 _SCHEDULERS = ("LLM_END_TIME", "SLURM_JOB_ID", "SLURM_JOB_END_TIME", "PBS_JOBID", "TORCHELASTIC_RESTART_COUNT")
+_SCHEDULERS += ("LLM_CHAIN_JOB", "PBS_NODEFILE", "PBS_O_WORKDIR", "PBS_ENVIRONMENT", "PMI_RANK", "PMI_SIZE")
 for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "WANDB_API_KEY", "WORLD_SIZE", "RANK", *_SCHEDULERS):
     os.environ.pop(name, None)
 

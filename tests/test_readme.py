@@ -18,6 +18,7 @@ from llm.bench import main as bench
 from llm.config.bench import BenchOptions
 from llm.config.flags import flags_of
 from llm.config.generate import GenerateOptions
+from llm.config.launch import DoctorOptions, JobOptions, NodeOptions, ScriptOptions
 from llm.config.names import BUILT_IN
 from llm.config.options import Options
 from llm.config.plot import PlotOptions
@@ -27,6 +28,7 @@ from llm.config.runs import RunsOptions
 from llm.data.blocks import Ledger
 from llm.engine.lines import ledger_line
 from llm.generate import main as generate
+from llm.launch import main as launch_cluster
 from llm.plot import main as plot
 from llm.prepare import main as prepare
 from llm.runs import main as list_runs
@@ -45,10 +47,20 @@ SHORTER = {
     "llm.bench": ["--num_updates", "2", "--block_size", "32", "--use_cpu"],
     "llm.runs": [],
     "llm.prepare": ["--preprocessing_num_workers", "1"],
+    "llm.launch": [],  # what follows -- is the trainer's
 }
 # Files that the README's reader brings along.
 TEXTS = ("my.txt", "shakespeare.txt")
+CONFIG = "my.toml"
+LAUNCH_TABLES = {
+    "node": NodeOptions,
+    "job": JobOptions,
+    "pbs": ScriptOptions,
+    "slurm": ScriptOptions,
+    "doctor": DoctorOptions,
+}
 LAUNCHERS = {
+    "python": [],
     "torchrun": ["-m", "torch.distributed.run", "--standalone"],
     "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
 }
@@ -99,6 +111,9 @@ def module_and_words(line: str) -> tuple[str, list[str]]:
 
 def shortened(module: str, words: list[str]) -> list[str]:
     """The words with what makes them quick: few updates, and a narrow model where one is built by default."""
+    if module == "llm.launch":
+        at = words.index("--") + 1
+        return [*words[:at], *shortened("llm.trainers.gpt", words[at:])]
     words = [*words, *SHORTER[module]]
     if module == "llm.trainers.gpt" and not {"--config", "--config_name", "--model_name_or_path"} & set(words):
         words += ["--config_overrides", "n_layer=1,n_embd=32,n_head=2"]
@@ -111,6 +126,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path, tiny_gp
     folder = tmp_path_factory.mktemp("readme")
     for name in TEXTS:
         (folder / name).write_text(tiny_text.read_text()[:30_000])
+    (folder / CONFIG).write_text('[data]\ntrain_file = "my.txt"\n[output]\noutput_dir = "runs/mine"\n')
     (folder / "examples").symlink_to(ROOT / "examples")
     plant_model(Path(constants.HF_HUB_CACHE), "gpt2", tiny_gpt2_dir)
     with pytest.MonkeyPatch.context() as patch:
@@ -134,7 +150,7 @@ def launch(launcher: str, words: list[str]) -> None:
     command = [sys.executable, *LAUNCHERS[launcher], *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr
-    asked = re.search(r"--(?:nproc_per_node|num_processes) (\d+)", " ".join(words))
+    asked = re.search(r"--(?:nproc_per_node|num_processes|nproc) (\d+)", " ".join(words))
     if asked:
         assert f"{asked[1]} processes" in done.stdout
     assert "done: " in done.stdout
@@ -150,6 +166,8 @@ def check_without_running(line: str) -> None:
     elif words[:4] == ["python", "-m", "pip", "install"]:
         assert (ROOT / words[words.index("-c") + 1]).is_file()
         assert set(re.findall(r"\w+", words[words.index("-e") + 1])) <= extras()
+    elif words[0] in ("qsub", "sbatch"):
+        assert words[1:] and all((ROOT / word).is_file() for word in words[1:])
     else:
         assert line in ("python3 -m venv .venv", ". .venv/bin/activate"), f"no stand-in for: {line}"
 
@@ -173,12 +191,15 @@ def test_command_when_typed_as_it_stands_then_works(
     launcher = shlex.split(line)[0]
     if module == "llm.trainers.gpt" and "--output_dir" not in words:
         words += ["--output_dir", f"runs/of {launcher}"]
-    if launcher in LAUNCHERS:
+    if launcher in ("torchrun", "accelerate"):
         before = shlex.split(line)[1:]
         before = before[: before.index(module) + 1]
         launch(launcher, [*before, *shortened(module, words)])
         return
     assert launcher == "python", f"no stand-in for: {line}"
+    if module == "llm.launch":
+        check_launch(words, capfd)
+        return
     program = {
         "llm.trainers.gpt": train,
         "llm.generate": generate,
@@ -189,6 +210,19 @@ def test_command_when_typed_as_it_stands_then_works(
     }[module]
     assert program(shortened(module, words)) == 0, capfd.readouterr().err
     check_result(module, words, capfd.readouterr().out)
+
+
+def check_launch(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """A script is printed; processes are started, for a shorter run."""
+    if words[0] in ("pbs", "slurm"):
+        assert launch_cluster(words) == 0
+        asked = {word: words[number + 1] for number, word in enumerate(words) if word.startswith("--") and word != "--"}
+        out = capfd.readouterr().out
+        assert f"select={asked['--nodes']}:" in out
+        assert all(value in out for value in (asked["--account"], asked["--walltime"], asked["--config"]))
+        return
+    assert words[0] == "node"
+    launch("python", ["-m", "llm.launch", *shortened("llm.launch", words)])
 
 
 def check_result(module: str, words: list[str], out: str) -> None:
@@ -215,6 +249,11 @@ def check_result(module: str, words: list[str], out: str) -> None:
 @pytest.mark.parametrize("line", inline_commands(), ids=lambda line: line[:40])
 def test_command_when_inside_a_sentence_then_its_options_are_read(line: str) -> None:
     module, words = module_and_words(line)
+    if module == "llm.launch":
+        assert isinstance(
+            read_options(LAUNCH_TABLES[words[0]], words[1:], prog="", description=""), LAUNCH_TABLES[words[0]]
+        )
+        return
     table = {
         "llm.trainers.gpt": Options,
         "llm.generate": GenerateOptions,
@@ -262,11 +301,8 @@ def test_ledger_when_shown_then_is_a_line_that_a_run_prints_and_adds_up() -> Non
 
 
 def test_flags_when_mentioned_then_are_options() -> None:
-    known = {
-        name
-        for table in (Options, BenchOptions, GenerateOptions, PlotOptions, PrepareOptions, RunsOptions)
-        for name in flags_of(table)
-    }
+    tables = (Options, BenchOptions, GenerateOptions, PlotOptions, PrepareOptions, RunsOptions, *LAUNCH_TABLES.values())
+    known = {name for table in tables for name in flags_of(table)}
     mentioned = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)}
     assert len(mentioned) > 10
     assert mentioned - known - set(BUILT_IN) - LAUNCHER_FLAGS == set()

@@ -1,1 +1,1 @@
-"""Where the run is: in a job of PBS or Slurm, or in none."""
+"""From one host to many: where this is (PBS, Slurm, an MPI, or nothing), and how a job of them is started."""

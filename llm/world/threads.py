@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 _CPUS = Path("/sys/devices/system/cpu")
@@ -26,6 +24,8 @@ def use_free_cores(num_local: int) -> None:
     Args:
         num_local: processes of the run on this node, which share its cores.
     """
+    import torch  # late: a launcher counts cores, and computes nothing
+
     share = max(1, num_free_cores() // num_local)
     if os.environ.get(_ASKED) is None:
         torch.set_num_threads(min(torch.get_num_threads(), share))

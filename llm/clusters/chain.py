@@ -1,0 +1,142 @@
+"""A run in several jobs: each queues the next one while it runs, and withdraws it when nothing is left to do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llm.clusters.place import Place
+from llm.config.errors import Stopped, UserError
+
+log = logging.getLogger(__name__)
+
+NUMBER = "LLM_CHAIN_JOB"
+_PATIENCE_SECONDS = 60.0
+# What the next job must find out by itself; SLURM_CONF says where the scheduler is.
+_OWN = re.compile(r"LLM_END_TIME|SLURM_(?!CONF$)\w*|PMI_\w*|PMIX_\w*")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """This job among those of the run.
+
+    Attributes:
+        place: the job.
+        script: what the next job runs.
+        number: of this job, from 1.
+        count: of all jobs that the run may take.
+    """
+
+    place: Place
+    script: str | None
+    number: int
+    count: int
+
+    @property
+    def is_follower(self) -> bool:
+        """Whether a job before this one queued it."""
+        return self.number > 1
+
+    def queue_next(self, environment: Mapping[str, str] = os.environ) -> str | None:
+        """Queues the next job behind this one, however this one ends; its name, or None where there is none.
+
+        It is queued at the start, since a job that the scheduler kills comes to no end of its script. A
+        scheduler that refuses is no reason to train less in this job: one line says so.
+        """
+        if self.number >= self.count:
+            return None
+        if (
+            self.place.scheduler is None
+            or self.place.job is None
+            or environment.get("PBS_ENVIRONMENT") == "PBS_INTERACTIVE"
+        ):
+            log.warning("chain: this is no batch job, so that no next one is queued")
+            return None
+        if environment.get("SLURM_RESTART_COUNT", "0") != "0":
+            log.info("chain: the next job was queued when this one started first")
+            return None
+        if self.script is None:
+            log.warning("chain: no --script says what the next job runs, so that none is queued")
+            return None
+        variables = {name: value for name, value in environment.items() if not _OWN.fullmatch(name)}
+        variables[NUMBER] = str(self.number + 1)
+        answer = _ask(self._submission(variables), variables)
+        if answer is None:
+            return None
+        name = answer.split()[-1].partition(";")[0] if answer.split() else ""
+        mend = shlex.join(self._withdrawal(name))
+        log.info("chain: job %d of %d; the next one is %s (%s ends the chain)", self.number, self.count, name, mend)
+        return name
+
+    def withdraw(self, name: str, environment: Mapping[str, str] = os.environ) -> None:
+        """Takes the next job back; if that fails it ends by itself, at its start."""
+        if _ask(self._withdrawal(name), environment) is not None:
+            log.info("chain: %s is not needed any more", name)
+
+    def _submission(self, variables: Mapping[str, str]) -> list[str]:
+        assert self.script is not None and self.place.job is not None
+        after = f"afterany:{self.place.job}"
+        if self.place.scheduler == "slurm":
+            return ["sbatch", "--parsable", f"--dependency={after}", "--export=ALL", self.script]
+        # PBS passes on only what is named; the script reads these.
+        named = [name for name in ("CONFIG", "CHAIN", NUMBER) if name in variables]
+        return ["qsub", "-W", f"depend={after}", "-v", ",".join(named), self.script]
+
+    def _withdrawal(self, name: str) -> list[str]:
+        return ["scancel" if self.place.scheduler == "slurm" else "qdel", name]
+
+
+def chain_number(environment: Mapping[str, str] = os.environ) -> int:
+    """Which job of its chain this is, from 1."""
+    text = environment.get(NUMBER, "")
+    return int(text) if text.isdigit() and int(text) > 0 else 1
+
+
+def judge(before: Mapping[str, object], after: Mapping[str, object], code: int, *, is_kept: bool) -> tuple[int, bool]:
+    """The exit code, and whether the run is over; the launcher's own code says little, and an old status nothing.
+
+    Args:
+        before: status.json at the start.
+        after: status.json now.
+        code: the launcher's exit code.
+        is_kept: whether a run that ends well writes its status.
+    """
+    if after == before and after.get("state") != "done" and code == 0 and is_kept:
+        return Stopped.exit_code, False  # before it had anything to write
+    if after == before:
+        return (0 if code == 0 else UserError.exit_code), True
+    if after["state"] == "done":
+        return 0, True
+    if after["state"] == "stopped":
+        return Stopped.exit_code, False
+    return UserError.exit_code, after["state"] == "failed"
+
+
+def _ask(command: list[str], environment: Mapping[str, str]) -> str | None:
+    """What a scheduler's command prints; None, and one line, if it fails."""
+    program = shutil.which(command[0], path=environment.get("PATH"))
+    reason = "it is not on PATH"
+    if program is not None:
+        try:
+            done = subprocess.run(
+                [program, *command[1:]],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_PATIENCE_SECONDS,
+                check=False,
+            )
+            if done.returncode == 0:
+                return done.stdout
+            reason = next(iter((done.stderr or done.stdout).strip().splitlines()), f"exit code {done.returncode}")
+        except (OSError, subprocess.TimeoutExpired) as error:
+            reason = str(error)
+    log.warning("chain: `%s` failed: %s", shlex.join(command), reason)
+    return None
