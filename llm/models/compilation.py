@@ -15,7 +15,10 @@ from llm.models.names import first_line
 
 log = logging.getLogger(__name__)
 
-Wish = bool | Literal["auto", "blocks"]
+Wish = bool | Literal["auto", "blocks", "cudagraphs", "max-autotune"]
+
+# As torch.compile names them.
+_MODES = {"cudagraphs": "reduce-overhead", "max-autotune": "max-autotune"}
 
 
 def compile_training(language_model: LanguageModel, wish: Wish, *, device: torch.device, num_steps: int) -> bool:
@@ -26,7 +29,8 @@ def compile_training(language_model: LanguageModel, wish: Wish, *, device: torch
 
     Args:
         language_model: what is trained.
-        wish: all of it, nothing, each layer alone (which starts sooner), or what pays.
+        wish: all of it, nothing, each layer alone (which starts sooner), or what pays; all of it as CUDA graphs,
+            which take their launches off the processor, or also with kernels chosen by trying.
         device: where it trains.
         num_steps: updates of the run.
 
@@ -42,8 +46,9 @@ def compile_training(language_model: LanguageModel, wish: Wish, *, device: torch
         for layer in layers_of(language_model.model):
             layer.compile(dynamic=False)
     else:
-        language_model.compile(dynamic=False)
-    log.info("torch_compile: %s, compiled in the first update", "each layer" if wish == "blocks" else "the whole model")
+        language_model.compile(dynamic=False, mode=_MODES.get(str(wish)))
+    what = {"blocks": "each layer"}.get(str(wish), "the whole model") + (f" ({wish})" if wish in _MODES else "")
+    log.info("torch_compile: %s, compiled in the first update", what)
     return True
 
 

@@ -70,6 +70,8 @@ class LanguageModel(nn.Module):
             self._is_chunked = self._may_be_chunked()
         with told_apart(positions):
             if self.training:
+                # Where they are CUDA graphs: nobody reads the outputs of the one before any more.
+                torch.compiler.cudagraph_mark_step_begin()
                 return self._trained(ids, targets, positions)
             with torch.compiler.set_stance("force_eager"):
                 return self._loss(ids, targets, positions)

@@ -180,7 +180,7 @@ def test_read_when_everything_is_wrong_then_every_mistake_is_one_line(toml: Toml
             "--weight_decay x: must be a number >= 0",
             "--lr_scheduler_kwargs {a: must be a table (on the command line a JSON object) "
             "(Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
-            "--torch_compile maybe: must be true or false, or one of auto, blocks",
+            "--torch_compile maybe: must be true or false, or one of auto, blocks, cudagraphs, max-autotune",
         ]
     )
 

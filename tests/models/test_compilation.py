@@ -28,7 +28,12 @@ def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return graph.forward
 
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **more: compiled(f, backend=backend, **more))
+
+    def compile_by_backend(function: Any, mode: str | None = None, **more: Any) -> Any:
+        assert mode in (None, "reduce-overhead", "max-autotune")  # inductor's own
+        return compiled(function, backend=backend, **more)
+
+    monkeypatch.setattr(torch, "compile", compile_by_backend)
     monkeypatch.setattr(compilation, "_obstacle", lambda _: None)
     torch.compiler.reset()
     return graphs
@@ -40,7 +45,7 @@ def gradients(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("wish", [True, "blocks"])
+@pytest.mark.parametrize("wish", [True, "blocks", "cudagraphs", "max-autotune"])
 def test_compiled_training_when_evaluating_and_sampling_between_then_is_one_graph_with_equal_gradients(
     wish: Any, tiny_gpt2: PreTrainedModel, byte_tokenizer: Any, compiled_graphs: list[Any]
 ) -> None:
