@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from tests.clusters.hosts import Hosts, give_up, require, wait_until, write_program
@@ -187,8 +186,8 @@ class Cluster:
         self._daemons[0].wait(20)
 
 
-def log_of(folder: Path, jobs: Sequence[str] = ()) -> str:
-    """What the jobs of a folder said, for a reader of a test that failed."""
-    names = [path for path in sorted(folder.iterdir()) if re.search(r"\d+(\.out)?$", path.name)]
-    chosen = [path for path in names if not jobs or any(job in path.name for job in jobs)]
-    return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-4000:]}" for path in chosen)
+def log_of(folder: Path) -> str:
+    """What the jobs that were submitted from a folder said."""
+    logs = [path for path in folder.iterdir() if re.search(r"\.o\d+$", path.name)]
+    logs.sort(key=lambda path: int(path.name.rpartition(".o")[2]))
+    return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in logs)

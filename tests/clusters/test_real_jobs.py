@@ -138,8 +138,8 @@ def test_job_when_nobody_says_its_end_then_what_it_did_is_saved_between_sigterm_
     # In the past, and thus of no use.
     script = template.replace("set -euo pipefail\n", "set -euo pipefail\nexport LLM_END_TIME=1\n")
     (work / "unknown.sh").write_text(script)
-    submit(cluster, work, "unknown.sh", minutes=1)
-    cluster.wait(200)
+    submit(cluster, work, "unknown.sh", minutes=2)
+    cluster.wait(300)
     found = status(work / "cut")
     assert (found.get("state"), found.get("reason")) == ("stopped", "SIGTERM"), log_of(work)
     assert f"saved step {found['step']}" in log_of(work)
