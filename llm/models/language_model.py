@@ -38,6 +38,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self._trained: _Loss = self._loss
+        self._is_compiled = False
         # Found out where the model trains, in its arithmetic.
         self._is_chunked: bool | None = None
 
@@ -47,6 +48,7 @@ class LanguageModel(nn.Module):
         No weight gets another name. An evaluation, whose batches have other shapes, is never compiled.
         """
         self._trained = torch.compile(self._loss, *args, **kwargs)
+        self._is_compiled = True
 
     def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cross entropy of the targets, summed.
@@ -70,8 +72,9 @@ class LanguageModel(nn.Module):
             self._is_chunked = self._may_be_chunked()
         with told_apart(positions):
             if self.training:
-                # Where they are CUDA graphs: nobody reads the outputs of the one before any more.
-                torch.compiler.cudagraph_mark_step_begin()
+                if self._is_compiled:
+                    # If they are CUDA graphs: nobody reads the outputs of the one before any more.
+                    torch.compiler.cudagraph_mark_step_begin()
                 return self._trained(ids, targets, positions)
             with torch.compiler.set_stance("force_eager"):
                 return self._loss(ids, targets, positions)
