@@ -97,7 +97,7 @@ class CentralUpdater:
             last = index == len(batches) - 1
             if not last and (abandoned := abandoned or should_stop()):
                 continue  # the last one is never left out: its backward is where the ranks meet
-            seed_micro_batch(self.seed, step, index, self.world.rank)
+            seed_micro_batch(self.seed, step, index, self.world.rank, device)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss_sum, _ = self.model(*batch)
                 self.accelerator.backward(loss_sum * (loss_scale / num_tokens))

@@ -10,6 +10,8 @@ import torch
 
 from llm.engine.randomness import mixed, seed_micro_batch, seed_weights
 
+CPU = torch.device("cpu")
+
 
 def drawn(seed: Callable[[], None]) -> list[float]:
     seed()
@@ -45,13 +47,22 @@ def test_mixed_when_the_order_or_the_count_changes_then_so_does_the_result() -> 
 
 
 def test_micro_batch_when_seeded_again_then_draws_the_same_whatever_came_before() -> None:
-    first = drawn(lambda: seed_micro_batch(1, 2, 3, 4))
+    first = drawn(lambda: seed_micro_batch(1, 2, 3, 4, CPU))
     torch.rand(100)
-    assert drawn(lambda: seed_micro_batch(1, 2, 3, 4)) == first
+    assert drawn(lambda: seed_micro_batch(1, 2, 3, 4, CPU)) == first
 
 
 def test_micro_batch_when_anything_about_it_differs_then_draws_otherwise() -> None:
     places = [(1, 2, 3, 4), (2, 2, 3, 4), (1, 3, 3, 4), (1, 2, 4, 4), (1, 2, 3, 5), (2, 1, 3, 4)]
-    draws = [drawn(lambda place=place: seed_micro_batch(*place)) for place in places]  # type: ignore[misc]
+    draws = [drawn(lambda place=place: seed_micro_batch(*place, CPU)) for place in places]  # type: ignore[misc]
     draws.append(drawn(lambda: seed_weights(1)))
     assert len({tuple(draw) for draw in draws}) == len(draws)
+
+
+def test_micro_batch_when_it_is_on_another_device_then_that_one_is_seeded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    seed_micro_batch(1, 2, 3, 4, torch.device("cuda:0"))
+    assert seeds == [torch.default_generator.initial_seed()] == [mixed(1, 1, 2, 3, 4)]
+    seed_micro_batch(1, 2, 3, 5, CPU)
+    assert len(seeds) == 1
