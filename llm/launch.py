@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from llm.config.rows import Group
 T = TypeVar("T", bound=Group)
 
 PROGRAM = "python -m llm.launch"
+_MISTAKES = (UserError.exit_code, UsageError.exit_code)
 _STEPS_OF_DOCTOR = 12  # more than there are, each of which ends in time: for a launcher that does not
 _HELP = """\
 usage: python -m llm.launch COMMAND [--OPTION VALUE ...] -- [MODULE] [OPTIONS OF THE TRAINER ...]
@@ -54,6 +56,7 @@ def _launch(argv: list[str]) -> int:
         "pbs": lambda given: _script("pbs", given),
         "slurm": lambda given: _script("slurm", given),
         "doctor": _doctor,
+        "agent": _agent,
         "worker": _worker,
     }
     if command in ("--help", "-h", "help"):
@@ -90,17 +93,33 @@ def _node(argv: list[str]) -> int:
     os.execvpe(command[0], command, environment)
 
 
+def _agent(argv: list[str]) -> int:
+    """torchrun, as `node` calls it."""
+    from llm.clusters.agents import run_agent
+
+    return run_agent(argv)
+
+
 def _worker(argv: list[str]) -> int:
     """One of the agent's processes; to the agent a run that stopped with everything saved has not failed.
 
-    It would start the processes again otherwise, a few seconds before the end of the job.
+    It would start the processes again otherwise, a few seconds before the end of the job. It also would where the
+    trainer ended by itself because of a mistake: those starts end at once, without a second word.
     """
+    from llm.clusters.agents import mistake_file
+
+    mistake = mistake_file()
+    if mistake is not None and mistake.exists():
+        return int(mistake.read_text())
     sys.argv = list(argv)
     try:
         runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if end.code == Stopped.exit_code:
             return 0
+        # The others may only have heard that the first one crashed, which is worth another start.
+        if mistake is not None and os.environ.get("RANK") == "0" and end.code in _MISTAKES:
+            mistake.write_text(str(end.code))
         raise
     return 0
 
@@ -175,14 +194,18 @@ def _submit(scheduler: Scheduler, options: ScriptOptions, text: str) -> int:
     if options.account is None and options.site != "generic":
         raise UsageError(f"--submit: {options.site} wants to know who pays; give --account NAME")
     path = Path(f"{options.name}.{ending}")
-    if path.exists() and path.read_text() != text:
-        raise UserError(f"{path} is there already, and another script; remove it, or give another --name")
-    path.write_text(text)
+    try:
+        if path.exists() and path.read_text() != text:
+            raise UserError(f"{path} is there already, and another script; remove it, or give another --name")
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written here ({error.strerror}); submit from another folder") from None
     try:
         done = subprocess.run([program, str(path)], stdin=subprocess.DEVNULL, check=False)
     except FileNotFoundError:
         raise UserError(f"there is no {program} here; the script is in {path}, submit it where there is one") from None
     if done.returncode != 0:
+        path.unlink()  # it would be in the way of the one that is mended
         raise UserError(f"{program} did not take {path} (exit code {done.returncode})")
     return 0
 
@@ -232,8 +255,8 @@ def _read(table: type[T], argv: list[str], command: str, description: str) -> tu
     try:
         return read_options(table, argv[:at], prog=f"{PROGRAM} {command}", description=description), argv[at + 1 :]
     except UsageError as error:
-        is_trainers = at == len(argv) and "unknown option" in str(error)
-        hint = "\noptions of the trainer stand behind --" if is_trainers else ""
+        is_trainers = at == len(argv) and re.search("unknown|unexpected", str(error))
+        hint = "\noptions of the trainer stand behind --" if is_trainers and table is not DoctorOptions else ""
         raise UsageError(f"{error}{hint}") from None
 
 

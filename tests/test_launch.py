@@ -72,6 +72,8 @@ def test_help_when_asked_for_then_costs_half_a_second_and_no_torch() -> None:
         (["jobb"], "jobb: unknown command; it is one of node, job, pbs, slurm, doctor"),
         (["node", "--nprocs", "2"], "did you mean --nproc?"),
         (["node", "--train_file", "x"], "options of the trainer stand behind --"),
+        (["node", "my.toml"], "options of the trainer stand behind --"),
+        (["node", "--", "llm.trainers"], "llm.trainers: there is no module of that name"),
         (["pbs", "--", "--lerning_rate", "1"], "did you mean --learning_rate?"),
         (["slurm", "--", "llm.trainers.gtp"], "llm.trainers.gtp: there is no module of that name"),
         (["pbs", "--", "--config", "missing.toml"], "--config missing.toml: no such file"),
@@ -137,6 +139,14 @@ def test_submission_when_asked_for_then_the_script_is_kept_and_queued(
     assert "mine.pbs is there already" in err
     qsub.write_text("#!/bin/sh\nexit 7\n")
     assert "qsub did not take mine.pbs (exit code 7)" in launch(*words)[2]
+    assert not Path("mine.pbs").exists()
+
+
+@pytest.mark.parametrize("container", ["apptainer 'exec", "no_such_program exec x.sif"])
+def test_job_when_the_container_is_none_then_says_so(container: str, launch: Run) -> None:
+    code, _, err = launch("job", "--container", container, "--")
+    assert code == 1
+    assert err.startswith(f"error: --container {container}: ")
 
 
 def test_submission_when_there_is_no_scheduler_then_says_where_the_script_is(
@@ -148,6 +158,13 @@ def test_submission_when_there_is_no_scheduler_then_says_where_the_script_is(
     assert "there is no sbatch here; the script is in gpt.sbatch" in err
 
 
+def test_submission_when_the_script_cannot_be_written_then_says_so(launch: Run) -> None:
+    Path("gpt.pbs").mkdir()
+    code, _, err = launch("pbs", "--submit", "--")
+    assert code == 1
+    assert err == "error: gpt.pbs cannot be written here (Is a directory); submit from another folder\n"
+
+
 @pytest.mark.parametrize(("code", "seen"), [(0, 0), (75, 0), (1, 1), (2, 2)])
 def test_worker_when_its_trainer_stopped_with_all_saved_then_is_no_failure_to_the_agent(
     code: int, seen: int, launch: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -156,3 +173,19 @@ def test_worker_when_its_trainer_stopped_with_all_saved_then_is_no_failure_to_th
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["launch"])
     assert launch("worker", "a_trainer", "--x", "a b")[:2] == (seen, "['--x', 'a b'] __main__\n")
+
+
+@pytest.mark.parametrize(("rank", "code", "starts"), [("0", 1, 1), ("0", 2, 1), ("1", 1, 2), ("0", 75, 2), ("0", 3, 2)])
+def test_worker_when_its_trainer_ended_by_a_mistake_then_is_not_run_again(
+    rank: str, code: int, starts: int, launch: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a_trainer.py").write_text(f"import sys\nprint('a start')\nsys.exit({code})\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["launch"])
+    monkeypatch.setenv("RANK", rank)
+    said = []
+    for attempt in range(2):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"attempt_{attempt}" / rank / "error.json"))
+        said.append(launch("worker", "a_trainer"))
+    assert [seen for seen, _, _ in said] == [0 if code == 75 else code] * 2
+    assert sum("a start" in out for _, out, _ in said) == starts

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from llm.clusters.place import Place
 from llm.config.errors import UserError
@@ -26,7 +27,7 @@ _STARTERS_OWN = ("PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDI_", "PALS_RANKID", 
 def agent_command(
     place: Place, words: Sequence[str], *, nproc: int, max_restarts: int, port: int | None = None
 ) -> list[str]:
-    """The command that starts torchrun on this host.
+    """The command that runs torchrun's agent on this host.
 
     Args:
         place: the hosts.
@@ -35,7 +36,7 @@ def agent_command(
         max_restarts: times that they are all started again because one of them died.
         port: on the first host; the job's own when None.
     """
-    command = [sys.executable, "-m", "torch.distributed.run"]
+    command = [sys.executable, "-m", "llm.launch", "agent"]
     command += ["--nnodes", str(len(place.hosts)), "--nproc_per_node", str(nproc), "--rdzv_backend", "c10d"]
     if len(place.hosts) == 1 and place.job is None and port is None:
         # Alone and in no job: any free port, so that two runs on one machine never meet.
@@ -48,6 +49,41 @@ def agent_command(
             # Else it would be the name that the host gives itself, which the others may not know.
             command += ["--local_addr", place.hosts[place.rank]]
     return [*command, "--max_restarts", str(max_restarts), *words]
+
+
+def run_agent(words: Sequence[str]) -> int:
+    """Is torchrun's agent until its processes have ended, with one line in place of torchrun's traceback.
+
+    Args:
+        words: torchrun's own.
+
+    Returns:
+        0 when all processes ended well; 128 + the signal's number if a signal ended them.
+
+    Raises:
+        UserError: a process failed once too often, or the hosts did not meet.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import parse_args, run
+
+    here = socket.gethostname()
+    try:
+        run(parse_args(list(words)))
+    except SignalException as end:
+        return 128 + int(end.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        how = f"was ended by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
+        raise UserError(f"rank {rank} on {here} {how}, and is not started again; what it said stands above") from None
+    except RendezvousError as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{here} did not meet the other hosts ({said}); `python -m llm.launch doctor` says what to mend"
+        ) from None
+    return 0
 
 
 def agent_environment(
@@ -81,7 +117,7 @@ def agent_environment(
 
 
 def check_meeting(place: Place, *, port: int | None, interface: str | None) -> None:
-    """Refuses what would cost minutes of waiting: an interface that is not here, a port that is taken.
+    """Refuses what costs minutes of waiting: an interface or a first host that nobody knows, a port that is taken.
 
     Raises:
         UserError: and the mend.
@@ -91,8 +127,19 @@ def check_meeting(place: Place, *, port: int | None, interface: str | None) -> N
         raise UserError(
             f"--interface {interface}: there is none of that name on {socket.gethostname()}; it has {names}"
         )
-    if place.rank == 0 and (place.job is not None or port is not None):
+    if len(place.hosts) > 1:
+        _refuse_unknown(place.hosts[0])
+    if place.rank == 0 and (len(place.hosts) > 1 or place.job is not None or port is not None):
         _refuse_taken(port or place.port)
+
+
+def mistake_file(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Where a process leaves the exit code of a mistake for those that this host's agent starts after it.
+
+    It is in the agent's own folder, in which torchrun gives each of its starts and processes one; None without it.
+    """
+    own = environment.get("TORCHELASTIC_ERROR_FILE")
+    return Path(own).parents[2] / "mistake" if own else None
 
 
 def count_accelerators() -> int:
@@ -110,6 +157,16 @@ def _meeting(place: Place) -> str:
 
 def _has_interface(name: str) -> bool:
     return any(name == found for _, found in socket.if_nameindex())
+
+
+def _refuse_unknown(host: str) -> None:
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror as error:
+        if error.errno == socket.EAI_NONAME:  # others, such as a name server that is slow, may pass
+            raise UserError(
+                f"{socket.gethostname()} knows no host {host}, where all hosts meet; give the name that all know"
+            ) from None
 
 
 def _refuse_taken(port: int) -> None:

@@ -8,9 +8,10 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llm.clusters.asked import asked_by
 from llm.clusters.place import Place
 from llm.config.errors import Stopped, UserError
 
@@ -64,9 +65,16 @@ class Chain:
         if self.script is None:
             log.warning("chain: no --script says what the next job runs, so that none is queued")
             return None
+        asked = asked_by(self.place, environment)
+        if asked.is_followed:
+            log.info("chain: the next job was queued when this one started first")
+            return None
         variables = {name: value for name, value in environment.items() if not _OWN.fullmatch(name)}
         variables[NUMBER] = str(self.number + 1)
-        answer = _ask(self._submission(variables), variables)
+        answer = _ask(self._submission(variables, asked.options, asked.variables), variables)
+        if answer is None and asked.options:
+            log.warning("chain: the next job asks for what the script says")
+            answer = _ask(self._submission(variables, (), asked.variables), variables)
         if answer is None:
             return None
         name = answer.split()[-1].partition(";")[0] if answer.split() else ""
@@ -79,14 +87,14 @@ class Chain:
         if _ask(self._withdrawal(name), environment) is not None:
             log.info("chain: %s is not needed any more", name)
 
-    def _submission(self, variables: Mapping[str, str]) -> list[str]:
+    def _submission(self, variables: Mapping[str, str], options: Sequence[str], given: Sequence[str]) -> list[str]:
         assert self.script is not None and self.place.job is not None
         after = f"afterany:{self.place.job}"
         if self.place.scheduler == "slurm":
-            return ["sbatch", "--parsable", f"--dependency={after}", "--export=ALL", self.script]
-        # PBS passes on only what is named; the script reads these.
-        named = [name for name in ("CONFIG", "CHAIN", NUMBER) if name in variables]
-        return ["qsub", "-W", f"depend={after}", "-v", ",".join(named), self.script]
+            return ["sbatch", "--parsable", f"--dependency={after}", "--export=ALL", *options, self.script]
+        # PBS passes on only what is named; the script reads the first ones.
+        named = [name for name in dict.fromkeys(("CONFIG", "CHAIN", *given, NUMBER)) if name in variables]
+        return ["qsub", "-W", f"depend={after}", "-v", ",".join(named), *options, self.script]
 
     def _withdrawal(self, name: str) -> list[str]:
         return ["scancel" if self.place.scheduler == "slurm" else "qdel", name]

@@ -12,8 +12,10 @@ from pathlib import Path
 from llm.config.errors import UserError
 
 _PATIENCE_SECONDS = 30.0
-# Names of variables that hold secrets: a command line can be read by everybody on the host.
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+# Names of variables that hold secrets, and values that do, such as a proxy's address with a password in it: a
+# command line can be read by everybody on the host.
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|PASSPHRASE|CREDENTIAL", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 # A variable that each host has of its own, or the starting program sets for each process.
 _LOCAL = re.compile(
     r"PWD|OLDPWD|SHLVL|_|HOST|HOSTNAME|TMPDIR|DISPLAY|TERM|LS_COLORS|PBS_NODEFILE|"
@@ -96,7 +98,11 @@ def mpiexec_line(
         num_hosts: lines of it.
         environment: the variables that the command is to have.
     """
-    secrets = [name for name in environment if _SECRET.search(name) and _is_passed_on(name)]
+    secrets = [
+        name
+        for name, value in environment.items()
+        if _is_passed_on(name) and (_SECRET.search(name) or _SECRET_VALUE.search(value))
+    ]
     forwarded = [word for name in secrets for word in (launcher.forwards, name) if launcher.forwards]
     pairs = [
         f"{name}={value}"

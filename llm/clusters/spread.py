@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,10 +47,10 @@ def spread(
         The exit code; 128 + the signal's number if a signal ended it.
 
     Raises:
-        UserError: there is no mpiexec or srun, or it did not end in time.
+        UserError: there is no mpiexec, srun or container's program, or what was started did not end in time.
     """
     job = place.job or f"none-{os.getpid()}"
-    python = [*shlex.split(container), "python"] if container else [sys.executable]
+    python = [*_words_of(container, environment), "python"] if container else [sys.executable]
     meeting = ["--hosts", ",".join(place.hosts), "--job", job] if len(place.hosts) > 1 or place.job else []
     node = [*python, "-m", "llm.launch", command, *meeting, *words]
     count = len(place.hosts)
@@ -68,6 +69,18 @@ def spread(
         log.info("starts: %s", shlex.join([*shown(start), *visible]))
         is_alone = _is_alone(place, environment)
         return _wait([*start, *node], environment, passes_signals_on=is_alone, limit_seconds=limit_seconds)
+
+
+def _words_of(container: str, environment: Mapping[str, str]) -> list[str]:
+    try:
+        words = shlex.split(container)
+    except ValueError as error:
+        raise UserError(f"--container {container}: cannot be read as a command ({error})") from None
+    if not words or shutil.which(words[0], path=environment.get("PATH")) is None:
+        raise UserError(
+            f"--container {container}: there is no program of that name here; load its module, or name its path"
+        )
+    return words
 
 
 def _wait(

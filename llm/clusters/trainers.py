@@ -52,11 +52,7 @@ def read_trainer(words: Sequence[str]) -> Trainer:
     module, given = DEFAULT, list(words)
     if given and not given[0].startswith("-"):
         module = given.pop(0)
-    try:
-        is_there = find_spec(module) is not None
-    except (ImportError, ValueError):
-        is_there = False
-    if not is_there:
+    if not _can_be_run(module):
         raise UsageError(f"{module}: there is no module of that name; name a trainer, such as {DEFAULT}, behind --")
     options = None
     if module == DEFAULT:
@@ -64,6 +60,17 @@ def read_trainer(words: Sequence[str]) -> Trainer:
             Options, given, prog=f"python -m {module}", description="Pre-train or fine-tune a GPT-like model on text."
         )
     return Trainer(module, tuple(given), options)
+
+
+def _can_be_run(module: str) -> bool:
+    """Whether `python -m module` finds something to run: a folder of modules may hold no program."""
+    try:
+        found = find_spec(module)
+        if found is not None and found.submodule_search_locations is not None:
+            found = find_spec(f"{module}.__main__")
+    except (ImportError, ValueError):
+        return False
+    return found is not None
 
 
 def check_chain(trainer: Trainer, *, resumes: bool = False) -> None:

@@ -18,8 +18,8 @@ _SLURM_TIME = "%Y-%m-%dT%H:%M:%S"
 _PBS_TIME = "%a %b %d %H:%M:%S %Y"
 
 
-class UnknownEndError(Exception):
-    """Nobody says when the job ends; the message says why not."""
+class UnknownError(Exception):
+    """The scheduler does not say it; the message says why not."""
 
 
 def job_end(environment: Mapping[str, str] = os.environ) -> float | None:
@@ -36,7 +36,7 @@ def job_end(environment: Mapping[str, str] = os.environ) -> float | None:
             return _slurm_end(environment)
         if environment.get("PBS_JOBID"):
             return _pbs_end(environment)
-    except UnknownEndError as reason:
+    except UnknownError as reason:
         log.warning("walltime: not known (%s); --max_time, or LLM_END_TIME in the job script, says it", reason)
     return None
 
@@ -47,20 +47,20 @@ def _number(name: str, text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UnknownEndError(f"{name}={text} is no number of seconds since 1970")
+        raise UnknownError(f"{name}={text} is no number of seconds since 1970")
     return number
 
 
 def _in_future(end: float, source: str) -> float:
     # Such as a variable that an interactive shell took along from a job that is over.
     if end <= time.time():
-        raise UnknownEndError(f"{source} is in the past")
+        raise UnknownError(f"{source} is in the past")
     return end
 
 
 def _slurm_end(environment: Mapping[str, str]) -> float | None:
     command = ["squeue", "-h", "-j", environment["SLURM_JOB_ID"], "-o", "%e"]
-    answer = _answer(command, {**environment, "SLURM_TIME_FORMAT": "standard"}).strip()
+    answer = ask_scheduler(command, {**environment, "SLURM_TIME_FORMAT": "standard"}).strip()
     if answer.upper() in ("N/A", "NONE", "UNKNOWN"):  # a partition without a limit
         return None
     return _in_future(_moment(answer, _SLURM_TIME, "squeue"), "squeue's end time")
@@ -68,8 +68,7 @@ def _slurm_end(environment: Mapping[str, str]) -> float | None:
 
 def _pbs_end(environment: Mapping[str, str]) -> float | None:
     """The job's start and its limit: `stime` of PBS Pro and OpenPBS, `start_time` of Torque."""
-    answer = _answer(["qstat", "-f", environment["PBS_JOBID"]], {**environment, "LC_ALL": "C"})
-    facts = dict(re.findall(r"^\s*([\w.]+) = (.+)$", answer, re.MULTILINE))
+    facts = pbs_facts(environment["PBS_JOBID"], environment)
     if "Resource_List.walltime" not in facts:
         return None
     limit = _length(facts["Resource_List.walltime"])
@@ -79,12 +78,27 @@ def _pbs_end(environment: Mapping[str, str]) -> float | None:
     elif "resources_used.walltime" in facts:
         end = time.time() + limit - _length(facts["resources_used.walltime"])
     else:
-        raise UnknownEndError("qstat does not say when the job began")
+        raise UnknownError("qstat does not say when the job began")
     return _in_future(end, "qstat's end time")
 
 
-def _answer(command: list[str], environment: Mapping[str, str]) -> str:
-    """What a scheduler's command prints."""
+def pbs_facts(job: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """What PBS says of a job, by its own names: `Resource_List.walltime`, `depend`, ...
+
+    Raises:
+        UnknownError: it says nothing.
+    """
+    answer = ask_scheduler(["qstat", "-f", job], {**environment, "LC_ALL": "C"})
+    whole = re.sub(r"\n\t(?![\w.]+ = )", "", answer)  # a long value goes on in the next line
+    return dict(re.findall(r"^\s*([\w.]+) = (.+)$", whole, re.MULTILINE))
+
+
+def ask_scheduler(command: list[str], environment: Mapping[str, str]) -> str:
+    """What a scheduler's command prints.
+
+    Raises:
+        UnknownError: it is not there, fails, or takes more than five seconds.
+    """
     try:
         result = subprocess.run(
             command,
@@ -96,14 +110,14 @@ def _answer(command: list[str], environment: Mapping[str, str]) -> str:
             check=False,
         )
     except FileNotFoundError:
-        raise UnknownEndError(f"there is no {command[0]} here") from None
+        raise UnknownError(f"there is no {command[0]} here") from None
     except (OSError, ValueError) as error:
-        raise UnknownEndError(f"{command[0]}: {error}") from error
+        raise UnknownError(f"{command[0]}: {error}") from error
     except subprocess.TimeoutExpired:
-        raise UnknownEndError(f"{command[0]} gave no answer in {_PATIENCE_SECONDS:.0f} s") from None
+        raise UnknownError(f"{command[0]} gave no answer in {_PATIENCE_SECONDS:.0f} s") from None
     if result.returncode != 0 or not result.stdout.strip():
         said = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[0]
-        raise UnknownEndError(f"{command[0]}: {said}")
+        raise UnknownError(f"{command[0]}: {said}")
     return result.stdout
 
 
@@ -112,7 +126,7 @@ def _moment(text: str, form: str, source: str) -> float:
     try:
         return time.mktime(time.strptime(text.strip(), form))
     except (ValueError, OverflowError):
-        raise UnknownEndError(f"{source} answers {text.strip()!r}") from None
+        raise UnknownError(f"{source} answers {text.strip()!r}") from None
 
 
 def _length(text: str) -> float:
@@ -120,8 +134,8 @@ def _length(text: str) -> float:
     try:
         parts = [int(part) for part in text.strip().split(":")]
     except ValueError:
-        raise UnknownEndError(f"qstat answers a walltime of {text.strip()!r}") from None
+        raise UnknownError(f"qstat answers a walltime of {text.strip()!r}") from None
     units = (1, 60, 3600, 86400)
     if len(parts) > len(units):
-        raise UnknownEndError(f"qstat answers a walltime of {text.strip()!r}")
+        raise UnknownError(f"qstat answers a walltime of {text.strip()!r}")
     return float(sum(number * unit for number, unit in zip(reversed(parts), units, strict=False)))

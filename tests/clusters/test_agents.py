@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 from typing import Literal
+from unittest.mock import Mock
 
 import pytest
+import torch.distributed.run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
 import llm.clusters.agents as agents
-from llm.clusters.agents import agent_command, agent_environment, check_meeting
+from llm.clusters.agents import agent_command, agent_environment, check_meeting, mistake_file, run_agent
 from llm.clusters.place import Place
 from llm.config.errors import UserError
 
@@ -24,7 +30,7 @@ def command(place: Place, port: int | None = None) -> str:
 
 def test_agent_when_alone_without_a_job_then_meets_nobody_on_a_free_port() -> None:
     line = command(Place(("here",), rank=0))
-    assert line.startswith(f"{sys.executable} -m torch.distributed.run --nnodes 1 --nproc_per_node 4 ")
+    assert line.startswith(f"{sys.executable} -m llm.launch agent --nnodes 1 --nproc_per_node 4 ")
     assert "--rdzv_endpoint localhost:0" in line
     assert line.endswith("--max_restarts 3 -m x")
 
@@ -96,5 +102,63 @@ def test_port_when_taken_then_is_refused_on_the_first_host_alone() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} .* is taken .*--port"):
-            check_meeting(Place(("a", "b"), job="7", rank=0), port=port, interface=None)
-        check_meeting(Place(("a", "b"), job="7", rank=1), port=port, interface=None)
+            check_meeting(Place(("localhost", "b"), job="7", rank=0), port=port, interface=None)
+        check_meeting(Place(("localhost", "b"), job="7", rank=1), port=port, interface=None)
+
+
+def test_meeting_when_nobody_knows_the_first_host_then_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(UserError, match="knows no host n1"):
+        check_meeting(Place(("n1", "n2"), rank=1), port=None, interface=None)
+    check_meeting(Place(("n1",), rank=0), port=None, interface=None)
+
+
+def test_meeting_when_the_port_of_named_hosts_is_taken_then_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("", 0)) as taken:
+        monkeypatch.setattr(Place, "port", taken.getsockname()[1])
+        with pytest.raises(UserError, match="choose another with --port"):
+            check_meeting(Place(("localhost", "127.0.0.1"), rank=0, is_told=True), port=None, interface=None)
+
+
+def test_mistake_when_left_then_is_in_the_folder_that_all_starts_of_the_agent_share() -> None:
+    starts = [{"TORCHELASTIC_ERROR_FILE": f"/tmp/of_agent/attempt_{start}/{start}/error.json"} for start in (0, 1)]
+    assert {str(mistake_file(start)) for start in starts} == {"/tmp/of_agent/mistake"}
+    assert mistake_file({}) is None
+
+
+def failure(code: int) -> ChildFailedError:
+    failed = ProcessFailure(local_rank=1, pid=7, exitcode=code, error_file="<N/A>")
+    return ChildFailedError("llm.launch", {3: failed})
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (failure(1), r"^rank 3 on \S+ ended with exit code 1, and is not started again; what it said stands above$"),
+        (failure(-9), "rank 3 on .* was ended by SIGKILL"),
+        (
+            RendezvousTimeoutError("no\nidea"),
+            r"did not meet the other hosts \(no\); `python -m llm.launch doctor` says",
+        ),
+    ],
+)
+def test_agent_when_its_processes_fail_then_is_one_line(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed.run, "run", Mock(side_effect=error))
+    with pytest.raises(UserError, match=said):
+        run_agent(["--nnodes", "1", "-m", "x"])
+
+
+def test_agent_when_a_signal_ends_it_then_its_exit_code_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed.run, "run", Mock(side_effect=SignalException("", sigval=signal.SIGTERM)))
+    assert run_agent(["-m", "x"]) == 143
+
+
+def test_agent_when_run_then_its_processes_get_their_words(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--max_restarts", "0", "-m", "this"]
+    assert run_agent(words) == 0
+    assert "The Zen of Python" in capfd.readouterr().out

@@ -39,6 +39,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PBS_JOBID", "11.server")
     monkeypatch.setenv("PBS_NODEFILE", str(tmp_path / "nodes"))
     monkeypatch.setenv("LLM_END_TIME", "4000000000")
+    stand_in(folder, "qstat", "#!/bin/sh\necho 'no answer' >&2\nexit 1\n")
+    stand_in(folder, "squeue", "#!/bin/sh\nexit 1\n")
     for name, answer in (("qsub", "12.server"), ("qdel", ""), ("sbatch", "12;cluster"), ("scancel", "")):
         stand_in(folder, name, _QUEUE.format(name=name, folder=tmp_path, answer=answer, code=0))
     return tmp_path
@@ -129,6 +131,60 @@ def test_job_when_of_slurm_then_the_next_one_hangs_on_it_by_sbatch(
     assert asked(job) == ["sbatch --parsable --dependency=afterany:11 --export=ALL job.sbatch number=2 end=none"]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # requeued: its next one is there already
     assert chain.queue_next() is None
+
+
+# As PBS Pro writes it, which breaks long values, and a line as Slurm's qstat does.
+_QSTAT = """#!/bin/sh
+printf 'Job Id: 11.server\\n    Resource_List.select = 16:system=polaris\\n    Resource_List.walltime = 03:00:00\\n'
+printf '\\tAccount_Name = me\\n    queue = medium\\n    run_count = {runs}\\n    depend = {depend}\\n'
+printf '    Variable_List = PBS_O_HOME=/home/me,CONFIG=my.toml,HF_HOM\\n\\tE=/data/x,PBS_O_SHELL=/bin/sh,GONE=1\\n'
+"""
+
+
+def test_next_job_of_pbs_when_queued_then_asks_for_what_this_one_did(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(job / "bin", "qstat", _QSTAT.format(runs=1, depend=""))
+    for name, value in {"PBS_O_QUEUE": "prod", "CONFIG": "my.toml", "HF_HOME": "/data/x"}.items():
+        monkeypatch.setenv(name, value)
+    assert Chain(Place(("a",), "pbs", "11.server"), "job.pbs", 1, 2).queue_next() == "12.server"
+    options = "-l select=16:system=polaris -l walltime=03:00:00 -A me -q prod"
+    named = "CONFIG,HF_HOME,LLM_CHAIN_JOB"
+    assert asked(job) == [f"qsub -W depend=afterany:11.server -v {named} {options} job.pbs number=2 end=none"]
+
+
+def test_next_job_of_slurm_when_queued_then_asks_for_what_this_one_did(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(job / "bin", "squeue", "#!/bin/sh\necho 6:00:00\n")
+    given = {"JOB_NUM_NODES": "4", "JOB_ACCOUNT": "me", "JOB_PARTITION": "gpu", "GPUS_PER_NODE": "a100:4"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert Chain(Place(("a",), "slurm", "11"), "job.sbatch", 1, 2).queue_next() == "12"
+    options = "--nodes=4 --account=me --partition=gpu --gpus-per-node=a100:4 --time=6:00:00"
+    assert asked(job)[0].startswith(f"sbatch --parsable --dependency=afterany:11 --export=ALL {options} job.sbatch ")
+
+
+def test_next_job_when_the_scheduler_refuses_the_options_then_asks_for_what_the_script_says(
+    job: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusing = f'#!/bin/sh\necho "$*" >> {job}/asked\ncase "$*" in *partition*) exit 1;; esac\necho 12\n'
+    stand_in(job / "bin", "sbatch", refusing)
+    stand_in(job / "bin", "squeue", "#!/bin/sh\necho UNLIMITED\n")
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "inner")
+    assert Chain(Place(("a",), "slurm", "11"), "job.sbatch", 1, 2).queue_next() == "12"
+    assert len(asked(job)) == 2
+    assert "the next job asks for what the script says" in caplog.text
+
+
+def test_job_of_pbs_when_run_again_then_queues_no_second_follower(job: Path) -> None:
+    chain = Chain(Place(("a",), "pbs", "11.server"), "job.pbs", 1, 2)
+    stand_in(job / "bin", "qstat", _QSTAT.format(runs=2, depend="beforeany:12.server@server"))
+    assert chain.queue_next() is None
+    assert asked(job) == []
+    # Its first start came to nothing.
+    stand_in(job / "bin", "qstat", _QSTAT.format(runs=2, depend=""))
+    assert chain.queue_next() == "12.server"
 
 
 def test_job_when_interactive_or_in_no_job_then_queues_nothing(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,3 +64,9 @@ def test_variables_when_passed_on_then_are_those_that_are_not_of_this_host_or_se
     line = mpiexec_line("mpiexec", KINDS["Open MPI"], Path("hosts"), 2, environment)
     assert line[line.index("-x") : line.index("-x") + 2] == ["-x", "HF_TOKEN"]  # its name alone
     assert line[line.index("env") :] == ["env", "PYTHONPATH=/x y"]
+
+
+def test_proxy_when_its_address_holds_a_password_then_is_a_secret_and_else_is_passed_on() -> None:
+    proxies = {"http_proxy": "http://me:hush@proxy:3128", "https_proxy": "http://proxy:3128"}
+    line = mpiexec_line("mpiexec", KINDS["Open MPI"], Path("hosts"), 2, proxies)
+    assert line[line.index("-x") :] == ["-x", "http_proxy", "env", "https_proxy=http://proxy:3128"]

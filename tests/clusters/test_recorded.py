@@ -114,7 +114,7 @@ def test_job_when_started_then_every_host_runs_one_agent_that_finds_the_others(
     assert len(agents) == num_hosts
     for number, agent in enumerate(agents):
         command, variables = agent["command"], agent["environment"]
-        assert command[1:3] == ["-m", "torch.distributed.run"]
+        assert command[1:4] == ["-m", "llm.launch", "agent"]
         assert option(command, "--nnodes") == str(num_hosts)
         assert option(command, "--nproc_per_node") == "2"
         assert option(command, "--rdzv_backend") == "c10d"
