@@ -101,6 +101,16 @@ def test_arithmetic_when_runs_are_short_then_ways_differ_by_rounding_and_a_far_o
     assert too_far(found, 1e-5) == []
 
 
+@pytest.mark.slow
+def test_first_update_when_measured_then_the_run_does_more_than_its_imports(tiny_text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "first_update.json"
+    words = ["--text", str(tiny_text), "--rounds", "1", "--threads", "1", "--json", str(file)]
+    subprocess.run([sys.executable, "-m", "benchmarks.first_update", *words], check=True, timeout=170)
+    found = json.loads(file.read_text())
+    assert found["run_seconds"]["cpu"] > 1 and found["import_seconds"]["cpu"] > 1
+    assert found["ratio"]["cpu"] == pytest.approx(found["run_seconds"]["cpu"] / found["import_seconds"]["cpu"])
+
+
 def test_summary_when_curves_cross_the_loss_then_gives_seconds_and_quotients() -> None:
     def point(step: int, seconds: float, loss: float) -> dict[str, float]:
         return {"step": step, "wall_seconds": seconds, "cpu_seconds": 2 * seconds, "eval_loss": loss}
