@@ -5,6 +5,7 @@ rate, without dropout. FILE holds the `Setting` as JSON.
 
 ours             the update as the trainer makes it, with what it chooses for this machine
 ours_fp32        the same with --mixed_precision no
+ours_kfac        the same with --kfac; ours_kfac_inverse by inverses, ours_kfac_spread with its refreshes spread
 nanogpt          nanoGPT's own train.py as it is, at its defaults but for sizes and hyperparameters
 nanogpt_bf16     the same with bf16 autocast, which it leaves unused on a CPU
 nanogpt_compile  as nanogpt, compiled also where its README says --compile=False (a CPU)
@@ -35,6 +36,8 @@ BETAS = (0.9, 0.999)  # what run_clm's AdamW has, which has no option for them
 WEIGHT_DECAY = 0.1
 # Without a warm-up: at more, the loss of the wider models first rises.
 LEARNING_RATE = 1e-4
+# Updates between two looks at the curvature, and between two refreshes of what follows from it.
+KFAC_INTERVAL = 10
 # A device does bf16 natively that is at least so much faster in it than in fp32.
 _NATIVE = 1.2
 _QUICK_SIZE = 512
@@ -142,6 +145,7 @@ def run_ours(setting: Setting, gate: Gate, *words: str) -> None:
         "flops_per_token": flops_per_token(language_model.model, setting.block_size),
         "says": str(machine),
         "threads": torch.get_num_threads(),
+        "kfac": next(iter(updater.preconditioning.lines(plan.tokens_per_step)), None),
     }
     for step, micro_batches in enumerate(batches):
         gate.passed(updater.update(micro_batches, step).loss, _peak)
@@ -326,9 +330,14 @@ def _peak() -> dict[str, Any]:
     return {"peak_bytes": found}
 
 
+_KFAC = (*("--kfac", "--kfac_factor_update_steps", str(KFAC_INTERVAL), "--kfac_inv_update_steps", str(KFAC_INTERVAL)),)
+
 PROGRAMS: dict[str, Callable[[Setting, Gate], None]] = {
     "ours": run_ours,
     "ours_fp32": lambda setting, gate: run_ours(setting, gate, "--mixed_precision", "no"),
+    "ours_kfac": lambda setting, gate: run_ours(setting, gate, *_KFAC),
+    "ours_kfac_inverse": lambda setting, gate: run_ours(setting, gate, *_KFAC, "--kfac_method", "inverse"),
+    "ours_kfac_spread": lambda setting, gate: run_ours(setting, gate, *_KFAC, "--kfac_spread"),
     "nanogpt": run_nanogpt,
     "nanogpt_bf16": lambda setting, gate: run_nanogpt(setting, gate, bf16=True),
     "nanogpt_compile": lambda setting, gate: run_nanogpt(setting, gate, compiled=True),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import optimizers
 from benchmarks.arithmetic import too_far
 from benchmarks.gate import Program, thread_environment
 from benchmarks.nanogpt import require_nanogpt
@@ -141,3 +142,60 @@ def test_require_when_another_folder_or_script_is_given_then_one_line_says_so(tm
     file.write_text(RUN_CLM + "accelerator.clip_grad_norm_(model.parameters(), 1.0)")
     with pytest.raises(SystemExit, match="it clips"):
         require_run_clm(file)
+
+
+def test_arrival_when_between_two_evaluations_then_is_on_the_line_between_them() -> None:
+    curve = [{"step": step, "cpu_seconds": step / 10, "eval_loss": loss} for step, loss in ((10, 3.0), (20, 2.0))]
+    assert optimizers.arrival(curve, 2.25) == pytest.approx({"step": 17.5, "cpu_seconds": 1.75})
+    assert optimizers.arrival(curve, 3.5) == {"step": 10, "cpu_seconds": 1.0}
+    assert optimizers.arrival(curve, 1.9) is None
+
+
+@pytest.mark.slow
+def test_optimizers_when_run_then_tunes_compares_and_makes_no_run_twice(
+    tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"block_size": "16", "tokenizer_name": "char", "model_type": "gpt2", "validation_split_percentage": "10",
+               "config_overrides": "n_layer=1,n_head=2,n_embd=16,n_positions=16"}  # fmt: skip
+    monkeypatch.setitem(optimizers.SETTINGS, "2x64", optimizers.Setting(options, 8, 2))
+    file, picture = tmp_path / "found.json", tmp_path / "found.png"
+    words = ["--text", str(tiny_text), "--seeds", "2", "--ways", "adamw;kfac 1/10;kfac 1/10, short"]
+    words += ["--json", str(file), "--picture", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["optimizers", *words])
+    optimizers.main()
+    found = json.loads(file.read_text())
+    # Of both all rates with the seed 0 and two with the others; of the short one the best with the others.
+    assert len(found["runs"]) == 2 * (5 + 2 * 2) + 2
+    ends: dict[str, dict[str, float]] = {"0": {}, "1": {}, "2": {}}
+    for run in found["runs"]:
+        if "kfac" not in run["options"]:
+            ends[run["options"]["seed"]][run["options"]["learning_rate"]] = run["curve"][-1]["eval_loss"]
+    means = {rate: (loss + ends["2"][rate]) / 2 for rate, loss in ends["1"].items()}
+    assert sorted(means) == sorted(sorted(ends["0"], key=ends["0"].__getitem__)[:2])
+    adamw, kfac, short = found["ways"].values()
+    assert adamw["options"] == {"learning_rate": min(means, key=means.__getitem__)}
+    assert kfac["options"] == short["options"]
+    assert (adamw["num_updates"], kfac["num_updates"], short["num_updates"]) == (8, 8, 6)
+    assert adamw["cpu_by_adamw"] == pytest.approx(1)
+    assert adamw["final_loss"] == pytest.approx(sum(adamw["final_losses"]) / 2)
+    assert "| kfac 1/10, short |" in capsys.readouterr().out
+    assert picture.stat().st_size > 10_000
+    monkeypatch.setattr(optimizers, "record", lambda _: pytest.fail("a run was made again"))
+    monkeypatch.setattr(sys, "argv", ["optimizers", *words])  # the trainer left its own there
+    optimizers.main()
+    assert json.loads(file.read_text())["ways"] == found["ways"]
+
+
+@pytest.mark.slow
+def test_kfac_cost_when_measured_then_says_what_each_method_adds(tmp_path: Path) -> None:
+    file = tmp_path / "cost.json"
+    words = ["--size", "2x32", "--rounds", "2", "--intervals", "1", "--threads", "1", "--json", str(file)]
+    subprocess.run([sys.executable, "-m", "benchmarks.kfac_cost", *words], check=True, timeout=170)
+    found = json.loads(file.read_text())
+    ways = found["ways"]
+    assert list(ways) == ["without", "without, again", "eigen", "inverse", "eigen, spread"]
+    assert ways["without"]["share"] == 0
+    assert ways["without, again"]["share"] == pytest.approx(found["same_by_same"] - 1)
+    assert ways["eigen"]["share"] > 0
+    assert ways["without"]["computed"] is None
+    assert ways["eigen"]["computed"].endswith("%")

@@ -162,6 +162,7 @@ class KfacOptions(Group):
     kfac: bool = row(False, "divide the gradients of linear layers by their curvature, before any --optim")
     kfac_factor_update_steps: int = row(10, "updates between two looks at the curvature (its Kronecker factors)", ge=1, metavar="N")
     kfac_inv_update_steps: int = row(10, "updates between refreshes of the factors' inverses; below it also 1, 2, 4, 8, ...", ge=1, metavar="N")
+    kfac_spread: bool = row(False, "refresh the layers one after the other, over the updates from one refresh to the next, so that all take about as long")
     kfac_damping: float | None = row(None, "damping, relative to the mean curvature of each layer (default 0.1; with --kfac_compat absolute, 0.001)", gt=0, metavar="X")
     kfac_factor_decay: float = row(0.95, "decay of the factors' running average", gt=0, le=1, metavar="X")
     kfac_kl_clip: float | None = row(None, "bound of the KL-clip (default: none, each layer keeps its gradient's norm; with --kfac_compat 0.001)", gt=0, metavar="X")
@@ -242,6 +243,8 @@ def _mistakes_in_kfac(kfac: KfacOptions) -> list[str]:
     mistakes = []
     if foreign and kfac.kfac_factor_tokens is not None:
         mistakes.append("--kfac_factor_tokens is for --kfac_backend llm: kfac-pytorch looks at all tokens")
+    if kfac.kfac_spread and (foreign or kfac.kfac_compat):
+        mistakes.append("--kfac_spread is not kfac-pytorch's way, which refreshes all layers at once")
     for pattern in kfac.kfac_skip_layers or ():
         try:
             re.compile(pattern)

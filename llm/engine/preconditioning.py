@@ -157,14 +157,14 @@ class Kfac:
             f"K-FAC: {len(report.layers)} layers, factors every {options.kfac_factor_update_steps} and {bases} every "
             f"{options.kfac_inv_update_steps} updates; "
             f"{quantity(report.factor_bytes)}B of factors and {quantity(report.inverse_bytes)}B of "
-            f"{bases} here, {quantity(report.capture_bytes)}B more while it looks at the curvature; computed to take "
-            f"about {report.cost(tokens_per_step):.0%} of an update without it",
+            f"{bases} here, {quantity(report.capture_bytes)}B more while it looks at the curvature; computed to add "
+            f"matrix work of {report.cost(tokens_per_step):.0%} of the model's own",
             *_lines_of_skipped(report.skipped),
             *_meanings(options),
         ]
 
     def closing_lines(self) -> list[str]:
-        """What it took, measured."""
+        """What it took, measured: beside matrix work an update has other, and a small model's has most."""
         line = self._cost.line()
         return [] if line is None else [line]
 
@@ -226,6 +226,7 @@ def _preconditioner(
             # A refresh of the early updates is of use only where the factors were looked at anew.
             factor_update_steps=steps if options.kfac_compat else dense_early(steps),
             inv_update_steps=options.kfac_inv_update_steps,
+            spread=options.kfac_spread,
             factor_decay=options.kfac_factor_decay,
             method=options.kfac_method,
             factor_tokens=options.kfac_factor_tokens,

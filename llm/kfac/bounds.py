@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm.kfac.schedule import Number
+from llm.kfac.schedule import Number, dense_early
 
 _CHOICES = {
     "rescale": ("norm", None),
@@ -18,13 +18,20 @@ _AT_LEAST_ONE = (
 _ABOVE_ZERO = ("damping", "kl_clip", "lr", "power")
 
 
+FACTOR_UPDATE_STEPS = dense_early(10)
+"""The default, which can be told from what the caller gives."""
+
+
 class Default(float):
     """A default that can be told from the same number given by the caller."""
 
 
-def as_anchor(damping: Number, kl_clip: Number | None, lr: Number | None) -> tuple[Number, Number, Number]:
-    """Damping, kl_clip and lr, where they were not given, as kfac-pytorch has them."""
+def as_anchor(
+    factor_update_steps: Number, damping: Number, kl_clip: Number | None, lr: Number | None
+) -> tuple[Number, Number, Number, Number]:
+    """The same four, as kfac-pytorch has them where they were not given."""
     return (
+        10 if factor_update_steps is FACTOR_UPDATE_STEPS else factor_update_steps,
         1e-3 if isinstance(damping, Default) else damping,
         1e-3 if kl_clip is None else kl_clip,
         0.1 if lr is None else lr,
@@ -48,6 +55,8 @@ def check(given: dict[str, Any]) -> None:
     _check_number("factor_decay", decay, callable(decay) or 0 < decay <= 1, "above 0 and at most 1")
     if given["kl_clip"] is not None and (given["rescale"] is not None or given["lr"] is None):
         raise ValueError('kl_clip needs rescale=None (rescale="norm" sets the lengths itself) and lr')
+    if given["spread"] and given["compat"] is not None:
+        raise ValueError("spread is not kfac-pytorch's way, which refreshes all layers at once")
     if given["method"] == "inverse" and given["power"] != 1:
         raise ValueError('power needs method="eigen"')
 

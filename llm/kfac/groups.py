@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class Group:
 
     Args:
         captures: of the layers, all of one shape.
+        delays: theirs, as `schedule.is_refresh_due` wants them, ascending.
         owner: the rank that keeps the state.
         is_mine: whether this rank keeps it too.
         formulas: of the factors.
@@ -33,6 +34,7 @@ class Group:
     def __init__(
         self,
         captures: Sequence[Capture],
+        delays: Sequence[float],
         *,
         owner: int,
         is_mine: bool,
@@ -40,7 +42,7 @@ class Group:
         curvature: Curvature,
         factor_dtype: torch.dtype,
     ) -> None:
-        self.captures, self.owner, self.is_mine = captures, owner, is_mine
+        self.captures, self.delays, self.owner, self.is_mine = captures, delays, owner, is_mine
         self.layers: list[Layer] = [capture.layer for capture in captures]
         self.formulas, self.curvature, self.factor_dtype = formulas, curvature, factor_dtype
         self.dim_a, self.dim_g = self.layers[0].dim_a, self.layers[0].dim_g
@@ -123,14 +125,21 @@ class Group:
             self.state[f"factor_{side}"].mul_(memory[:, None, None]).addcmul_(total, share[:, None, None])
         self.state["count"].copy_(count)
 
-    def refresh(self, damping: float) -> None:
-        """Bases or inverses of the factors as they are now."""
-        for side, n in self.sides():
-            self.curvature.refresh(self.state, side, self.state[f"factor_{side}"], n, damping)
+    def refresh(self, damping: float, is_due: Callable[[float], bool]) -> None:
+        """Bases or inverses of the factors as they are now, of the layers whose delay is due."""
+        due = [number for number, delay in enumerate(self.delays) if is_due(delay)]
+        if due:
+            state = {name: stack[due[0] : due[-1] + 1] for name, stack in self.state.items()}
+            for side, n in self.sides():
+                self.curvature.refresh(state, side, state[f"factor_{side}"], n, damping)
 
     def gradients(self) -> Tensor:
-        """Of [W, b], as [layers, dim_g, dim_a]."""
-        stack = torch.empty(len(self.layers), self.dim_g, self.dim_a, dtype=self.curvature.dtype, device=self.device)
+        """Of [W, b]^T, as [layers, dim_a, dim_g].
+
+        With the constant input that a bias stands for, dim_a is seldom a number that matrix products like; dim_g mostly
+        is, and so the rows are that long.
+        """
+        stack = torch.empty(len(self.layers), self.dim_a, self.dim_g, dtype=self.curvature.dtype, device=self.device)
         for layer, gradient in zip(self.layers, stack, strict=True):
             layer.read_gradient(gradient)
         return stack
@@ -141,7 +150,7 @@ class Group:
 
     def write(self, directions: Tensor) -> None:
         """Puts directions, in the shape of `gradients` or flat, where the gradients are."""
-        for layer, direction in zip(self.layers, directions.view(-1, self.dim_g, self.dim_a), strict=True):
+        for layer, direction in zip(self.layers, directions.view(-1, self.dim_a, self.dim_g), strict=True):
             layer.write_gradient(direction)
 
     def _zeros(self, *shape: int) -> Tensor:

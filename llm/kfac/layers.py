@@ -48,7 +48,7 @@ class Layer:
         return weight
 
     def read_gradient(self, out: Tensor) -> None:
-        """Writes the gradient of [W, b] into [dim_g, dim_a]; zeros for what has none."""
+        """Writes the gradient of [W, b]^T into [dim_a, dim_g]; zeros for what has none."""
         for parameter, part in self._parts(out):
             if parameter.grad is None:
                 part.zero_()
@@ -56,18 +56,18 @@ class Layer:
                 part.copy_(parameter.grad)
 
     def write_gradient(self, gradient: Tensor) -> None:
-        """Takes [dim_g, dim_a] as the gradient of [W, b]; what had none still has none."""
+        """Takes [dim_a, dim_g] as the gradient of [W, b]^T; what had none still has none."""
         for parameter, part in self._parts(gradient):
             if parameter.grad is not None:
                 parameter.grad.copy_(part)
 
     def _parts(self, gradient: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        weight = gradient[:, : self.num_in]
-        parts = [(self.weight, weight.t() if self.transposed else weight)]
+        weight = gradient[: self.num_in]
+        parts = [(self.weight, weight if self.transposed else weight.t())]
         if self.has_bias:
             bias = self.module.bias
             assert isinstance(bias, nn.Parameter)
-            parts.append((bias, gradient[:, -1]))
+            parts.append((bias, gradient[-1]))
         return parts
 
 

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llm.kfac.bounds import Default, as_anchor, check
+from llm.kfac.bounds import FACTOR_UPDATE_STEPS, Default, as_anchor, check
 from llm.kfac.capture import TRIANGLE, Capture, Gate
 from llm.kfac.curvature import Eigen, Inverse
 from llm.kfac.formulas import AnchorFormulas, Count, Formulas
 from llm.kfac.groups import Group
 from llm.kfac.layers import device_of, find_layers
-from llm.kfac.ranks import Ranks, assign
+from llm.kfac.ranks import Ranks, assign, delays
 from llm.kfac.report import Report
 from llm.kfac.schedule import Number, is_due, is_refresh_due, value_at
 
@@ -36,8 +36,12 @@ class KFACPreconditioner:
     Args:
         model: its nn.Linear and HuggingFace Conv1D layers are taken, but for those that `report().skipped` names.
         factor_update_steps: updates from one capture of the factors to the next; the updates between cost nothing in
-            the model's passes. Numbers may be functions of the number of the update.
+            the model's passes. Numbers may be functions of the number of the update. The default, `dense_early(10)`,
+            has captures at 1, 2, 4 and 8 too, so that the early refreshes of the inverses find something new; a plain
+            10 has none, nor has compat by itself.
         inv_update_steps: updates from one refresh of the inverses to the next; below it also 1, 2, 4, 8, …
+        spread: from its first multiple on, each layer is refreshed at another update, so that all take about as long;
+            False: all layers at the multiples.
         damping: lambda over the product of the factors' mean eigenvalues.
         factor_decay: the k-th capture finds the average of those before it at a weight of min(factor_decay, 1 - 1/k).
         kl_clip: shortens the whole direction d, with gradient w, where lr^2 * (d, w) exceeds it; with rescale=None.
@@ -65,8 +69,9 @@ class KFACPreconditioner:
         self,
         model: nn.Module,
         *,
-        factor_update_steps: Number = 10,
+        factor_update_steps: Number = FACTOR_UPDATE_STEPS,
         inv_update_steps: Number = 10,
+        spread: bool = False,
         damping: Number = Default(0.1),  # noqa: B008 - a constant
         factor_decay: Number = 0.95,
         kl_clip: Number | None = None,
@@ -87,11 +92,12 @@ class KFACPreconditioner:
         formulas = Formulas()
         if compat is not None:
             formulas, rescale = AnchorFormulas(), None
-            damping, kl_clip, lr = as_anchor(damping, kl_clip, lr)
+            factor_update_steps, damping, kl_clip, lr = as_anchor(factor_update_steps, damping, kl_clip, lr)
         check(locals())
         self._factor_steps, self._inv_steps, self._damping = factor_update_steps, inv_update_steps, damping
         self._decay, self._kl_clip, self._lr, self._rescale = factor_decay, kl_clip, lr, rescale
         self._formulas, self._factor_tokens, self._replicate = formulas, factor_tokens, strategy == "replicate"
+        self._spread = spread
         self._layers, self._skipped = find_layers(model, skip_layers, max_factor_dim)
         self._device, self._factor_dtype = device_of(self._layers), factor_dtype
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -128,9 +134,8 @@ class KFACPreconditioner:
         with torch.autocast(self._device.type, enabled=False):
             if self._gate.is_open:
                 self._update_factors(value_at(self._decay, step), num_tokens, loss_scale)
-            if self._is_refresh_due(step):
-                for group in self._mine():
-                    group.refresh(damping)
+            for group in self._mine():
+                group.refresh(damping, lambda delay: self._is_refresh_due(step, delay))
             self._precondition(step, damping)
         self._move_on(step + 1)
 
@@ -213,19 +218,20 @@ class KFACPreconditioner:
     def _make_groups(self) -> list[Group]:
         """The layers by owner and shape, in the order of the owners."""
         owners = [0] * len(self._layers) if self._replicate else assign(self._layers, self._ranks.size)
-        stacks: dict[tuple[int, int, int], list[Capture]] = {}
-        for owner, capture in zip(owners, self._captures, strict=True):
-            stacks.setdefault((owner, capture.layer.dim_g, capture.layer.dim_a), []).append(capture)
+        waits = delays(self._layers) if self._spread else [0.0] * len(self._layers)
+        stacks: dict[tuple[int, int, int], list[tuple[Capture, float]]] = {}
+        for owner, capture, delay in zip(owners, self._captures, waits, strict=True):
+            stacks.setdefault((owner, capture.layer.dim_g, capture.layer.dim_a), []).append((capture, delay))
         return [
             Group(
-                captures,
+                *zip(*members, strict=True),
                 owner=owner,
                 is_mine=self._replicate or owner == self._ranks.rank,
                 formulas=self._formulas,
                 curvature=self._curvature,
                 factor_dtype=self._factor_dtype,
             )
-            for (owner, _, _), captures in sorted(stacks.items(), key=lambda item: item[0])
+            for (owner, _, _), members in sorted(stacks.items(), key=lambda item: item[0])
         ]
 
     def _mine(self) -> list[Group]:
@@ -235,8 +241,10 @@ class KFACPreconditioner:
         """To that update: the passes of the model must know beforehand whether they are captured."""
         self._gate.step, self._gate.is_open = step, is_due(self._factor_steps, step)
 
-    def _is_refresh_due(self, step: int) -> bool:
-        return (is_refresh_due if self._formulas.dense_start else is_due)(self._inv_steps, step)
+    def _is_refresh_due(self, step: int, delay: float) -> bool:
+        if self._formulas.dense_start:
+            return is_refresh_due(self._inv_steps, step, delay)
+        return is_due(self._inv_steps, step)
 
     def _update_factors(self, decay: float, num_tokens: Count | None, loss_scale: Count) -> None:
         """Sums what all ranks captured at the owners, who blend it in."""

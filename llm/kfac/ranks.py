@@ -19,13 +19,32 @@ def assign(layers: Sequence[Layer], num_ranks: int) -> list[int]:
 
     A layer costs the cubes of its factors' rows, which is what decomposing them takes.
     """
-    costs = [layer.dim_a**3 + layer.dim_g**3 for layer in layers]
     loads = [(0, rank) for rank in range(num_ranks)]
     owners = [0] * len(layers)
-    for index in sorted(range(len(layers)), key=lambda index: -costs[index]):
+    for index, cost in _dearest_first(layers):
         load, owners[index] = heapq.heappop(loads)
-        heapq.heappush(loads, (load + costs[index], owners[index]))
+        heapq.heappush(loads, (load + cost, owners[index]))
     return owners
+
+
+def delays(layers: Sequence[Layer]) -> list[float]:
+    """When each layer is refreshed, as a share of the interval, so that every update has about the same to do.
+
+    Neighbours in time have different owners, since both are given out in the same order; the delays do not know how
+    many there are, so that any number of ranks makes the same updates.
+    """
+    found = [0.0] * len(layers)
+    whole, before = sum(cost for _, cost in _dearest_first(layers)), 0
+    for index, cost in _dearest_first(layers):
+        found[index] = before / whole
+        before += cost
+    return found
+
+
+def _dearest_first(layers: Sequence[Layer]) -> list[tuple[int, int]]:
+    """Numbers and costs of the layers."""
+    costs = [layer.dim_a**3 + layer.dim_g**3 for layer in layers]
+    return sorted(enumerate(costs), key=lambda item: -item[1])
 
 
 class Ranks:

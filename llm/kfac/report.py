@@ -17,7 +17,8 @@ class Report:
         owners: name -> the rank that does the layer's work; -1 where all ranks do.
         factor_bytes: of the averages that this rank keeps.
         inverse_bytes: of the inverses, or bases, that it keeps.
-        capture_bytes: of the sums that an update with a capture needs, from its first backward pass to its step.
+        capture_bytes: of the sums that an update with a capture needs, from its first backward pass to its step; on
+            every rank those of all layers, since each has seen its own tokens.
         capture_flops: of the factors of one token, where the update has a capture.
         refresh_flops: of one refresh of this rank's inverses or bases.
         step_flops: of this rank's products with gradients in every update.
@@ -44,7 +45,10 @@ class Report:
     world_size: int
 
     def cost(self, num_tokens: int) -> float:
-        """What it adds to an update of so many tokens (of all ranks), as a share of the update without it."""
+        """The matrix work that it adds to an update of so many tokens (of all ranks), as a share of the model's own.
+
+        Of the time it is a smaller share: an update has other work than products, and that of a small model much.
+        """
         captured = min(num_tokens, self.factor_tokens or num_tokens) / self.world_size
         added = (
             self.capture_flops * captured / self.factor_update_steps

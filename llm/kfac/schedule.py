@@ -18,10 +18,19 @@ def is_due(interval: Number, step: int) -> bool:
     return step % max(1, int(value_at(interval, step))) == 0
 
 
-def is_refresh_due(interval: Number, step: int) -> bool:
-    """As `is_due`, and at 1, 2, 4, 8, … below the interval: the curvature of the first updates is soon out of date."""
-    is_early = step < value_at(interval, step) and step & (step - 1) == 0
-    return is_early or is_due(interval, step)
+def is_refresh_due(interval: Number, step: int, delay: float = 0.0) -> bool:
+    """As `is_due`, and at 1, 2, 4, 8, … below the interval: the curvature of the first updates is soon out of date.
+
+    Args:
+        interval: in updates.
+        step: number of the update.
+        delay: by which share of the interval, 0 <= delay < 1, refreshes follow its multiples from the first one on; the
+            early ones and that at 0 have none.
+    """
+    length = max(1, int(value_at(interval, step)))
+    if step < length:
+        return step & (step - 1) == 0
+    return step % length == int(delay * length)
 
 
 def dense_early(interval: int) -> Callable[[int], int]:

@@ -55,7 +55,10 @@ def gradient_of(layer: nn.Module) -> Tensor:
 
 
 class Oracle:
-    """One K-FAC, dense. `split` damps each factor on its own; `anchor` is the definition of kfac-pytorch."""
+    """One K-FAC, dense. `split` damps each factor on its own; `anchor` is the definition of kfac-pytorch.
+
+    `late` has, by layer, how many updates it is refreshed behind the multiples of `inv_steps`.
+    """
 
     def __init__(
         self,
@@ -67,9 +70,11 @@ class Oracle:
         power: float = 1.0,
         split: bool = False,
         anchor: bool = False,
+        late: Mapping[str, int] | None = None,
     ) -> None:
         self.damping, self.decay, self.power, self.split, self.anchor = damping, decay, power, split, anchor
         self.factor_steps, self.inv_steps = factor_steps, inv_steps
+        self.late = late or {}
         self.updates = self.captures = 0
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.used: dict[str, tuple[Tensor, Tensor]] = {}
@@ -82,8 +87,10 @@ class Oracle:
             for name in gradients:
                 self._average(name, seen, num_tokens)
         early = not self.anchor and update < self.inv_steps and update in (1, 2, 4, 8, 16, 32)
-        if update % self.inv_steps == 0 or early:
-            self.used = dict(self.factors)
+        for name, factors in self.factors.items():
+            late = 0 if update < self.inv_steps else self.late.get(name, 0)
+            if update % self.inv_steps == late or early:
+                self.used[name] = factors
         return {name: self._solve(*self.used[name], gradient) for name, gradient in gradients.items()}
 
     def _average(self, name: str, seen: Sequence[Seen], num_tokens: int) -> None:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm.kfac import KFACPreconditioner
 from llm.kfac.layers import Layer
-from llm.kfac.ranks import assign
+from llm.kfac.ranks import assign, delays
 from tests.kfac.models import Mlp, data, linear, loss_sum
 
 SIZES = (1, 2, 4)
@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "owner": {},
     "replicate": {"strategy": "replicate"},
     "inverse": {"method": "inverse"},
+    "spread": {"spread": True},
     "clipped": {"rescale": None, "kl_clip": 1e-3, "lr": 0.1},
     "compat": {"compat": "kfac-pytorch", "lr": 1.0},
 }
@@ -173,6 +174,20 @@ def test_owners_when_assigned_then_the_dearest_layers_are_apart() -> None:
     assert len(set(owners[:3])) == 3
     assert owners[3:] == [owners[2]] * 3  # all small ones together cost less than what 9 falls short of 10
     assert assign(layers, 1) == [0] * 6
+
+
+def test_delays_when_layers_differ_then_every_update_has_about_the_same_to_do() -> None:
+    sizes = [4, 9, 5, 9, 3, 9, 9, 8, 5]
+    layers = [Layer(str(n), nn.Identity(), size, size, False, False) for n, size in enumerate(sizes)]
+    work = [0] * 5
+    for size, delay in zip(sizes, delays(layers), strict=True):
+        work[int(5 * delay)] += size**3
+    assert sum(work) == sum(size**3 for size in sizes)
+    assert max(work) <= sum(work) / 5 + 9**3
+    assert min(work) > 0
+    # A smaller one is later, and equal ones are in the order of the model, as a stack of them wants.
+    waits = delays(layers)
+    assert [waits[n] for n in (1, 3, 5, 6, 7, 2, 8, 0, 4)] == sorted(waits)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
-from llm.kfac import dense_early
+from llm.kfac import KFACPreconditioner, dense_early
 from llm.kfac.schedule import is_due, is_refresh_due
 from llm.kfac.triangles import fold, folded_eye, folded_shape, folded_trace, unfold
+
+ANCHOR = {"compat": "kfac-pytorch"}
 
 
 def test_refresh_when_the_interval_is_long_then_is_dense_at_first() -> None:
@@ -16,8 +21,26 @@ def test_refresh_when_the_interval_is_long_then_is_dense_at_first() -> None:
     assert [step for step in range(45) if is_due(20, step)] == [0, 20, 40]
 
 
+def test_refresh_when_delayed_then_follows_every_multiple_but_none_of_the_early_updates() -> None:
+    found = [step for step in range(45) if is_refresh_due(20, step, 0.499)]
+    assert found == [0, 1, 2, 4, 8, 16, 29]
+    assert [step for step in range(4) if is_refresh_due(1, step, 0.9)] == list(range(4))
+
+
 def test_capture_when_dense_early_then_comes_with_every_refresh() -> None:
     assert [step for step in range(31) if is_due(dense_early(10), step)] == [0, 1, 2, 4, 8, 10, 20, 30]
+
+
+@pytest.mark.parametrize(("given", "captures"), [({}, 4), ({"factor_update_steps": 10}, 1), (ANCHOR, 1)])
+def test_capture_when_no_interval_is_given_then_is_dense_early_but_in_compat(
+    given: dict[str, Any], captures: int
+) -> None:
+    model = nn.Linear(2, 2)
+    kfac = KFACPreconditioner(model, **given)
+    for _ in range(5):
+        model(torch.randn(3, 2)).square().mean().backward()
+        kfac.step()
+    assert kfac.state_dict()["/count"] == captures
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8])
