@@ -21,6 +21,7 @@ from llm.config.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_GRACE_SECONDS = 5.0
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -93,11 +94,20 @@ def _wait(
         try:
             code = child.wait(limit_seconds)
         except subprocess.TimeoutExpired:
-            child.terminate()
+            _end(child)
             raise UserError(
                 f"{Path(command[0]).name} did not end within {limit_seconds:.0f} s: see whether it reaches every host"
             ) from None
     return code if code >= 0 else 128 - code
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """An mpiexec that waits for a host which does not answer may not hear the first word."""
+    child.terminate()
+    try:
+        child.wait(_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
 
 
 @contextmanager

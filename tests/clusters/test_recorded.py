@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -56,6 +58,7 @@ def run_nodes(records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) ->
         with monkeypatch.context() as patch:
             set_only(patch, record["environment"])
             patch.setattr(os, "execvpe", become)
+            patch.setattr(socket, "getaddrinfo", Mock())  # the hosts are names only
             patch.chdir(record["folder"])
             with pytest.raises(SystemExit):
                 llm.launch.main(words[3:])
