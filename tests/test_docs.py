@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from llm.clusters.sites import read_site
-from tests.clusters.stand_ins import Recorder
+from tests.clusters.stand_ins import Recorder, install_torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("polaris", "slurm", "laptop")
@@ -52,18 +52,6 @@ while [ $# -gt 1 ]; do
 done
 exec env SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n[1-2] SLURM_SUBMIT_DIR="$PWD" "${{pairs[@]}}" bash "$1"
 """
-# torch, as far as a launcher needs it: an agent that says how it was called.
-AGENT = """import json, os
-parse_args = list
-def run(words):
-    record = dict(command=words, folder=os.getcwd(), environment=dict(os.environ))
-    open({records!r}, "a").write(json.dumps(record) + chr(10))
-"""
-ELASTIC = {
-    "multiprocessing/api.py": "class SignalException(Exception): pass",
-    "multiprocessing/errors.py": "class ChildFailedError(Exception): pass",
-    "rendezvous/__init__.py": "class RendezvousError(Exception): pass",
-}
 
 
 def lines(page: str) -> list[str]:
@@ -102,14 +90,7 @@ def recorder(tmp_path: Path, project: Path) -> Recorder:
     srun.write_text(srun.read_text().replace(str(recorder.folder / "python"), sys.executable))
     for path in (*recorder.folder.iterdir(), project / ".venv" / "bin" / "python"):
         path.chmod(0o755)
-    stand_in = tmp_path / "lib" / "torch" / "distributed"
-    stand_in.mkdir(parents=True)
-    (stand_in.parent / "__init__.py").write_text("class accelerator:\n    is_available = staticmethod(lambda: False)\n")
-    (stand_in / "__init__.py").touch()
-    for name, text in ELASTIC.items():
-        (stand_in / "elastic" / name).parent.mkdir(parents=True, exist_ok=True)
-        (stand_in / "elastic" / name).write_text(text)
-    (stand_in / "run.py").write_text(AGENT.format(records=str(recorder.records_file)))
+    install_torch(tmp_path / "lib", recorder.records_file)
     return recorder
 
 

@@ -77,6 +77,28 @@ for rank, host in enumerate(hosts[:count]):
 # Stands for python itself, where a single host starts it without mpiexec or srun.
 _PYTHON = _HEAD + "\nwrite({hosts!r}[0], [{python!r}, *words], os.environ)\n"
 
+# torch, as far as a launcher needs it: an agent that says how it was called.
+_TORCH = {
+    "torch/__init__.py": "class accelerator:\n    is_available = staticmethod(lambda: False)\n",
+    "torch/distributed/__init__.py": "",
+    "torch/distributed/elastic/multiprocessing/api.py": "class SignalException(Exception): pass\n",
+    "torch/distributed/elastic/multiprocessing/errors.py": "class ChildFailedError(Exception): pass\n",
+    "torch/distributed/elastic/rendezvous/__init__.py": "class RendezvousError(Exception): pass\n",
+    "torch/distributed/run.py": """import json, os
+parse_args = list
+def run(words):
+    record = dict(command=words, folder=os.getcwd(), environment=dict(os.environ))
+    open({records!r}, "a").write(json.dumps(record) + chr(10))
+""",
+}
+
+
+def install_torch(folder: Path, records: Path) -> None:
+    """A stand-in for torch in a folder that goes into PYTHONPATH; its agent writes a record."""
+    for name, text in _TORCH.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text.format(records=str(records)))
+
 
 @dataclass(frozen=True)
 class Recorder:

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 
 import llm.launch
-from tests.clusters.stand_ins import Recorder
+from tests.clusters.stand_ins import Recorder, install_torch
 
 ROOT = Path(__file__).parents[2]
 AWKWARD = 'it\'s "$HOME" `x` *'
@@ -194,15 +194,7 @@ def test_script_when_bash_runs_it_then_starts_the_agents_where_it_was_submitted(
     srun = recorder.folder / "srun"
     srun.write_text(srun.read_text().replace(str(recorder.folder / "python"), sys.executable))
     # Where nothing starts it on other hosts, torchrun is a stand-in, too.
-    stand_in = tmp_path / "lib" / "torch" / "distributed"
-    stand_in.mkdir(parents=True)
-    (stand_in.parent / "__init__.py").touch()
-    (stand_in / "__init__.py").touch()
-    records = repr(str(recorder.records_file))
-    (stand_in / "run.py").write_text(
-        "import json, os, sys\nrecord = dict(command=sys.argv, folder=os.getcwd(), environment=dict(os.environ))\n"
-        f"open({records}, 'a').write(json.dumps(record) + chr(10))\n"
-    )
+    install_torch(tmp_path / "lib", recorder.records_file)
     (submitted / "nodes").write_text("n1\nn1\nn2\nn2\n")
     variables = {
         "pbs": {"PBS_JOBID": JOB, "PBS_NODEFILE": str(submitted / "nodes"), "PBS_O_WORKDIR": str(submitted)},
