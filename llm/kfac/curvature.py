@@ -55,7 +55,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def directions(self, state: State, gradients: Tensor, damping: float) -> Tensor:
-        """Gradients [layers, dim_a, dim_g] divided by the curvature; a new tensor."""
+        """Gradients [layers, dim_a, dim_g] divided by the curvature, in their place."""
 
 
 class Eigen(Curvature):
@@ -92,10 +92,11 @@ class Eigen(Curvature):
         values_a, values_g = state["values_a"], state["values_g"]
         added = self.formulas.damp_product(damping, values_a.mean(-1), values_g.mean(-1))
         added.clamp_(min=torch.finfo(added.dtype).tiny)
-        turned = basis_a.mT @ gradients @ basis_g
-        curvature = torch.baddbmm(added[:, None, None], values_a[:, :, None], values_g[:, None, :])
+        half = torch.bmm(basis_a.mT, gradients)
+        turned = torch.bmm(half, basis_g, out=gradients)
+        curvature = torch.baddbmm(added[:, None, None], values_a[:, :, None], values_g[:, None, :], out=half)
         turned /= curvature if self.power == 1 else curvature.pow_(self.power)
-        return basis_a @ turned @ basis_g.mT
+        return torch.bmm(torch.bmm(basis_a, turned, out=half), basis_g.mT, out=gradients)
 
 
 class Inverse(Curvature):
@@ -125,7 +126,7 @@ class Inverse(Curvature):
 
     def directions(self, state: State, gradients: Tensor, damping: float) -> Tensor:
         """Two products; the damping is in the inverses."""
-        return state["inverse_a"] @ gradients @ state["inverse_g"]
+        return torch.bmm(torch.bmm(state["inverse_a"], gradients), state["inverse_g"], out=gradients)
 
 
 def _fill_identity(matrices: Tensor) -> None:

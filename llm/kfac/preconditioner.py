@@ -267,11 +267,12 @@ class KFACPreconditioner:
         directions, products = [], torch.zeros((), device=self._device)
         for group in mine:
             gradients = group.gradients()
+            norms = _norms(gradients)
             direction = self._curvature.directions(group.state, gradients, damping)
             if self._rescale is not None:
-                direction *= _norms(gradients) / _norms(direction).clamp(min=torch.finfo(torch.float32).tiny)
+                direction *= norms / _norms(direction).clamp(min=torch.finfo(torch.float32).tiny)
             if self._kl_clip is not None:
-                products += (direction * gradients).sum(dtype=torch.float32)
+                products += (direction * group.gradients()).sum(dtype=torch.float32)
             directions.append(direction)
         if self._kl_clip is not None and self._lr is not None:
             if not self._replicate:

@@ -116,6 +116,8 @@ def test_chain_when_the_walltime_cuts_the_run_then_it_ends_as_in_one_piece(
     # What is left for the last job is short, however fast this machine is.
     num_steps = str(steps[-1] + 20)
     write_config(work / "run.toml", [*words, "--max_train_steps", num_steps], work / "cut")
+    # It was given the walltime of the first one, which is to cut no more.
+    assert cluster.ask("scontrol", "update", f"jobid={job}", "timelimit=10").returncode == 0
     assert cluster.ask("scontrol", "release", job).returncode == 0
     wait_for_end(cluster, job, pauses)
     states = cluster.wait(60)
