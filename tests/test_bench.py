@@ -47,7 +47,7 @@ def test_bench_when_kfac_then_its_share_is_told_and_whole_periods_are_timed(tmp_
     assert (update["period"], len(update["seconds"])) == (4, 2)  # the 5 updates asked for, in whole periods
     shares = update["shares"]
     assert list(shares) == ["forward", "backward", "optimizer", "kfac", "data wait", "rest"]
-    assert all(share > 0 for name, share in shares.items() if name != "rest")
+    assert all(share >= 0 for share in shares.values()) and shares["kfac"] > 0
     assert sum(shares.values()) == pytest.approx(1)
 
 

@@ -213,7 +213,8 @@ class Bench:
         kfac = self._updater.preconditioning
         own = kfac.newest_seconds(num_marked)
         if own is not None:
-            looking = self._look_seconds(next(batches)) / kfac.rhythm.looks
+            # Seen in one update alone, which may have been a slow one.
+            looking = min(self._look_seconds(next(batches)) / kfac.rhythm.looks, found["backward"])
             found |= {"backward": found["backward"] - looking, "kfac": own / num_marked + looking}
         return found
 
