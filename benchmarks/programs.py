@@ -5,7 +5,7 @@ rate, without dropout. FILE holds the `Setting` as JSON.
 
 ours             the update as the trainer makes it, with what it chooses for this machine
 ours_fp32        the same with --mixed_precision no
-ours_kfac        the same with --kfac; ours_kfac_inverse by inverses, ours_kfac_spread with its refreshes spread
+ours_kfac        the same with --kfac; ours_kfac_inverse, ours_kfac_spread
 nanogpt          nanoGPT's own train.py as it is, at its defaults but for sizes and hyperparameters
 nanogpt_bf16     the same with bf16 autocast, which it leaves unused on a CPU
 nanogpt_compile  as nanogpt, compiled also where its README says --compile=False (a CPU)

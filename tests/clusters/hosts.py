@@ -63,14 +63,14 @@ MPIS = {"mpich": "mpiexec.hydra", "openmpi": "mpiexec.openmpi"}
 
 
 def require(*programs: str) -> None:
-    """Skips the test where one of these is not installed; .ci/run installs them all, and there it fails."""
+    """Gives the test up where one of these is not installed."""
     missing = [program for program in programs if shutil.which(program, path=f"{PATH}:{os.environ['PATH']}") is None]
     if missing:
         give_up(f"no {' and no '.join(missing)} here")
 
 
 def give_up(reason: str) -> None:
-    """Skips the test, or fails it where nothing may be missing."""
+    """Skips the test, or fails it where LLM_TESTS_NEED_CLUSTERS says that nothing may be missing."""
     if os.environ.get("LLM_TESTS_NEED_CLUSTERS"):
         pytest.fail(reason)
     pytest.skip(reason)
