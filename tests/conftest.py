@@ -35,6 +35,8 @@ def one_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
+# Options of a run that takes for ever; what is this long would be compiled, were nothing said.
+FOREVER = ("--max_train_steps", "1000000", "--torch_compile", "false")
 WORDS = "the a king queen sword runs speaks to of and love night day with from into crown blood".split()
 
 

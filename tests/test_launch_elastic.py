@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import FOREVER
+
 # Several starts of torchrun each, which take a while where others compute, too.
 pytestmark = [pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[1]
@@ -162,7 +164,7 @@ def test_launcher_when_told_to_stop_then_the_run_has_saved_all_and_goes_on_later
 @pytest.mark.slow
 def test_run_when_its_time_is_over_then_the_agent_does_not_start_it_again(options: list[str], tmp_path: Path) -> None:
     run = tmp_path / "short"
-    words = [*options, "--max_train_steps", "100000", "--checkpointing_steps", "50000", "--max_time", "15s"]
+    words = [*options, *FOREVER, "--checkpointing_steps", "50000", "--max_time", "15s"]
     node = Node(*words, "--output_dir", run, log=tmp_path / "short.log", command="job")
     assert node.process.wait(150) == 75, node.text
     assert "started again" not in node.text

@@ -38,6 +38,9 @@ from tests.hub_cache import plant_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
+# A command that measures, and its words; its flags are its own.
+BENCHMARK = re.compile(r"python -m (benchmarks\.\w+)([^`]*)")
 
 # Put behind a command so that it takes a second; what the README says stands otherwise.
 SHORTER = {
@@ -303,9 +306,16 @@ def test_ledger_when_shown_then_is_a_line_that_a_run_prints_and_adds_up() -> Non
 def test_flags_when_mentioned_then_are_options() -> None:
     tables = (Options, BenchOptions, GenerateOptions, PlotOptions, PrepareOptions, RunsOptions, *LAUNCH_TABLES.values())
     known = {name for table in tables for name in flags_of(table)}
-    mentioned = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", README)}
+    mentioned = {flag.replace("-", "_") for flag in FLAG.findall(BENCHMARK.sub("", README))}
     assert len(mentioned) > 10
     assert mentioned - known - set(BUILT_IN) - LAUNCHER_FLAGS == set()
+
+
+@pytest.mark.parametrize(("module", "words"), BENCHMARK.findall(README))
+def test_benchmark_when_its_command_is_shown_then_knows_the_flags(module: str, words: str) -> None:
+    shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert set(FLAG.findall(words)) <= set(FLAG.findall(shown.stdout))
 
 
 def test_paths_when_named_then_are_there() -> None:

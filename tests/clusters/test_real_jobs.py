@@ -16,7 +16,7 @@ from llm.config.reader import read_options
 from llm.config.toml import to_toml
 from tests.clusters.hosts import clone
 from tests.clusters.slurm_cluster import Cluster, log_of
-from tests.conftest import Outcome
+from tests.conftest import FOREVER, Outcome
 from tests.faults.campaign import differences
 
 pytestmark = [pytest.mark.clusters, pytest.mark.slow]
@@ -100,7 +100,7 @@ def test_chain_when_the_walltime_cuts_the_run_then_it_ends_as_in_one_piece(
 ) -> None:
     cluster: Cluster = request.getfixturevalue(scheduler)
     words = [*words, "--lr_scheduler_type", "constant", "--checkpointing_steps", "100000", "--logging_steps", "10"]
-    write_config(work / "run.toml", [*words, "--max_train_steps", "1000000"], work / "cut")
+    write_config(work / "run.toml", [*words, *FOREVER], work / "cut")
     job = submit(cluster, work, minutes=2, chain=num_cuts + 3)
     pauses = Pauses(work / "cut" / "metrics.jsonl")
     steps: list[int] = []
@@ -138,7 +138,7 @@ def test_chain_when_the_walltime_cuts_the_run_then_it_ends_as_in_one_piece(
 def test_job_when_nobody_says_its_end_then_what_it_did_is_saved_between_sigterm_and_sigkill(
     cluster: Cluster, work: Path, words: list[str]
 ) -> None:
-    write_config(work / "run.toml", [*words, "--max_train_steps", "1000000"], work / "cut")
+    write_config(work / "run.toml", [*words, *FOREVER], work / "cut")
     template = (work / TEMPLATES[cluster.kind]).read_text()
     # In the past, and thus of no use.
     script = template.replace("set -euo pipefail\n", "set -euo pipefail\nexport LLM_END_TIME=1\n")

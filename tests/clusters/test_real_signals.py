@@ -10,6 +10,7 @@ import pytest
 from tests.clusters.hosts import clone
 from tests.clusters.slurm_cluster import Cluster, log_of
 from tests.clusters.test_real_jobs import status, submit, words, write_config
+from tests.conftest import FOREVER
 
 pytestmark = [pytest.mark.clusters, pytest.mark.slow, pytest.mark.timeout(400)]
 __all__ = ["words"]  # a fixture
@@ -23,7 +24,7 @@ def work(tmp_path: Path) -> Path:
 
 def started(cluster: Cluster, work: Path, options: list[str], *, chain: int = 1) -> str:
     """A job of a run that takes for ever, after its first record; its number."""
-    write_config(work / "run.toml", [*options, "--max_train_steps", "1000000"], work / "run")
+    write_config(work / "run.toml", [*options, *FOREVER], work / "run")
     job = submit(cluster, work, chain=chain)
     end = time.monotonic() + 120
     while not (work / "run" / "metrics.jsonl").exists():

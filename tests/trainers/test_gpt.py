@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import Outcome
+from tests.conftest import FOREVER, Outcome
 
 Train = Callable[..., Outcome]
 
@@ -224,7 +224,7 @@ def test_resume_when_there_is_nothing_then_a_bare_flag_starts_fresh_and_a_value_
 
 def test_signal_when_training_then_saves_and_exits_75(tiny_options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = [*tiny_options, "--max_train_steps", "100000", "--logging_steps", "1", "--output_dir", str(folder)]
+    words = [*tiny_options, *FOREVER, "--logging_steps", "1", "--output_dir", str(folder)]
     process = subprocess.Popen([sys.executable, "-m", "llm.trainers.gpt", *words], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
@@ -364,7 +364,7 @@ def test_second_run_in_one_folder_when_the_first_lives_then_is_refused(
     tiny_options: list[str], train: Train, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    words = [*tiny_options, "--max_train_steps", "100000", "--logging_steps", "1", "--output_dir", str(folder)]
+    words = [*tiny_options, *FOREVER, "--logging_steps", "1", "--output_dir", str(folder)]
     process = subprocess.Popen(
         [sys.executable, "-m", "llm.trainers.gpt", *words], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
     )
@@ -379,7 +379,7 @@ def test_second_run_in_one_folder_when_the_first_lives_then_is_refused(
         process.kill()
         process.wait()
     # A killed run leaves its lock; nobody holds it any more.
-    words[words.index("100000")] = "4"
+    words[words.index("1000000")] = "4"
     assert train(*words, "--overwrite_output_dir").code == 0
 
 

@@ -22,11 +22,11 @@ import llm.engine.building
 from llm.engine.central import CentralUpdater
 from llm.engine.past_run import how_it_stands, read_run
 from llm.models.language_model import LanguageModel
-from tests.conftest import Outcome
+from tests.conftest import FOREVER, Outcome
 
 Train = Callable[..., Outcome]
 
-LONG = ("--max_train_steps", "100000", "--logging_steps", "1")
+LONG = (*FOREVER, "--logging_steps", "1")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
@@ -211,7 +211,7 @@ def test_signal_when_torchrun_gets_it_then_every_finished_update_is_saved_and_th
     assert "DataLoader worker" not in program.out
     state = json.loads((folder / "checkpoints" / f"step_{facts['step']}" / "training_state.json").read_text())
     assert state["world"] == {"num_processes": 2, "num_nodes": 1}
-    words[words.index("100000")] = str(facts["step"] + 2)
+    words[words.index("1000000")] = str(facts["step"] + 2)
     outcome = train(*words, "--per_device_train_batch_size", "8", "--resume_from_checkpoint")
     assert outcome.code == 0, outcome.err
     assert f"resumed from step {facts['step']}" in outcome.out
@@ -288,7 +288,7 @@ def test_max_time_when_one_of_two_ranks_sees_it_first_then_both_stop_after_the_s
     assert facts["step"] == last
     assert 19 <= last <= 20
     assert steps(folder) == [f"step_{last}"]
-    words[words.index("100000")] = str(last + 2)
+    words[words.index("1000000")] = str(last + 2)
     outcome = train(*words, "--per_device_train_batch_size", "8", "--resume_from_checkpoint")
     assert outcome.code == 0, outcome.err
     assert f"resumed from step {last}" in outcome.out
