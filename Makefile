@@ -13,7 +13,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make test-exhaustive  run those that take minutes, too many for every change"
 	@echo "make test-faults  of these, the runs that are killed 200 times"
-	@echo "make test-clusters  tests with a real Slurm, MPICH and Open MPI, as root"
+	@echo "make test-clusters  tests with a real Slurm, MPICH and Open MPI (Debian's, see .ci/run), as root"
 	@echo "make test-clusters-quick  of these, what takes seconds, and one run that is cut by its walltime"
 	@echo "make check   lint, format, types, import layers"
 	@echo "make setup   install everything into $(VENV) (the others do it when needed)"
@@ -41,8 +41,7 @@ test-exhaustive: $(STAMP)
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -q -m exhaustive tests/faults
 
-# Each has both cores to itself: there are times in them. On Debian: apt install slurmctld slurmd slurm-client munge
-# slurm-wlm-torque mpich openmpi-bin iproute2 shellcheck.
+# Each has both cores to itself: there are times in them.
 test-clusters: $(STAMP)
 	$(BIN)/python -m pytest -q -rs -m clusters tests/clusters
 

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llm.clusters.commands import UnknownError, ask_scheduler
 from llm.clusters.place import Place
-from llm.clusters.walltime import UnknownError, ask_scheduler, pbs_facts
+from llm.clusters.walltime import pbs_facts
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +18,8 @@ _OF_SLURM = {
     "--nodes": "SLURM_JOB_NUM_NODES",
     "--account": "SLURM_JOB_ACCOUNT",
     "--partition": "SLURM_JOB_PARTITION",
+    "--qos": "SLURM_JOB_QOS",
+    "--reservation": "SLURM_JOB_RESERVATION",
     "--gpus-per-node": "SLURM_GPUS_PER_NODE",
 }
 # qsub's options, and qstat's names for them.

@@ -6,12 +6,11 @@ import logging
 import os
 import re
 import shlex
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llm.clusters.asked import asked_by
+from llm.clusters.commands import UnknownError, ask_scheduler
 from llm.clusters.place import Place
 from llm.config.errors import Stopped, UserError
 
@@ -128,23 +127,8 @@ def judge(before: Mapping[str, object], after: Mapping[str, object], code: int, 
 
 def _ask(command: list[str], environment: Mapping[str, str]) -> str | None:
     """What a scheduler's command prints; None, and one line, if it fails."""
-    program = shutil.which(command[0], path=environment.get("PATH"))
-    reason = "it is not on PATH"
-    if program is not None:
-        try:
-            done = subprocess.run(
-                [program, *command[1:]],
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=_PATIENCE_SECONDS,
-                check=False,
-            )
-            if done.returncode == 0:
-                return done.stdout
-            reason = next(iter((done.stderr or done.stdout).strip().splitlines()), f"exit code {done.returncode}")
-        except (OSError, subprocess.TimeoutExpired) as error:
-            reason = str(error)
-    log.warning("chain: `%s` failed: %s", shlex.join(command), reason)
-    return None
+    try:
+        return ask_scheduler(command, environment, patience=_PATIENCE_SECONDS)
+    except UnknownError as reason:
+        log.warning("chain: `%s` failed: %s", shlex.join(command), reason)
+        return None

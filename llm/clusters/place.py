@@ -61,6 +61,11 @@ class Place:
     is_told: bool = False
 
     @property
+    def is_elsewhere(self) -> bool:
+        """Whether the command line names one host, and not this one."""
+        return self.is_told and len(self.hosts) == 1 and not is_here(self.hosts[0])
+
+    @property
     def port(self) -> int:
         """Where the hosts meet: not the same for two jobs that share a host."""
         return _FIRST_PORT + job_number(self.job or "") % _NUM_PORTS
@@ -109,6 +114,19 @@ def find_place(
         rank = starter.rank
     named = environment.get("PBS_JOBID") or environment.get("SLURM_JOB_ID")
     return Place(found, scheduler, job or named or None, rank, starter, bool(hosts or hostfile))
+
+
+def is_here(host: str) -> bool:
+    """Whether a name is this host's: its own one, or one of an address that a program can listen at here."""
+    if index_of(socket.gethostname(), [host]) is not None:
+        return True
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def job_number(job: str) -> int:

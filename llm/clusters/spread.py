@@ -59,7 +59,7 @@ def spread(
         start: list[str] = []
         if place.scheduler == "slurm":
             start = srun_line(count, environment)
-        elif count > 1:
+        elif count > 1 or place.is_elsewhere:
             hostfile = Path(folder) / "hosts"
             hostfile.write_text("".join(f"{host}\n" for host in place.hosts))
             program, launcher = find_launcher(environment)

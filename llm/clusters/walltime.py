@@ -6,20 +6,16 @@ import logging
 import math
 import os
 import re
-import subprocess
 import time
 from collections.abc import Mapping
 
+from llm.clusters.commands import UnknownError, ask_scheduler
+
 log = logging.getLogger(__name__)
 
-_PATIENCE_SECONDS = 5.0
 # How squeue, and ctime() in qstat, write a moment of local time.
 _SLURM_TIME = "%Y-%m-%dT%H:%M:%S"
 _PBS_TIME = "%a %b %d %H:%M:%S %Y"
-
-
-class UnknownError(Exception):
-    """The scheduler does not say it; the message says why not."""
 
 
 def job_end(environment: Mapping[str, str] = os.environ) -> float | None:
@@ -90,35 +86,10 @@ def pbs_facts(job: str, environment: Mapping[str, str]) -> dict[str, str]:
     """
     answer = ask_scheduler(["qstat", "-f", job], {**environment, "LC_ALL": "C"})
     whole = re.sub(r"\n\t(?![\w.]+ = )", "", answer)  # a long value goes on in the next line
-    return dict(re.findall(r"^\s*([\w.]+) = (.+)$", whole, re.MULTILINE))
-
-
-def ask_scheduler(command: list[str], environment: Mapping[str, str]) -> str:
-    """What a scheduler's command prints.
-
-    Raises:
-        UnknownError: it is not there, fails, or takes more than five seconds.
-    """
-    try:
-        result = subprocess.run(
-            command,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE_SECONDS,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise UnknownError(f"there is no {command[0]} here") from None
-    except (OSError, ValueError) as error:
-        raise UnknownError(f"{command[0]}: {error}") from error
-    except subprocess.TimeoutExpired:
-        raise UnknownError(f"{command[0]} gave no answer in {_PATIENCE_SECONDS:.0f} s") from None
-    if result.returncode != 0 or not result.stdout.strip():
-        said = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[0]
-        raise UnknownError(f"{command[0]}: {said}")
-    return result.stdout
+    facts = dict(re.findall(r"^\s*([\w.]+) = (.+)$", whole, re.MULTILINE))
+    if not facts:
+        raise UnknownError("qstat says nothing of this job")
+    return facts
 
 
 def _moment(text: str, form: str, source: str) -> float:

@@ -188,6 +188,7 @@ class Cluster:
 
 def log_of(folder: Path) -> str:
     """What the jobs that were submitted from a folder said."""
-    logs = [path for path in folder.iterdir() if re.search(r"\.o\d+$", path.name)]
-    logs.sort(key=lambda path: int(path.name.rpartition(".o")[2]))
-    return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in logs)
+    # The templates' name, and sbatch's own.
+    names = {path: re.search(r"\.o(\d+)$|^slurm-(\d+)\.out$", path.name) for path in folder.iterdir()}
+    logs = sorted((int(found[1] or found[2]), path) for path, found in names.items() if found)
+    return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for _, path in logs)

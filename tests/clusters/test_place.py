@@ -57,6 +57,22 @@ def test_place_when_named_on_the_command_line_then_that_wins(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("host", "is_elsewhere"),
+    [
+        ("localhost", False),
+        ("127.0.0.1", False),
+        (socket.gethostname(), False),
+        ("192.0.2.1", True),
+        ("n.invalid", True),
+    ],
+)
+def test_place_when_one_host_is_named_then_knows_whether_it_is_this_one(host: str, *, is_elsewhere: bool) -> None:
+    assert find_place({}, hosts=host).is_elsewhere == is_elsewhere
+    # A scheduler may know this host by a name of which it has not heard itself.
+    assert not Place((host,), "pbs", "7", rank=0).is_elsewhere
+
+
+@pytest.mark.parametrize(
     "variables",
     [
         {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
