@@ -1,8 +1,9 @@
 """What K-FAC adds to the trainer's update: `python -m benchmarks.kfac_cost --json OUT`.
 
-The update without it, the same once more, and with it by each method, every one in a process of its own; all make some
-updates in every round, in an order that turns. A round is a multiple of the interval, so that each has as many looks at
-the curvature and refreshes as any other; those of the first updates, which are more, are not timed.
+The update without it, the same once more, and with it by each method, every one in a process of its own and none
+compiled; all make some updates in every round, in an order that turns. A round is a multiple of the interval, so that
+each has as many looks at the curvature and refreshes as any other; those of the first updates, which are more, are not
+timed.
 
 cpu_seconds    of an update, all threads: the median over the rounds of their means
 share          of the update without K-FAC, by CPU seconds: the median over the rounds of what is added in each
@@ -28,8 +29,8 @@ from benchmarks.throughput import SIZES
 
 _STOCK, _AGAIN = "without", "without, again"
 WAYS = {
-    _STOCK: "ours",
-    _AGAIN: "ours",
+    _STOCK: "ours_eager",
+    _AGAIN: "ours_eager",
     "eigen": "ours_kfac",
     "inverse": "ours_kfac_inverse",
     "eigen, spread": "ours_kfac_spread",

@@ -31,7 +31,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.recorded import Point, record
 
 EXAMPLE = Path(__file__).parents[1] / "examples/shakespeare_char_cpu.toml"
-RATES = (5e-3, 1e-2, 2e-2, 3e-2, 5e-2)
+RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2)
 _KFAC = {"kfac": "true", "kfac_inv_update_steps": "10"}
 _ADAMW = "adamw"
 
@@ -71,19 +71,20 @@ class Setting:
 
 
 def _documented() -> dict[str, str]:
-    """What the example trains; how it records and evaluates, how long, and by which optimizer is said here."""
+    """What the example trains; how it records, how long, and by which optimizer and schedule is said here."""
     tables = tomllib.loads(EXAMPLE.read_text())
     names = ("data", "tokenizer", "model", "training", "optimizer", "schedule")
     given = {name: str(value) for table in names for name, value in tables[table].items()}
-    for name in ("seed", "max_train_steps", "optim", "learning_rate", "muon_learning_rate"):
+    for name in ("seed", "max_train_steps", "optim", "learning_rate", "muon_learning_rate", "muon_momentum"):
         del given[name]
-    return given
+    del given["lr_scheduler_kwargs"]
+    return given | {"lr_scheduler_type": "cosine", "num_warmup_steps": "30"}
 
 
 WAYS = {
     _ADAMW: Way(),
     "kfac 1/10": Way({**_KFAC, "kfac_factor_update_steps": "1"}),
-    "muon": Way({"optim": "muon"}, {"muon_learning_rate": (0.01, 0.02, 0.04), "learning_rate": RATES}),
+    "muon": Way({"optim": "muon"}, {"muon_learning_rate": (0.01, 0.02, 0.04, 0.08), "learning_rate": RATES}),
     "kfac 1/10, short": Way({**_KFAC, "kfac_factor_update_steps": "1"}, like="kfac 1/10", share=0.75),
     "kfac 10/10": Way({**_KFAC, "kfac_factor_update_steps": "10"}, like="kfac 1/10"),
     "kfac 10/10, inverse": Way({**_KFAC, "kfac_factor_update_steps": "10", "kfac_method": "inverse"}, like="kfac 1/10"),
@@ -103,7 +104,17 @@ SETTINGS = {
         num_updates=300, num_evaluations=6,
     ),
     "4x128": Setting(
-        {**_documented(), "num_warmup_steps": "30"}, num_updates=300, num_evaluations=6
+        _documented(), num_updates=300, num_evaluations=6
+    ),
+    "4x256": Setting(
+        {
+            "validation_split_percentage": "10", "block_size": "128", "tokenizer_name": "train:bpe",
+            "vocab_size": "2048", "model_type": "gpt2",
+            "config_overrides": "n_layer=4,n_head=4,n_embd=256,n_positions=128", "dropout": "0",
+            "per_device_train_batch_size": "8", "weight_decay": "0.1", "adam_beta2": "0.99",
+            "lr_scheduler_type": "cosine", "num_warmup_steps": "20",
+        },
+        num_updates=150, num_evaluations=5,
     ),
 }  # fmt: skip
 

@@ -3,9 +3,10 @@
 All start from the weights of one folder, read the same blocks in the same order, and train with AdamW at a constant
 rate, without dropout. FILE holds the `Setting` as JSON.
 
-ours             the update as the trainer makes it, with what it chooses for this machine
-ours_fp32        the same with --mixed_precision no
-ours_kfac        the same with --kfac; ours_kfac_inverse, ours_kfac_spread
+ours             the update as the trainer makes it in a long run, with what it chooses for this machine (`compiled`)
+ours_eager       the same with --torch_compile false, as in a short run
+ours_fp32        as ours, with --mixed_precision no
+ours_kfac        as ours_eager, with --kfac; ours_kfac_inverse, ours_kfac_spread
 nanogpt          nanoGPT's own train.py as it is, at its defaults but for sizes and hyperparameters
 nanogpt_bf16     the same with bf16 autocast, which it leaves unused on a CPU
 nanogpt_compile  as nanogpt, compiled also where its README says --compile=False (a CPU)
@@ -21,7 +22,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gate import Gate
+from benchmarks.gemm import measure_gemm
 
 BETAS = (0.9, 0.999)  # what run_clm's AdamW has, which has no option for them
 WEIGHT_DECAY = 0.1
@@ -38,9 +39,6 @@ WEIGHT_DECAY = 0.1
 LEARNING_RATE = 1e-4
 # Updates between two looks at the curvature, and between two refreshes of what follows from it.
 KFAC_INTERVAL = 10
-# A device does bf16 natively that is at least so much faster in it than in fp32.
-_NATIVE = 1.2
-_QUICK_SIZE = 512
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,7 @@ def run_ours(setting: Setting, gate: Gate, *words: str) -> None:
     from llm.engine.plan import plan_run, plan_schedule
     from llm.engine.randomness import seed_weights
     from llm.models.build import read_config
+    from llm.models.compilation import is_compiled
     from llm.models.flops import flops_per_token
 
     given = [*trainer_words(setting), "--max_train_steps", "1000000", *words]
@@ -145,6 +144,7 @@ def run_ours(setting: Setting, gate: Gate, *words: str) -> None:
         "flops_per_token": flops_per_token(language_model.model, setting.block_size),
         "says": str(machine),
         "threads": torch.get_num_threads(),
+        "compiled": is_compiled(language_model),
         "kfac": next(iter(updater.preconditioning.lines(plan.tokens_per_step)), None),
     }
     for step, micro_batches in enumerate(batches):
@@ -289,35 +289,6 @@ def _table(setting: Setting) -> Any:
     return Dataset.from_dict({**columns, "shift_labels": blocks[:, 1:]})
 
 
-def measure_gemm(setting: Setting, gate: Gate) -> None:
-    """FLOP/s of products in fp32, and in bf16 where that is native; one measurement a request."""
-    import torch
-
-    from llm.engine.measuring import measured_flops
-
-    device = torch.device(setting.device)
-    quick = {dtype: _quick_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    native = quick[torch.bfloat16] > _NATIVE * quick[torch.float32]
-    gate.facts |= {"bf16_is_native": native, "quick_flops": {str(key)[6:]: rate for key, rate in quick.items()}}
-    while True:
-        gate.stop_clock()
-        rates = {"fp32": measured_flops(device, torch.float32)}
-        gate.answer(**rates, **({"bf16": measured_flops(device, torch.bfloat16)} if native else {}))
-
-
-def _quick_rate(device: Any, dtype: Any) -> float:
-    import torch
-
-    size = _QUICK_SIZE if device.type == "cpu" else 8 * _QUICK_SIZE
-    left = torch.randn(size, size, device=device).to(dtype)
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        torch.mm(left, left)[0, 0].item()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
-
-
 def _peak() -> dict[str, Any]:
     """The highest memory since the answer before this one."""
     import torch
@@ -330,10 +301,13 @@ def _peak() -> dict[str, Any]:
     return {"peak_bytes": found}
 
 
-_KFAC = (*("--kfac", "--kfac_factor_update_steps", str(KFAC_INTERVAL), "--kfac_inv_update_steps", str(KFAC_INTERVAL)),)
+_EAGER = ("--torch_compile", "false")
+_KFAC_INTERVALS = ("--kfac_factor_update_steps", str(KFAC_INTERVAL), "--kfac_inv_update_steps", str(KFAC_INTERVAL))
+_KFAC = (*_EAGER, "--kfac", *_KFAC_INTERVALS)
 
 PROGRAMS: dict[str, Callable[[Setting, Gate], None]] = {
     "ours": run_ours,
+    "ours_eager": lambda setting, gate: run_ours(setting, gate, *_EAGER),
     "ours_fp32": lambda setting, gate: run_ours(setting, gate, "--mixed_precision", "no"),
     "ours_kfac": lambda setting, gate: run_ours(setting, gate, *_KFAC),
     "ours_kfac_inverse": lambda setting, gate: run_ours(setting, gate, *_KFAC, "--kfac_method", "inverse"),
@@ -343,7 +317,7 @@ PROGRAMS: dict[str, Callable[[Setting, Gate], None]] = {
     "nanogpt_compile": lambda setting, gate: run_nanogpt(setting, gate, compiled=True),
     "run_clm": run_run_clm,
     "trainer": run_trainer,
-    "gemm": measure_gemm,
+    "gemm": lambda setting, gate: measure_gemm(setting.device, gate),
 }
 
 

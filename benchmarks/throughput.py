@@ -52,7 +52,7 @@ SIZES = {
     "124M": Size(layers=12, heads=12, width=768, block=1024, batch=4, vocabulary=50_304, updates=1, whole=0),
     "2x32": Size(layers=2, heads=2, width=32, block=32, batch=8, vocabulary=97, updates=20, whole=0),
 }
-CHOICES = ("ours_fp32", "nanogpt", "nanogpt_bf16", "nanogpt_compile", "run_clm", "trainer", "litgpt")
+CHOICES = ("ours_eager", "ours_fp32", "nanogpt", "nanogpt_bf16", "nanogpt_compile", "run_clm", "trainer", "litgpt")
 _DEFAULT = tuple(name for name in CHOICES if name != "nanogpt_compile")
 
 
@@ -165,6 +165,8 @@ def _start(
 def _reason_to_skip(name: str, setting: Setting, gemm: dict[str, Any], ours: dict[str, Any]) -> str | None:
     if name == "litgpt":
         return "its GPT has rotary positions alone, so that it cannot start from these weights or have this loss"
+    if name == "ours_eager" and not ours["compiled"]:
+        return "ours is not compiled here"
     if name == "ours_fp32" and ours["arithmetic"] == "fp32":
         return "ours is fp32 here"
     if name.startswith("nanogpt") and setting.nanogpt_dir is None:

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,19 @@ _SECONDS_BETWEEN_LOOKS = 0.02
 def measure_whole_trainer(
     bare: Program, setting: Setting, folder: Path, environment: dict[str, str], *, num_updates: int, rounds: int
 ) -> dict[str, Any]:
-    """The trainer as a command, and the bare update, in turn; of both the same number of updates counts."""
+    """The trainer as a command, and the bare update, in turn; of both the same number of updates counts.
+
+    The trainer compiles if the bare update is compiled; by itself it would choose by the length of the run.
+    """
+    compiles = ("--torch_compile", str(bare.first["compiled"]).lower())
     tokens = setting.micro_batch * setting.block_size
     counted = num_updates // _UPDATES_A_RECORD * _UPDATES_A_RECORD - _UPDATES_A_RECORD
     found: dict[str, list[float]] = {"whole": [], "bare": []}
     for number in range(rounds):
         output_dir = folder / f"run_{number}"
-        found["whole"].append(counted * tokens / _seconds_of_trainer(setting, output_dir, environment, num_updates))
+        found["whole"].append(
+            counted * tokens / _seconds_of_trainer(setting, output_dir, environment, num_updates, compiles)
+        )
         found["bare"].append(counted * tokens / bare.ask(counted)["wall_seconds"])
         print(f"round {number + 1}, tok/s: " + ", ".join(f"{key} {each[-1]:.0f}" for key, each in found.items()))
     speeds = {name: statistics.median(each) for name, each in found.items()}
@@ -40,12 +47,14 @@ def measure_whole_trainer(
     }
 
 
-def _seconds_of_trainer(setting: Setting, output_dir: Path, environment: dict[str, str], num_updates: int) -> float:
+def _seconds_of_trainer(
+    setting: Setting, output_dir: Path, environment: dict[str, str], num_updates: int, compiles: Sequence[str]
+) -> float:
     """From the arrival of its first record to that of its last."""
     words = [
         *(*trainer_words(setting), "--train_dir", setting.data_dir, "--tokenizer_name", setting.start_dir),
         *("--validation_split_percentage", "0", "--save_minutes", "0", "--max_train_steps", str(num_updates)),
-        *("--output_dir", str(output_dir)),
+        *("--output_dir", str(output_dir), *compiles),
     ]
     arrivals: list[float] = []
     with subprocess.Popen(

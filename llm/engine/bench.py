@@ -25,6 +25,7 @@ from llm.engine.plan import check_training, choose_block_size, choose_seed, plan
 from llm.engine.randomness import seed_weights
 from llm.engine.text import meet_the_hub, prepare_text
 from llm.models.build import context_limit, load_config, read_config
+from llm.models.compilation import is_compiled
 from llm.models.flops import flops_per_token, peak_flops
 from llm.models.tokenizers import CHARACTERS, DEFAULT_VOCAB_SIZE, TRAINED, load_tokenizer
 from llm.world.network import come_online
@@ -77,6 +78,7 @@ def _bench(options: BenchOptions, machine: Machine) -> None:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "cores": os.cpu_count(),
+        "compiled": is_compiled(language_model),
         "arithmetic": str(dtype).removeprefix("torch."),
         "num_parameters": language_model.model.num_parameters(),
         "block_size": plan.block_size,

@@ -52,6 +52,12 @@ def compile_training(language_model: LanguageModel, wish: Wish, *, device: torch
     return True
 
 
+def is_compiled(language_model: LanguageModel) -> bool:
+    """Whether `compile_training` compiles it, or its layers."""
+    parts: list[nn.Module] = [language_model, *layers_of(language_model.model)]
+    return any(part._compiled_call_impl is not None for part in parts)
+
+
 def _pays(device: torch.device, num_steps: int) -> bool:
     """Whether a run of so many updates wins more than the compiling costs."""
     return num_steps >= _LONG.get(device.type, math.inf)

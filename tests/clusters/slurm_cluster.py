@@ -6,6 +6,7 @@ variables and none of Slurm's, start in the home folder in a fresh environment, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -70,7 +71,7 @@ while [ $# -gt 0 ]; do
             for name in "${{more[@]}}"; do
                 case $name in *=*) variables+=("$name") ;; *) variables+=("$name=${{!name}}") ;; esac
             done ;;
-        *) words+=("${{1//.{first}/}}"); shift ;;
+        *) words+=("${{1%.{first}}}"); shift ;;
     esac
 done
 number=$(env -i "${{variables[@]}}" /usr/bin/qsub -wd "$HOME" -o "$PWD/job.o%j" -j oe "${{words[@]}}")
@@ -78,12 +79,12 @@ case $number in *[!0-9]*) echo "$number" >&2; exit 1 ;; esac
 echo "$number.{first}"
 """
 _QDEL = """#!/bin/bash
-exec /usr/bin/qdel "${{@//.{first}/}}"
+exec /usr/bin/qdel "${{@%.{first}}}"
 """
 # Debian's says when a job began under another name than PBS Pro does.
 _QSTAT = """#!/bin/bash
 set -o pipefail
-/usr/bin/qstat "${{@//.{first}/}}" | sed 's/^\\tmtime = /    stime = /; s/^\\t/    /'
+/usr/bin/qstat "${{@%.{first}}}" | sed 's/^\\tmtime = /    stime = /; s/^\\t/    /'
 """
 
 
@@ -180,10 +181,13 @@ class Cluster:
     def _stop_daemons(self) -> None:
         self.ask("scontrol", "shutdown")
         munge = (self.folder / "munge.pid").read_text().strip()
-        for daemon in self._daemons[1:]:
-            daemon.wait(20)
+        # What does not end, as a daemon that waits for another one may, ends with its host.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for daemon in self._daemons[1:]:
+                daemon.wait(20)
         self.ask("kill", munge)
-        self._daemons[0].wait(20)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._daemons[0].wait(20)
 
 
 def log_of(folder: Path) -> str:
