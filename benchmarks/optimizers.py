@@ -31,7 +31,6 @@ from benchmarks.machine import describe_machine
 from benchmarks.recorded import Point, record
 
 EXAMPLE = Path(__file__).parents[1] / "examples/shakespeare_char_cpu.toml"
-RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2)
 _KFAC = {"kfac": "true", "kfac_inv_update_steps": "10"}
 _ADAMW = "adamw"
 
@@ -44,13 +43,13 @@ class Way:
 
     Attributes:
         options: by name.
-        tried: name -> values.
+        tried: name -> values; None are the setting's rates.
         like: the way whose best options are added; nothing is tried.
         share: of the setting's updates.
     """
 
     options: Words = field(default_factory=dict)
-    tried: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: {"learning_rate": RATES})
+    tried: Mapping[str, tuple[float, ...] | None] = field(default_factory=lambda: {"learning_rate": None})
     like: str | None = None
     share: float = 1.0
 
@@ -63,11 +62,13 @@ class Setting:
         options: of all ways, by name.
         num_updates: of a whole run.
         num_evaluations: of any run, evenly spaced; where a way is chosen, only the last one.
+        rates: that are tried, the same for all ways.
     """
 
     options: Words
     num_updates: int
     num_evaluations: int
+    rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2)
 
 
 def _documented() -> dict[str, str]:
@@ -84,10 +85,10 @@ def _documented() -> dict[str, str]:
 WAYS = {
     _ADAMW: Way(),
     "kfac 1/10": Way({**_KFAC, "kfac_factor_update_steps": "1"}),
-    "muon": Way({"optim": "muon"}, {"muon_learning_rate": (0.01, 0.02, 0.04, 0.08), "learning_rate": RATES}),
+    "muon": Way({"optim": "muon"}, {"muon_learning_rate": (0.01, 0.02, 0.04, 0.08), "learning_rate": None}),
     "kfac 1/10, short": Way({**_KFAC, "kfac_factor_update_steps": "1"}, like="kfac 1/10", share=0.75),
     "kfac 10/10": Way({**_KFAC, "kfac_factor_update_steps": "10"}, like="kfac 1/10"),
-    "kfac 10/10, inverse": Way({**_KFAC, "kfac_factor_update_steps": "10", "kfac_method": "inverse"}, like="kfac 1/10"),
+    "kfac 10/10, inverse": Way({**_KFAC, "kfac_factor_update_steps": "10", "kfac_method": "inverse"}),
     "kfac 1/10, damping 0.03": Way(
         {**_KFAC, "kfac_factor_update_steps": "1", "kfac_damping": "0.03"}, like="kfac 1/10"
     ),
@@ -114,7 +115,7 @@ SETTINGS = {
             "per_device_train_batch_size": "8", "weight_decay": "0.1", "adam_beta2": "0.99",
             "lr_scheduler_type": "cosine", "num_warmup_steps": "20",
         },
-        num_updates=150, num_evaluations=5,
+        num_updates=150, num_evaluations=5, rates=(5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2),
     ),
 }  # fmt: skip
 
@@ -163,8 +164,9 @@ class Runs:
         way = WAYS[name]
         if way.like is not None:
             return self.best(way.like, seeds)
-        best = {option: f"{values[len(values) // 2]:g}" for option, values in way.tried.items()}
-        for option, values in way.tried.items():
+        options = {option: values or self.setting.rates for option, values in way.tried.items()}
+        best = {option: f"{values[len(values) // 2]:g}" for option, values in options.items()}
+        for option, values in options.items():
             tried = [{**best, option: f"{value:g}"} for value in values]
             tried.sort(key=lambda chosen: self.curve(name, chosen, 0)[-1]["eval_loss"])
             best = tried[0]

@@ -161,7 +161,7 @@ def test_optimizers_when_run_then_tunes_compares_and_makes_no_run_twice(
 ) -> None:
     options = {"block_size": "16", "tokenizer_name": "char", "model_type": "gpt2", "validation_split_percentage": "10",
                "config_overrides": "n_layer=1,n_head=2,n_embd=16,n_positions=16"}  # fmt: skip
-    monkeypatch.setitem(optimizers.SETTINGS, "2x64", optimizers.Setting(options, 8, 2))
+    monkeypatch.setitem(optimizers.SETTINGS, "2x64", optimizers.Setting(options, 8, 2, rates=(1e-2, 3e-2, 5e-2)))
     file, picture = tmp_path / "found.json", tmp_path / "found.png"
     words = ["--text", str(tiny_text), "--seeds", "2", "--ways", "adamw;kfac 1/10;kfac 1/10, short"]
     words += ["--json", str(file), "--picture", str(picture)]
@@ -169,7 +169,7 @@ def test_optimizers_when_run_then_tunes_compares_and_makes_no_run_twice(
     optimizers.main()
     found = json.loads(file.read_text())
     # Of both all rates with the seed 0 and two with the others; of the short one the best with the others.
-    assert len(found["runs"]) == 2 * (5 + 2 * 2) + 2
+    assert len(found["runs"]) == 2 * (3 + 2 * 2) + 2
     ends: dict[str, dict[str, float]] = {"0": {}, "1": {}, "2": {}}
     for run in found["runs"]:
         if "kfac" not in run["options"]:
