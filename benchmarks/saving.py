@@ -98,7 +98,8 @@ def _train(folder: Path, config_name: str | None, tokenizer: str | None) -> None
     model = ["--config_name", config_name] if config_name else ["--model_type", "gpt2"]
     model += ["--tokenizer_name", tokenizer] if tokenizer else []
     words = [*model, "--block_size", "64", "--per_device_train_batch_size", "1", "--save_minutes", "0.5", "--seed", "1"]
-    words += ["--max_train_steps", "100000", "--torch_compile", "false", "--logging_steps", "1", "--output_dir", str(folder)]
+    words += ["--max_train_steps", "100000", "--torch_compile", "false", "--logging_steps", "1"]
+    words += ["--output_dir", str(folder)]
     sys.exit(trainer(words))
 
 
