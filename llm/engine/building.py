@@ -87,6 +87,9 @@ def _preconditioning(
 ) -> Preconditioning:
     kfac = options.kfac
     if not kfac.kfac:
+        unused = [name for name, value in kfac if value != type(kfac).model_fields[name].get_default()]
+        if unused:
+            log.warning("%s: of no use without --kfac", ", ".join(f"--{name}" for name in unused))
         return Unchanged()
     main = next(group for group in optimizer.param_groups if group["initial_lr"] == optimizer.defaults["lr"])
 

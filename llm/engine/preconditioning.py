@@ -118,6 +118,11 @@ class Kfac:
         self._kfac = _preconditioner(model, options, rate=rate, accumulation=accumulation)
         self._parameters = list(model.parameters())
         self.rhythm = rhythm_of(options)
+        # The user has not named it, and is told why.
+        reason = "its loss is computed by chunks, without calling it"
+        heads = head_in_chunks(model)
+        skipped = self._kfac.report().skipped
+        self._uncalled = {name: reason for name in skipped if any(f"({head})" in skipped[name] for head in heads)}
         self._clock = Clock(model.device)
         self._cost = Cost(self._clock, self.rhythm)
         self._step = 0
@@ -137,7 +142,7 @@ class Kfac:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Factors, inverses in use and counts by layer; the number of updates."""
         found = self._kfac.state_dict()
-        return found, {"step": found.pop("step")}
+        return found, {name: found.pop(name) for name in ("step", "formulas")}
 
     def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Takes back `state`; says so where there is none."""
@@ -146,7 +151,7 @@ class Kfac:
         elif "step" not in numbers:
             raise ValueError("it holds the K-FAC of another --kfac_backend")
         else:
-            self._kfac.load_state_dict({**tensors, "step": numbers["step"]})
+            self._kfac.load_state_dict({**tensors, **numbers})
             self._step = numbers["step"]
 
     def lines(self, tokens_per_step: int) -> list[str]:
@@ -159,7 +164,7 @@ class Kfac:
             f"{quantity(report.factor_bytes)}B of factors and {quantity(report.inverse_bytes)}B of "
             f"{bases} here, {quantity(report.capture_bytes)}B more while it looks at the curvature; computed to add "
             f"matrix work of {report.cost(tokens_per_step):.0%} of the model's own",
-            *_lines_of_skipped(report.skipped),
+            *_lines_of_skipped(report.skipped | self._uncalled),
             *_meanings(options),
         ]
 
@@ -218,8 +223,7 @@ def _preconditioner(
     if options.kfac_damping is not None:
         given["damping"] = options.kfac_damping
     if not _keeps_norms(options):
-        # Its clip divides by the rate, which a schedule may begin at zero.
-        given |= {"kl_clip": options.kfac_kl_clip, "lr": lambda _: max(rate(), 1e-12), "rescale": None}
+        given |= {"kl_clip": options.kfac_kl_clip, "lr": lambda _: rate(), "rescale": None}
     try:
         return KFACPreconditioner(
             model,

@@ -6,7 +6,7 @@ Plain torch and torch.distributed; nothing here needs the rest of this package.
     for inputs, targets in batches:
         optimizer.zero_grad()
         loss_of(model(inputs), targets).backward()  # a mean over the tokens
-        kfac.step()
+        kfac.step()  # or kfac.discard(), where the gradients are of no use
         optimizer.step()
 
 Sources: Martens & Grosse 2015 (arXiv:1503.05671); Eschenhagen et al. 2023 (arXiv:2311.00636), whose "expand" setting

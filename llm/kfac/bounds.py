@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from llm.kfac.schedule import Number, dense_early
 
 _CHOICES = {
@@ -16,6 +18,8 @@ _AT_LEAST_ONE = (
     "factor_update_steps", "inv_update_steps", "accumulation_steps", "max_factor_dim", "factor_tokens",
 )  # fmt: skip
 _ABOVE_ZERO = ("damping", "kl_clip", "lr", "power")
+# What may be a function of the update.
+_SCHEDULED = ("factor_update_steps", "inv_update_steps", "damping", "factor_decay", "kl_clip", "lr")
 
 
 FACTOR_UPDATE_STEPS = dense_early(10)
@@ -47,12 +51,21 @@ def check(given: dict[str, Any]) -> None:
     for name, choices in _CHOICES.items():
         if given[name] not in choices:
             raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}, not {given[name]!r}")
-    for name in _AT_LEAST_ONE:
-        _check_number(name, given[name], given[name] is None or callable(given[name]) or given[name] >= 1, "at least 1")
-    for name in _ABOVE_ZERO:
-        _check_number(name, given[name], given[name] is None or callable(given[name]) or given[name] > 0, "above 0")
-    decay = given["factor_decay"]
-    _check_number("factor_decay", decay, callable(decay) or 0 < decay <= 1, "above 0 and at most 1")
+    numbers = {name: given[name] for name in (*_AT_LEAST_ONE, *_ABOVE_ZERO, "factor_decay") if given[name] is not None}
+    for name, number in numbers.items():
+        if callable(number):
+            if name not in _SCHEDULED:
+                raise ValueError(f"{name} is a number, no function of the update")
+        elif name in _AT_LEAST_ONE:
+            _check_number(name, number, number >= 1, "at least 1")
+        elif name in _ABOVE_ZERO:
+            _check_number(name, number, number > 0, "above 0")
+        else:
+            _check_number(name, number, 0 < number <= 1, "above 0 and at most 1")
+    if given["factor_dtype"] == torch.float16:
+        raise ValueError(
+            "factor_dtype is not torch.float16, for which squared gradients are too small; bfloat16 will do"
+        )
     if given["kl_clip"] is not None and (given["rescale"] is not None or given["lr"] is None):
         raise ValueError('kl_clip needs rescale=None (rescale="norm" sets the lengths itself) and lr')
     if given["spread"] and given["compat"] is not None:
@@ -61,6 +74,6 @@ def check(given: dict[str, Any]) -> None:
         raise ValueError('power needs method="eigen"')
 
 
-def _check_number(name: str, number: Number | None, is_good: bool, bound: str) -> None:
+def _check_number(name: str, number: Number, is_good: bool, bound: str) -> None:
     if not is_good:
         raise ValueError(f"{name} is {bound}, not {number}")

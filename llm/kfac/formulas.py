@@ -18,6 +18,8 @@ class Formulas:
     G = n * sum g g^T = mean (n g)(n g)^T whatever n is.
     """
 
+    name = "llm.kfac"
+
     dense_start = True
     """Inverses are refreshed at 1, 2, 4, 8, … too."""
 
@@ -65,6 +67,7 @@ class AnchorFormulas(Formulas):
     that rank's own mean loss.
     """
 
+    name = "kfac-pytorch"
     dense_start = False
 
     def row_weight(self, rows: int) -> float:

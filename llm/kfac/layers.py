@@ -88,6 +88,8 @@ def find_layers(
         ValueError: there is no layer to take; the message names why.
     """
     patterns = [skip] if isinstance(skip, str) else list(skip or ())
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError("K-FAC wants whole weights, which FSDP shards; use DistributedDataParallel")
     users = _users(model)
     layers, skipped = [], {}
     for name, module in model.named_modules():
@@ -112,10 +114,9 @@ def _refusal(name: str, module: nn.Module, users: dict[int, list[str]], patterns
     kind = type(module).__name__
     if not isinstance(module, nn.Linear) and not _is_conv1d(module):
         return f"{kind} is no linear layer"
-    for pattern in patterns:
-        if re.search(pattern, name) or re.search(pattern, kind):
-            return f"skip_layers names it ({pattern})"
     weight = module.weight
+    if hasattr(weight, "device_mesh"):
+        return "its weight is sharded (FSDP2, or tensor parallel)"
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2 or not weight.is_floating_point():
         return "its weight is no matrix of floating point numbers"
     if not weight.requires_grad:
@@ -123,6 +124,9 @@ def _refusal(name: str, module: nn.Module, users: dict[int, list[str]], patterns
     others = [user for user in users[id(weight)] if user != name]
     if others:
         return f"its weight is shared with {others[0]}"
+    for pattern in patterns:
+        if re.search(pattern, name) or re.search(pattern, kind):
+            return f"skip_layers names it ({pattern})"
     if kind == "NonDynamicallyQuantizableLinear":
         return "its weight is used without calling it"
     return None

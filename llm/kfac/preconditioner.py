@@ -19,7 +19,7 @@ from llm.kfac.groups import Group
 from llm.kfac.layers import device_of, find_layers
 from llm.kfac.ranks import Ranks, assign, delays
 from llm.kfac.report import Report
-from llm.kfac.schedule import Number, is_due, is_refresh_due, value_at
+from llm.kfac.schedule import Number, is_due, is_refresh_due, steady_value, value_at
 
 
 class KFACPreconditioner:
@@ -127,7 +127,7 @@ class KFACPreconditioner:
                 it matters only where lengths do: not with rescale="norm".
 
         Raises:
-            RuntimeError: the factors are due, and no layer saw a backward pass.
+            RuntimeError: the factors are due, and no layer saw a backward pass, on any rank.
         """
         step = self._gate.step
         damping = value_at(self._damping, step)
@@ -148,10 +148,10 @@ class KFACPreconditioner:
         """All that later updates depend on; call it between updates, on all ranks together.
 
         Returns:
-            `step` (int), and tensors on the CPU, copies, named `<layer>/<what>`; the same on all ranks, whatever
-            their number.
+            `step` (int), `formulas` (str), and tensors on the CPU, copies, named `<layer>/<what>`; the same on all
+            ranks, whatever their number.
         """
-        found: dict[str, Any] = {"step": self._gate.step}
+        found: dict[str, Any] = {"step": self._gate.step, "formulas": self._formulas.name}
         for group in self._groups:
             for key, stack in (group.state or group.empty_state()).items():
                 if not self._replicate:
@@ -172,7 +172,11 @@ class KFACPreconditioner:
             for key, (shape, _) in group.specification().items()
             for layer in group.layers
         }
-        given = {name: tensor.shape for name, tensor in state.items() if name != "step"}
+        if "step" not in state:
+            raise ValueError("the state does not say of which update it is")
+        if state.get("formulas", self._formulas.name) != self._formulas.name:
+            raise ValueError(f"the state is of {state['formulas']}'s formulas, and these are {self._formulas.name}'s")
+        given = {name: tensor.shape for name, tensor in state.items() if name not in ("step", "formulas")}
         if wrong := sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name)):
             raise ValueError(f"the state is of another model or other K-FAC arguments: {wrong[0]} does not fit")
         for group in self._mine():
@@ -203,8 +207,8 @@ class KFACPreconditioner:
             refresh_flops=self._curvature.flops_of_refresh * cubes,
             step_flops=2 * self._curvature.products * products,
             model_flops=6 * self._num_parameters,
-            factor_update_steps=int(value_at(self._factor_steps, step)),
-            inv_update_steps=int(value_at(self._inv_steps, step)),
+            factor_update_steps=int(steady_value(self._factor_steps, step)),
+            inv_update_steps=int(steady_value(self._inv_steps, step)),
             factor_tokens=self._factor_tokens,
             world_size=self._ranks.size,
         )
@@ -248,7 +252,11 @@ class KFACPreconditioner:
 
     def _update_factors(self, decay: float, num_tokens: Count | None, loss_scale: Count) -> None:
         """Sums what all ranks captured at the owners, who blend it in."""
-        if not any(capture.rows for capture in self._captures):
+        # A rank alone may have had nothing to do; that none had is known to all, or some would wait for ever.
+        has_rows = any(capture.rows for capture in self._captures)
+        seen = torch.tensor(float(has_rows), device=self._device)
+        self._ranks.sum_to(seen, None)
+        if not has_rows and not seen.item():
             raise RuntimeError(
                 "K-FAC saw no backward pass of this update: is the model in training mode, and was the preconditioner "
                 "made before torch.compile saw the first batch?"
@@ -277,7 +285,8 @@ class KFACPreconditioner:
         if self._kl_clip is not None and self._lr is not None:
             if not self._replicate:
                 self._ranks.sum_to(products, None)
-            allowed = value_at(self._kl_clip, step) / value_at(self._lr, step) ** 2
+            rate = value_at(self._lr, step)
+            allowed = value_at(self._kl_clip, step) / rate**2 if rate else math.inf  # no step is too long at rate 0
             for direction in directions:
                 direction *= (allowed / products.abs()).sqrt().clamp(max=1)
         if self._replicate or self._ranks.size == 1:

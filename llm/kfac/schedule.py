@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 Number = float | Callable[[int], float]
 """A number, or a function of the number of the update (0-based)."""
@@ -11,6 +12,11 @@ Number = float | Callable[[int], float]
 def value_at(number: Number, step: int) -> float:
     """The number at that update."""
     return number(step) if callable(number) else number
+
+
+def steady_value(number: Number, step: int) -> float:
+    """As `value_at`, but what an interval is once the early updates are over."""
+    return number.interval if isinstance(number, DenseEarly) else value_at(number, step)
 
 
 def is_due(interval: Number, step: int) -> bool:
@@ -33,13 +39,20 @@ def is_refresh_due(interval: Number, step: int, delay: float = 0.0) -> bool:
     return step % length == int(delay * length)
 
 
-def dense_early(interval: int) -> Callable[[int], int]:
+@dataclass(frozen=True)
+class DenseEarly:
+    """What `dense_early` makes."""
+
+    interval: int
+
+    def __call__(self, step: int) -> int:
+        """1 where the update is due although it is no multiple."""
+        return 1 if 0 < step < self.interval and step & (step - 1) == 0 else self.interval
+
+
+def dense_early(interval: int) -> DenseEarly:
     """An interval that is kept except at the updates 1, 2, 4, 8, … below it, which are due too.
 
     For `factor_update_steps`: refreshing an inverse early says nothing new unless its factor is new.
     """
-
-    def interval_at(step: int) -> int:
-        return 1 if 0 < step < interval and step & (step - 1) == 0 else interval
-
-    return interval_at
+    return DenseEarly(interval)

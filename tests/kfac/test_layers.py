@@ -63,6 +63,18 @@ def test_layers_when_none_is_left_then_the_error_says_why(arguments: dict[str, A
         KFACPreconditioner(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 4)), **arguments)
 
 
+def test_layers_when_sharded_then_are_refused_with_the_reason() -> None:
+    class FullyShardedDataParallel(nn.Sequential):
+        pass
+
+    with pytest.raises(ValueError, match="whole weights, which FSDP shards"):
+        KFACPreconditioner(FullyShardedDataParallel(nn.Linear(3, 3)))
+    layer = nn.Linear(3, 3)
+    layer.weight.device_mesh = object()  # as a DTensor has it
+    with pytest.raises(ValueError, match="its weight is sharded"):
+        KFACPreconditioner(layer)
+
+
 def test_report_when_made_then_its_bytes_are_those_of_the_state() -> None:
     model = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 5, bias=False))
     for method in ("eigen", "inverse"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -244,6 +246,71 @@ def test_arguments_when_functions_of_the_update_then_are_asked_for_each() -> Non
         assert torch.equal(one, other)
 
 
+def test_loop_of_the_docs_when_run_then_learns_and_leaves_out_a_bad_batch() -> None:
+    text = (Path(__file__).parents[2] / "docs/optimizers.md").read_text()
+    (loop,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    model = make("mlp")
+    x, targets = data(0, 8)
+    good, bad = (x, targets), (x * float("nan"), targets)
+    names: dict[str, Any] = {
+        "KFACPreconditioner": KFACPreconditioner, "torch": torch, "model": model, "batches": [good, bad, *[good] * 20],
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.5),
+        "loss_of": lambda scores, ids: nn.functional.cross_entropy(scores.flatten(0, 1), ids.flatten()),
+    }  # fmt: skip
+    before = names["loss_of"](model(x), targets).item()
+    exec(loop, names)  # noqa: S102 - our own
+    assert names["loss_of"](model(x), targets).item() < 0.9 * before
+    assert names["kfac"].state_dict()["step"] == 21
+
+
+@pytest.mark.parametrize("arguments", [{"kl_clip": 1e-3, "rescale": None}, {"compat": "kfac-pytorch"}])
+def test_clip_when_a_warm_up_begins_at_rate_zero_then_nothing_is_shortened(arguments: dict[str, Any]) -> None:
+    found = []
+    for rate in (0.0, 1e-9):
+        model = make("mlp")
+        kfac = KFACPreconditioner(model, lr=lambda step, rate=rate: rate * (step + 1), **arguments)
+        passes, num_tokens = losses(0, [8])
+        passes[0](model).backward()
+        kfac.step(num_tokens=num_tokens)
+        found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert torch.equal(*found)
+
+
+def test_report_when_asked_at_an_early_update_then_is_that_of_the_others() -> None:
+    model = make("mlp")
+    kfac = KFACPreconditioner(model)
+    reports = []
+    for _ in range(4):
+        reports.append(kfac.report())
+        passes, num_tokens = losses(0, [8])
+        passes[0](model).backward()
+        kfac.step(num_tokens=num_tokens)
+    assert {report.factor_update_steps for report in reports} == {10}
+    assert len({report.cost(64) for report in reports}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("step"), "does not say of which update"),
+        (lambda state: state.update(formulas="kfac-pytorch"), "of kfac-pytorch's formulas, and these are llm.kfac's"),
+        (lambda state: state.pop("fc/count"), "fc/count does not fit"),
+    ],
+)
+def test_state_when_of_something_else_then_is_refused_and_nothing_is_changed(
+    change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    kfac = KFACPreconditioner(make("mlp"))
+    before = kfac.state_dict()
+    state = {name: value + 1 if isinstance(value, Tensor) else value for name, value in before.items()}
+    change(state)
+    with pytest.raises(ValueError, match=words):
+        kfac.load_state_dict(state)
+    after = kfac.state_dict()
+    assert all(torch.equal(torch.as_tensor(after[name]), torch.as_tensor(value))
+               for name, value in before.items() if name != "formulas")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -256,6 +323,8 @@ def test_arguments_when_functions_of_the_update_then_are_asked_for_each() -> Non
         ({"kl_clip": 1e-3, "rescale": None}, "and lr"),
         ({"compat": "kfac-pytorch", "spread": True}, "spread is not kfac-pytorch's way"),
         ({"method": "inverse", "power": 0.5}, 'power needs method="eigen"'),
+        ({"power": lambda _: 1.0}, "power is a number, no function of the update"),
+        ({"factor_dtype": torch.float16}, "factor_dtype is not torch.float16"),
     ],
 )
 def test_arguments_when_out_of_bounds_then_are_refused_by_name(arguments: dict[str, Any], words: str) -> None:

@@ -63,7 +63,11 @@ def test_resume_when_at_any_update_then_is_bit_identical(name: str, at: int, tmp
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
     ends = kfac.state_dict(), resumed.state_dict()
-    assert all(torch.equal(torch.as_tensor(ends[0][key]), torch.as_tensor(ends[1][key])) for key in ends[0])
+    assert all(
+        torch.equal(torch.as_tensor(ends[0][key]), torch.as_tensor(ends[1][key]))
+        for key in ends[0]
+        if key != "formulas"
+    )
 
 
 def test_state_when_of_another_method_or_model_then_is_refused_and_nothing_changes() -> None:
@@ -75,4 +79,6 @@ def test_state_when_of_another_method_or_model_then_is_refused_and_nothing_chang
         with pytest.raises(ValueError, match=r"of another model or other K-FAC arguments: .* does not fit"):
             kfac.load_state_dict(wrong.state_dict())
     after = kfac.state_dict()
-    assert all(torch.equal(torch.as_tensor(before[key]), torch.as_tensor(after[key])) for key in before)
+    assert all(
+        torch.equal(torch.as_tensor(before[key]), torch.as_tensor(after[key])) for key in before if key != "formulas"
+    )

@@ -86,15 +86,30 @@ def test_resume_when_only_one_of_both_starts_has_kfac_then_says_so_in_one_line(
         assert (outcome.out + outcome.err).count(line) == 1
 
 
-def test_resume_when_the_method_is_another_then_is_refused(
-    train: Train, tiny_options: list[str], tmp_path: Path
+def test_options_of_kfac_when_it_is_not_asked_for_then_are_named(train: Train, tiny_options: list[str]) -> None:
+    outcome = train(*tiny_options, "--kfac_method", "inverse", "--kfac_damping", "0.3")
+    assert outcome.code == 0, outcome.err
+    assert (outcome.out + outcome.err).count("--kfac_damping, --kfac_method: of no use without --kfac") == 1
+    assert "of no use" not in train(*tiny_options, *KFAC).out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--kfac_method", "inverse"), "the state is of another model or other K-FAC arguments"),
+        (("--kfac_compat",), "the state is of llm.kfac's formulas, and these are kfac-pytorch's"),
+    ],
+)
+def test_resume_when_made_otherwise_then_is_refused(
+    words: tuple[str, ...], said: str, train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
+    changed = words
     words = [*tiny_options, *KFAC, "--max_train_steps", "4", "--checkpointing_steps", "2", "--output_dir", tmp_path]
     assert train(*words).code == 0
     keep_only(tmp_path, 2)
-    refused = train(*words, "--resume_from_checkpoint", "--kfac_method", "inverse")
+    refused = train(*words, "--resume_from_checkpoint", *changed)
     assert refused.code == 1
-    assert "--kfac (the state is of another model or other K-FAC arguments" in refused.err
+    assert f"--kfac ({said}" in refused.err
     assert refused.err.count("\n") == 1
 
 
