@@ -54,8 +54,7 @@ def compile_training(language_model: LanguageModel, wish: Wish, *, device: torch
 
 def is_compiled(language_model: LanguageModel) -> bool:
     """Whether `compile_training` compiles it, or its layers."""
-    parts: list[nn.Module] = [language_model, *layers_of(language_model.model)]
-    return any(part._compiled_call_impl is not None for part in parts)
+    return language_model.is_compiled or any(part._compiled_call_impl is not None for part in language_model.modules())
 
 
 def _pays(device: torch.device, num_steps: int) -> bool:

@@ -32,13 +32,14 @@ class LanguageModel(nn.Module):
 
     Attributes:
         model: the HF model; checkpoints, export and sampling use it directly.
+        is_compiled: whether `compile` was called.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         self._trained: _Loss = self._loss
-        self._is_compiled = False
+        self.is_compiled = False
         # Found out where the model trains, in its arithmetic.
         self._is_chunked: bool | None = None
 
@@ -48,7 +49,7 @@ class LanguageModel(nn.Module):
         No weight gets another name. An evaluation, whose batches have other shapes, is never compiled.
         """
         self._trained = torch.compile(self._loss, *args, **kwargs)
-        self._is_compiled = True
+        self.is_compiled = True
 
     def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cross entropy of the targets, summed.
@@ -72,7 +73,7 @@ class LanguageModel(nn.Module):
             self._is_chunked = self._may_be_chunked()
         with told_apart(positions):
             if self.training:
-                if self._is_compiled:
+                if self.is_compiled:
                     # If they are CUDA graphs: nobody reads the outputs of the one before any more.
                     torch.compiler.cudagraph_mark_step_begin()
                 return self._trained(ids, targets, positions)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llm.models import compilation
 from llm.models.attention import use_causal_attention
-from llm.models.compilation import compile_training, layers_of
+from llm.models.compilation import compile_training, is_compiled, layers_of
 from llm.models.language_model import LanguageModel
 from llm.models.sampling import sample
 
@@ -55,7 +55,9 @@ def test_compiled_training_when_evaluating_and_sampling_between_then_is_one_grap
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(257, (4, 16), generator=draw)
     expected, evaluated = gradients(model, ids), model.eval()(ids[:3], ids[:3])[0]
+    assert not is_compiled(model)
     assert compile_training(model, wish, device=CPU, num_steps=1)
+    assert is_compiled(model)
     for rows in (3, 1):  # the last batch of an evaluation is smaller
         for _ in range(2):
             found = gradients(model.train(), ids)
@@ -78,6 +80,7 @@ def test_compile_training_when_there_is_no_compiler_then_says_so_and_stays_eager
     model = LanguageModel(tiny_gpt2)
     with caplog.at_level(logging.INFO):
         assert not compile_training(model, True, device=CPU, num_steps=1)
+        assert not is_compiled(model)
     messages = [record.message for record in caplog.records]
     assert messages == ["torch_compile: left out, there is no working compiler (no C++ compiler)"]
     ids = torch.zeros(1, 4, dtype=torch.int64)
