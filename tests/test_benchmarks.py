@@ -95,7 +95,7 @@ def test_arithmetic_when_runs_are_short_then_ways_differ_by_rounding_and_a_far_o
     tiny_text: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "arithmetic.json"
-    words = ["--text", str(tiny_text), "--seeds", "1", "--num_updates", "3", "--threads", "1", "--json", str(file)]
+    words = ["--text", str(tiny_text), "--seeds", "1", "--num_updates", "6", "--threads", "1", "--json", str(file)]
     command = [sys.executable, "-m", "benchmarks.arithmetic", "--ways", "eager", "chunked", *words]
     subprocess.run(command, check=True, timeout=_PATIENCE_SECONDS)
     found = json.loads(file.read_text())
