@@ -1,7 +1,7 @@
 """Steps to a loss by AdamW, Muon and K-FAC before AdamW: `python -m benchmarks.optimizers --text FILE --setting NAME`.
 
-Every run is the trainer's, on the same characters: the first nine tenths of the text to train on, the rest to validate,
-all of it at every evaluation. Of each way every rate of one grid is tried with the seed 0 (one option after the other,
+Every run is the trainer's, on the same text: the first nine tenths of it to train on, the rest to validate, all of that
+at every evaluation. Of each way every rate of one grid is tried with the seed 0 (one option after the other,
 each at the best of those before it). The two best of the last option are run with the other seeds, 1, 2, 3, ..., and
 what has the lower mean there is the way's best; the figures are of those seeds.
 
