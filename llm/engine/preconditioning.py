@@ -206,7 +206,8 @@ def kfac_bytes(config: PretrainedConfig, options: KfacOptions) -> tuple[int, int
         for replicate in (False, True)
     )
     if options.kfac_backend != "llm":  # its factors are not folded, and every rank keeps all
-        return 2 * whole.capture_bytes + whole.inverse_bytes, whole.capture_bytes
+        factors = 4 * sum(n * n for sides in whole.layers.values() for n in sides)
+        return 2 * factors + whole.inverse_bytes, factors
     return mine.factor_bytes + mine.inverse_bytes + mine.capture_bytes, whole.factor_bytes + whole.inverse_bytes
 
 

@@ -18,12 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.kfac.layers import Layer
-
-# Rows of a factor computed at once: what is above the diagonal is mostly left out.
-_PANEL = 128
-
-TRIANGLE = 0.6
-"""The share of a whole product that is computed, about: one half, and the diagonal blocks."""
+from llm.kfac.triangles import add_product, add_to_last_row
 
 
 class Gate:
@@ -37,58 +32,62 @@ class Gate:
 class Capture:
     """Sums over the rows that one layer saw in the backward passes since they were last dropped.
 
-    Only the lower triangles of the sums mean anything.
+    The first is weight * a a^T with a = [x; 1], [dim_a, dim_a] folded; the second weight * g g^T with g as it came,
+    [dim_g, dim_g] folded.
+
+    Args:
+        layer: whose hook this is.
+        gate: closed, nothing is captured.
+        room: where the sums are, asked for at every pass.
+        row_weight: of each row of a pass, by their number.
+        max_rows: of a pass that are looked at; None: all.
 
     Attributes:
-        sums: "a": of weight * a a^T with a = [x; 1], [dim_a, dim_a]; "g": of weight * g g^T with g as it came,
-            [dim_g, dim_g]; empty before the first row.
         weight: of all rows together.
         rows: how many there were.
     """
 
     def __init__(
-        self, layer: Layer, gate: Gate, *, dtype: torch.dtype, row_weight: Callable[[int], float], max_rows: int | None
+        self,
+        layer: Layer,
+        gate: Gate,
+        room: Callable[[], tuple[Tensor, Tensor]],
+        *,
+        row_weight: Callable[[int], float],
+        max_rows: int | None,
     ) -> None:
         self.layer, self.gate = layer, gate
-        self._dtype, self._row_weight, self._max_rows = dtype, row_weight, max_rows
-        self.drop()
+        self._room, self._row_weight, self._max_rows = room, row_weight, max_rows
+        self.forget()
         self._key = next(_KEYS)
         _CAPTURES[self._key] = self
         self._hook = layer.module.register_forward_hook(_Hook(gate, self._key), with_kwargs=True)
 
-    def drop(self) -> None:
-        """Forgets all rows."""
-        self.sums: dict[str, Tensor] = {}
+    def forget(self) -> None:
+        """That there were rows; the room is somebody else's to clear."""
         self.weight = self.rows = 0.0
 
     def close(self) -> None:
         """Takes the hook off the layer."""
         self._hook.remove()
-        self.drop()
 
     @torch.no_grad()
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
         """One backward pass: inputs [..., num_in] and gradients of the outputs [..., num_out], of any dtype."""
-        n = self.layer.num_in
-        x, g = inputs.detach().reshape(-1, n), gradients.detach().reshape(-1, self.layer.num_out)
+        x, g = inputs.detach().reshape(-1, self.layer.num_in), gradients.detach().reshape(-1, self.layer.num_out)
         rows = x.shape[0]
         if rows == 0:
             return
         chosen = self._choose(rows, x.device)
         x, g = (each.index_select(0, chosen) if chosen is not None else each for each in (x, g))
-        x, g = x.to(self._dtype), g.to(self._dtype)
+        sum_a, sum_g = self._room()
+        x, g = x.to(sum_a.dtype), g.to(sum_g.dtype)
         weight, share = self._row_weight(rows), rows / x.shape[0]
         with torch.autocast(x.device.type, enabled=False):
-            if not self.sums:
-                self.sums = {
-                    side: x.new_zeros(size, size) for side, size in (("a", self.layer.dim_a), ("g", self.layer.dim_g))
-                }
-            sum_a, sum_g = self.sums["a"], self.sums["g"]
-            _add_product(sum_a[:n, :n], x, weight * share)
+            add_product(sum_a, self.layer.dim_a, x, weight * share)
             if self.layer.has_bias:
-                sum_a[n, :n].add_(x.sum(0), alpha=weight * share)
-                sum_a[n, n] += weight * rows
-            _add_product(sum_g, g, weight * share)
+                add_to_last_row(sum_a, self.layer.dim_a, x.sum(0) * (weight * share), weight * rows)
+            add_product(sum_g, self.layer.dim_g, g, weight * share)
         self.weight += weight * rows
         self.rows += rows
 
@@ -98,14 +97,6 @@ class Capture:
             return None
         start = random.Random(self.gate.step).randrange(rows // self._max_rows)
         return torch.arange(self._max_rows, device=device) * rows // self._max_rows + start
-
-
-def _add_product(total: Tensor, rows: Tensor, weight: float) -> None:
-    """Adds weight * rows^T rows to the lower triangle of `total`."""
-    n = total.shape[0]
-    for start in range(0, n, _PANEL):
-        end = min(start + _PANEL, n)
-        total[start:end, :end].addmm_(rows[:, start:end].t(), rows[:, :end], alpha=weight)
 
 
 class _Hook:

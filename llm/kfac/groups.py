@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,29 +12,31 @@ from llm.kfac.capture import Capture
 from llm.kfac.curvature import Curvature, State
 from llm.kfac.formulas import Count, Formulas
 from llm.kfac.layers import Layer
-from llm.kfac.triangles import fold, folded_eye, folded_shape, folded_trace
+from llm.kfac.triangles import folded_eye, folded_shape, folded_trace
 
 
 class Group:
     """A stack of layers.
 
     Args:
-        captures: of the layers, all of one shape.
+        layers: of one shape.
         delays: theirs, as `schedule.is_refresh_due` wants them, ascending.
         owner: the rank that keeps the state.
         is_mine: whether this rank keeps it too.
         formulas: of the factors.
         curvature: how a gradient is divided by it.
         factor_dtype: of the factors.
+        new_capture: of a layer, with the room for its sums.
 
     Attributes:
+        captures: the layers'.
         state: by name, [layers, …]: `factor_a` and `factor_g` folded, `count` of the captures that they hold, and what
             the curvature keeps; empty where another rank keeps it.
     """
 
     def __init__(
         self,
-        captures: Sequence[Capture],
+        layers: Sequence[Layer],
         delays: Sequence[float],
         *,
         owner: int,
@@ -41,11 +44,13 @@ class Group:
         formulas: Formulas,
         curvature: Curvature,
         factor_dtype: torch.dtype,
+        new_capture: Callable[[Layer, Callable[[], tuple[Tensor, Tensor]]], Capture],
     ) -> None:
-        self.captures, self.delays, self.owner, self.is_mine = captures, delays, owner, is_mine
-        self.layers: list[Layer] = [capture.layer for capture in captures]
+        self.layers, self.delays, self.owner, self.is_mine = layers, delays, owner, is_mine
+        self.captures = [new_capture(layer, partial(self._room, number)) for number, layer in enumerate(layers)]
         self.formulas, self.curvature, self.factor_dtype = formulas, curvature, factor_dtype
         self.dim_a, self.dim_g = self.layers[0].dim_a, self.layers[0].dim_g
+        self.drop()
         self.state: State = self.empty_state() if is_mine else {}
         if is_mine:
             for side, n in self.sides():
@@ -81,23 +86,19 @@ class Group:
         """Of the factors in `state`, or of all else in it."""
         return sum(stack.nbytes for name, stack in self.state.items() if name.startswith("factor") == factors)
 
-    def pack(self) -> Tensor:
-        """What this rank captured, as one vector of factor_dtype; the captures are dropped."""
-        parts: list[Tensor] = []
-        for side, n in self.sides():
-            for capture in self.captures:
-                total = capture.sums.pop(side, None)  # so that sums and packed sums never stand side by side as a whole
-                folded = fold(total) if total is not None else self._zeros(*folded_shape(n))
-                parts.append(folded.flatten())
-        counts = [[capture.weight for capture in self.captures], [capture.rows for capture in self.captures]]
-        parts.append(torch.tensor(counts, dtype=self.factor_dtype, device=self.device).flatten())
+    def drop(self) -> None:
+        """Forgets what was captured, and gives its memory back."""
+        self._packed: Tensor | None = None
         for capture in self.captures:
-            capture.drop()
-        return torch.cat(parts)
+            capture.forget()
 
-    def packed_size(self) -> int:
-        """Numbers in `pack`."""
-        return len(self.layers) * (2 + sum(n * (n + 1) // 2 for _, n in self.sides()))
+    def pack(self) -> Tensor:
+        """What this rank captured, as one vector of factor_dtype; it is the sums themselves, and they are dropped."""
+        packed = self._all_sums()
+        counts = [[capture.weight for capture in self.captures], [capture.rows for capture in self.captures]]
+        self._parts(packed)[2].copy_(torch.tensor(counts, dtype=self.factor_dtype))
+        self.drop()
+        return packed
 
     def take_in(self, packed: Tensor, decay: float, *, num_tokens: Count | None, loss_scale: Count, world: int) -> None:
         """Blends the sum of all ranks' `pack` into the factors, layer by layer, where it is finite.
@@ -109,11 +110,8 @@ class Group:
             loss_scale: the same.
             world: number of ranks.
         """
-        num = len(self.layers)
-        shapes = [(num, *folded_shape(n)) for _, n in self.sides()]
-        sum_a, sum_g, counts = packed.split([_numel(shapes[0]), _numel(shapes[1]), 2 * num])
-        weight, rows = counts.view(2, num)
-        new = {side: total.view(shape) for side, total, shape in zip("ag", (sum_a, sum_g), shapes, strict=True)}
+        sum_a, sum_g, (weight, rows) = self._parts(packed)
+        new = {"a": sum_a, "g": sum_g}
         traces = [folded_trace(new[side], n) for side, n in self.sides()]
         usable = self.formulas.is_usable(*traces) & (weight > 0)
         count = self.state["count"] + usable
@@ -153,9 +151,21 @@ class Group:
         for layer, direction in zip(self.layers, directions.view(-1, self.dim_a, self.dim_g), strict=True):
             layer.write_gradient(direction)
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.factor_dtype, device=self.device)
+    def _room(self, number: int) -> tuple[Tensor, Tensor]:
+        """For the sums of one layer's capture: folded, side by side with those of the others."""
+        sum_a, sum_g, _ = self._parts(self._all_sums())
+        return sum_a[number], sum_g[number]
 
+    def _all_sums(self) -> Tensor:
+        if self._packed is None:
+            shapes = [folded_shape(n) for _, n in self.sides()]
+            size = len(self.layers) * (sum(torch.Size(shape).numel() for shape in shapes) + 2)
+            self._packed = torch.zeros(size, dtype=self.factor_dtype, device=self.device)
+        return self._packed
 
-def _numel(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
+    def _parts(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of it: sums [layers, …] of both sides, folded, and weights and rows [2, layers]."""
+        num = len(self.layers)
+        shapes = [(num, *folded_shape(n)) for _, n in self.sides()]
+        sum_a, sum_g, counts = packed.split([*(torch.Size(shape).numel() for shape in shapes), 2 * num])
+        return sum_a.view(shapes[0]), sum_g.view(shapes[1]), counts.view(2, num)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
@@ -12,14 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.kfac.bounds import FACTOR_UPDATE_STEPS, Default, as_anchor, check
-from llm.kfac.capture import TRIANGLE, Capture, Gate
+from llm.kfac.capture import Capture, Gate
 from llm.kfac.curvature import Eigen, Inverse
 from llm.kfac.formulas import AnchorFormulas, Count, Formulas
 from llm.kfac.groups import Group
-from llm.kfac.layers import device_of, find_layers
+from llm.kfac.layers import Layer, device_of, find_layers
 from llm.kfac.ranks import Ranks, assign, delays
 from llm.kfac.report import Report
 from llm.kfac.schedule import Number, is_due, is_refresh_due, steady_value, value_at
+from llm.kfac.triangles import TRIANGLE
 
 
 class KFACPreconditioner:
@@ -105,11 +106,9 @@ class KFACPreconditioner:
         self._curvature = Eigen(formulas, inv_dtype, power) if method == "eigen" else Inverse(formulas, inv_dtype)
         shares = accumulation_steps * self._ranks.size
         max_rows = None if factor_tokens is None else math.ceil(factor_tokens / shares)
-        self._captures = [
-            Capture(layer, self._gate, dtype=factor_dtype, row_weight=formulas.row_weight, max_rows=max_rows)
-            for layer in self._layers
-        ]
-        self._groups = self._make_groups()
+        self._groups = self._make_groups(
+            lambda layer, room: Capture(layer, self._gate, room, row_weight=formulas.row_weight, max_rows=max_rows)
+        )
         self._move_on(0)
 
     @torch.no_grad()
@@ -141,8 +140,8 @@ class KFACPreconditioner:
 
     def discard(self) -> None:
         """Drops what the backward passes of a bad update left; no factor changes, and the update does not count."""
-        for capture in self._captures:
-            capture.drop()
+        for group in self._groups:
+            group.drop()
 
     def state_dict(self) -> dict[str, Any]:
         """All that later updates depend on; call it between updates, on all ranks together.
@@ -193,7 +192,7 @@ class KFACPreconditioner:
         owners = {
             layer.name: -1 if self._replicate else group.owner for group in self._groups for layer in group.layers
         }
-        squares = sum(layer.dim_a**2 + layer.dim_g**2 for layer in self._layers)
+        sides = [n for layer in self._layers for n in (layer.dim_a, layer.dim_g)]
         cubes = sum(layer.dim_a**3 + layer.dim_g**3 for layer in own)
         products = sum(layer.dim_a * layer.dim_g * (layer.dim_a + layer.dim_g) for layer in own)
         return Report(
@@ -202,8 +201,8 @@ class KFACPreconditioner:
             owners={layer.name: owners[layer.name] for layer in self._layers},
             factor_bytes=sum(group.num_bytes(factors=True) for group in mine),
             inverse_bytes=sum(group.num_bytes(factors=False) for group in mine),
-            capture_bytes=squares * self._factor_dtype.itemsize,
-            capture_flops=2 * TRIANGLE * squares,
+            capture_bytes=sum(n * (n + 1) // 2 for n in sides) * self._factor_dtype.itemsize,
+            capture_flops=2 * TRIANGLE * sum(n * n for n in sides),
             refresh_flops=self._curvature.flops_of_refresh * cubes,
             step_flops=2 * self._curvature.products * products,
             model_flops=6 * self._num_parameters,
@@ -216,16 +215,18 @@ class KFACPreconditioner:
     def close(self) -> None:
         """Takes the hooks off the model; the preconditioner is of no use afterwards."""
         self._gate.is_open = False
-        for capture in self._captures:
-            capture.close()
+        for group in self._groups:
+            group.drop()
+            for capture in group.captures:
+                capture.close()
 
-    def _make_groups(self) -> list[Group]:
+    def _make_groups(self, new_capture: Callable[[Layer, Callable[[], tuple[Tensor, Tensor]]], Capture]) -> list[Group]:
         """The layers by owner and shape, in the order of the owners."""
         owners = [0] * len(self._layers) if self._replicate else assign(self._layers, self._ranks.size)
         waits = delays(self._layers) if self._spread else [0.0] * len(self._layers)
-        stacks: dict[tuple[int, int, int], list[tuple[Capture, float]]] = {}
-        for owner, capture, delay in zip(owners, self._captures, waits, strict=True):
-            stacks.setdefault((owner, capture.layer.dim_g, capture.layer.dim_a), []).append((capture, delay))
+        stacks: dict[tuple[int, int, int], list[tuple[Layer, float]]] = {}
+        for owner, layer, delay in zip(owners, self._layers, waits, strict=True):
+            stacks.setdefault((owner, layer.dim_g, layer.dim_a), []).append((layer, delay))
         return [
             Group(
                 *zip(*members, strict=True),
@@ -234,6 +235,7 @@ class KFACPreconditioner:
                 formulas=self._formulas,
                 curvature=self._curvature,
                 factor_dtype=self._factor_dtype,
+                new_capture=new_capture,
             )
             for (owner, _, _), members in sorted(stacks.items(), key=lambda item: item[0])
         ]
@@ -253,7 +255,7 @@ class KFACPreconditioner:
     def _update_factors(self, decay: float, num_tokens: Count | None, loss_scale: Count) -> None:
         """Sums what all ranks captured at the owners, who blend it in."""
         # A rank alone may have had nothing to do; that none had is known to all, or some would wait for ever.
-        has_rows = any(capture.rows for capture in self._captures)
+        has_rows = any(capture.rows for group in self._groups for capture in group.captures)
         seen = torch.tensor(float(has_rows), device=self._device)
         self._ranks.sum_to(seen, None)
         if not has_rows and not seen.item():
@@ -261,13 +263,11 @@ class KFACPreconditioner:
                 "K-FAC saw no backward pass of this update: is the model in training mode, and was the preconditioner "
                 "made before torch.compile saw the first batch?"
             )
-        for owner, groups in self._by_owner():
-            packed = torch.cat([group.pack() for group in groups])
-            self._ranks.sum_to(packed, None if self._replicate else owner)
-            parts = packed.split([group.packed_size() for group in groups])
-            for group, part in zip(groups, parts, strict=True):
-                if group.is_mine:
-                    group.take_in(part, decay, num_tokens=num_tokens, loss_scale=loss_scale, world=self._ranks.size)
+        for group in self._groups:
+            packed = group.pack()
+            self._ranks.sum_to(packed, None if self._replicate else group.owner)
+            if group.is_mine:
+                group.take_in(packed, decay, num_tokens=num_tokens, loss_scale=loss_scale, world=self._ranks.size)
 
     def _precondition(self, step: int, damping: float) -> None:
         """Replaces the gradients: the owners compute, then everybody gets everything."""

@@ -10,6 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Rows of a triangle computed at once: what is on the other side of its diagonal is mostly left out.
+_PANEL = 128
+
+TRIANGLE = 0.6
+"""The share of a whole product that `add_product` computes, about: one half, and the diagonal blocks."""
+
 
 def folded_shape(n: int) -> tuple[int, int]:
     """The shape of a folded n x n matrix: n (n + 1) / 2 numbers."""
@@ -38,6 +44,38 @@ def unfold(folded: Tensor, n: int) -> Tensor:
     return matrix
 
 
+def add_product(folded: Tensor, n: int, rows: Tensor, weight: float) -> None:
+    """Adds weight * rows^T rows to a folded n x n matrix.
+
+    Args:
+        folded: [n | 1, ceil(n / 2)].
+        n: what it is the half of.
+        rows: [any, n], or [any, n - 1], which leaves the matrix's last row as it is.
+        weight: of the product.
+    """
+    p, q, down = _cut(n)
+    right = rows.shape[1] - p
+    head, tail = rows[:, :p], rows[:, p:]
+    folded[down + p : down + p + right].addmm_(tail.t(), head, alpha=weight)
+    for start, end in _panels(p):
+        panel, at = head[:, start:end].t(), slice(down + start, down + end)
+        folded[at, :start].addmm_(panel, head[:, :start], alpha=weight)
+        folded[at, start:end].add_((panel @ head[:, start:end]).tril(), alpha=weight)
+    turned = folded[:, p - q : p - q + right]
+    for start, end in _panels(right):
+        panel = tail[:, start:end].t()
+        turned[start:end, end:].addmm_(panel, tail[:, end:], alpha=weight)
+        turned[start:end, start:end].add_((panel @ tail[:, start:end]).triu(), alpha=weight)
+
+
+def add_to_last_row(folded: Tensor, n: int, row: Tensor, corner: float) -> None:
+    """Adds n - 1 numbers and one to the last row of a folded n x n matrix with n > 1."""
+    p, q, down = _cut(n)
+    folded[down + n - 1].add_(row[:p])
+    folded[: q - 1, p - 1].add_(row[p:])
+    folded[q - 1, p - 1] += corner
+
+
 def folded_eye(n: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The identity of n rows, folded."""
     return fold(torch.eye(n, dtype=dtype, device=device))
@@ -55,3 +93,8 @@ def _cut(n: int) -> tuple[int, int, int]:
     """Sides of the two triangles, and how many rows the first stands lower than the second."""
     p = (n + 1) // 2
     return p, n - p, 1 - n % 2
+
+
+def _panels(n: int) -> list[tuple[int, int]]:
+    """Where each one starts and ends."""
+    return [(start, min(start + _PANEL, n)) for start in range(0, n, _PANEL)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from llm.kfac import KFACPreconditioner, dense_early
 from llm.kfac.schedule import is_due, is_refresh_due
-from llm.kfac.triangles import fold, folded_eye, folded_shape, folded_trace, unfold
+from llm.kfac.triangles import add_product, add_to_last_row, fold, folded_eye, folded_shape, folded_trace, unfold
 
 ANCHOR = {"compat": "kfac-pytorch"}
 
@@ -53,3 +53,20 @@ def test_fold_when_unfolded_then_gives_the_lower_triangle_of_every_matrix(n: int
     torch.testing.assert_close(folded_trace(folded, n), matrices.diagonal(dim1=-2, dim2=-1).sum(-1))
     eye = folded_eye(n, dtype=torch.float64, device=torch.device("cpu"))
     assert torch.equal(unfold(eye, n), torch.eye(n, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 256, 257, 300, 523])
+@pytest.mark.parametrize("has_constant", [False, True])
+def test_add_product_when_added_twice_then_folded_is_the_whole_product(n: int, has_constant: bool) -> None:
+    if n == 1 and has_constant:
+        pytest.skip("a layer has an input")
+    whole = torch.randn(7, n, dtype=torch.float64)
+    if has_constant:
+        whole[:, -1] = 1
+    folded = torch.zeros(folded_shape(n), dtype=torch.float64)
+    for rows, weight in ((whole[:4], 0.5), (whole[4:], 2.0)):
+        add_product(folded, n, rows[:, :-1] if has_constant else rows, weight)
+        if has_constant:
+            add_to_last_row(folded, n, rows[:, :-1].sum(0) * weight, len(rows) * weight)
+    expected = 0.5 * whole[:4].T @ whole[:4] + 2 * whole[4:].T @ whole[4:]
+    torch.testing.assert_close(unfold(folded, n), expected.tril())
