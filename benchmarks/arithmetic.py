@@ -7,9 +7,12 @@ compiled   --torch_compile true
 chunked    the loss by chunks of rows, which this vocabulary is too small for by itself
 bf16       --mixed_precision bf16; left out where the device does not multiply it natively, unless it is named
 
-eval_loss        of every seed, over the whole validation text
-difference       mean of a way's losses less that of eager's: within --tolerance, or the program exits with 1
+eval_loss        by seed, over the whole validation text
+difference       of a way's losses and eager's with the same seeds, the mean: within --tolerance, or the program exits
+                 with 1
 spread           of eager's losses, from the smallest to the largest: what another seed does
+
+A run that stands in --json is not made again, so that a measurement can be stopped and continued, or extended.
 """
 
 from __future__ import annotations
@@ -28,8 +31,13 @@ from benchmarks.gate import thread_environment
 from benchmarks.machine import describe_machine
 
 EXAMPLE = Path("examples/shakespeare_char_cpu.toml")
+_EAGER = "eager"
+
+Losses = dict[str, dict[str, float]]
+"""way -> seed -> evaluation's loss."""
+
 WAYS = {
-    "eager": ("--torch_compile", "false", "--mixed_precision", "no"),
+    _EAGER: ("--torch_compile", "false", "--mixed_precision", "no"),
     "compiled": ("--torch_compile", "true", "--mixed_precision", "no"),
     "chunked": ("--torch_compile", "false", "--mixed_precision", "no"),
     "bf16": ("--torch_compile", "false", "--mixed_precision", "bf16"),
@@ -43,31 +51,49 @@ def main() -> None:
         sys.exit(_train(options.way, words))
     if words:
         sys.exit(f"{' '.join(words)}: no option of this benchmark")
-    options.text = options.text.resolve()
-    if not options.text.is_file():
-        sys.exit(f"--text {options.text}: no such file")
-    losses: dict[str, list[float]] = {way: [] for way in options.ways or _native_ways()}
+    if options.text is None or not options.text.is_file():
+        sys.exit(f"--text {options.text}: no such file; give tinyshakespeare or the like")
+    ways = [_EAGER, *(way for way in options.ways or _native_ways() if way != _EAGER)]
+    result = _kept(options)
+    losses: Losses = result["eval_loss"]
     with tempfile.TemporaryDirectory() as name:
         for seed in range(1, options.seeds + 1):
-            for way, found in losses.items():
-                found.append(_loss(options, way, seed, Path(name) / f"{way}_{seed}"))
-                print(f"seed {seed}, {way}: eval_loss {found[-1]:.5f}", flush=True)
-    result = {**summary(losses), "eval_loss": losses, "tolerance": options.tolerance, "updates": options.num_updates}
-    result["machine"] = describe_machine("torch", "transformers", "numpy")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+            for way in ways:
+                found = losses.setdefault(way, {})
+                if str(seed) not in found:
+                    found[str(seed)] = _loss(options, way, seed, Path(name) / f"{way}_{seed}")
+                    print(f"seed {seed}, {way}: eval_loss {found[str(seed)]:.5f}", flush=True)
+                    result |= {**summary(losses), "machine": describe_machine("torch", "transformers", "numpy")}
+                    options.json.parent.mkdir(parents=True, exist_ok=True)
+                    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    result |= summary(losses)
     for way, difference in result["difference"].items():
-        print(f"{way:<10} {difference:+.5f} from eager, the mean of {options.seeds} seeds")
-    print(f"spread of eager's: {result['spread']:.5f}; written to {options.json}")
+        print(f"{way:<10} {difference:+.5f} from eager, the mean of {len(losses[way])} seeds")
+    print(f"spread of eager's: {result['spread']:.5f}; in {options.json}")
     if far := too_far(result, options.tolerance):
         sys.exit(f"farther than {options.tolerance} from eager: {', '.join(far)}")
 
 
-def summary(losses: dict[str, list[float]]) -> dict[str, Any]:
-    """Differences of the means from eager's, and the spread of eager's own losses."""
-    base = statistics.mean(losses["eager"])
-    others = {way: statistics.mean(found) - base for way, found in losses.items() if way != "eager"}
-    return {"difference": others, "spread": max(losses["eager"]) - min(losses["eager"])}
+def _kept(options: argparse.Namespace) -> dict[str, Any]:
+    """What the file has of the same runs."""
+    example = EXAMPLE.read_text()
+    new: dict[str, Any] = {"example": example, "updates": options.num_updates, "eval_loss": {}}
+    if not options.json.exists():
+        return new
+    kept: dict[str, Any] = json.loads(options.json.read_text())
+    if any(kept.get(key) != new[key] for key in ("example", "updates")):
+        sys.exit(f"{options.json} is of other runs; move it away, or name another with --json")
+    return kept
+
+
+def summary(losses: Losses) -> dict[str, Any]:
+    """Mean differences from eager's, and the spread of eager's own losses."""
+    eager = losses[_EAGER]
+    pairs = {way: [loss - eager[seed] for seed, loss in found.items()] for way, found in losses.items()}
+    return {
+        "difference": {way: statistics.fmean(found) for way, found in pairs.items() if way != _EAGER},
+        "spread": max(eager.values()) - min(eager.values()),
+    }
 
 
 def too_far(result: dict[str, Any], tolerance: float) -> list[str]:
@@ -87,7 +113,7 @@ def _native_ways() -> list[str]:
 
 def _loss(options: argparse.Namespace, way: str, seed: int, output_dir: Path) -> float:
     """The last evaluation of one run."""
-    words = ["--config", str(EXAMPLE), "--train_file", str(options.text), *WAYS[way], "--seed", str(seed)]
+    words = ["--config", str(EXAMPLE), "--train_file", str(options.text.resolve()), *WAYS[way], "--seed", str(seed)]
     words += ["--save_minutes", "0", "--output_dir", str(output_dir)]
     words += ["--max_train_steps", str(options.num_updates)] if options.num_updates else []
     done = subprocess.run(
@@ -115,7 +141,10 @@ def _train(way: str, words: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.arithmetic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.arithmetic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the trainer's --seed is not --seeds
     )
     parser.add_argument("--text", type=Path, help="what to train on, such as tinyshakespeare")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/arithmetic.json"), help="the result")

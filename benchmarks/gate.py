@@ -88,15 +88,16 @@ class Program:
     """A process whose program stands at a gate.
 
     Args:
-        words: module and arguments for this Python.
+        words: module and arguments.
         environment: on top of this process's own.
+        python: the interpreter.
     """
 
-    def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str], python: str = sys.executable) -> None:
         self._words = words
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - until it is closed
         self._process = subprocess.Popen(
-            [sys.executable, "-m", *words],
+            [python, "-m", *words],
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -12,6 +12,7 @@ nanogpt_bf16     the same with bf16 autocast, which it leaves unused on a CPU
 nanogpt_compile  as nanogpt, compiled also where its README says --compile=False (a CPU)
 run_clm          transformers' run_clm_no_trainer.py: the step of its loop, from a `datasets` table, with Accelerate
 trainer          transformers.Trainer on the same table
+litgpt           litgpt's pretraining at its defaults, compiled as always; of a GPT-NeoX alone
 gemm             no update, but the rate of this machine's matrix products
 
 Where a run_clm program would predict all but a block's last target, it is given that one too, as the others are.
@@ -19,11 +20,10 @@ Where a run_clm program would predict all but a block's last target, it is given
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,50 +32,11 @@ from numpy.typing import NDArray
 
 from benchmarks.gate import Gate
 from benchmarks.gemm import measure_gemm
+from benchmarks.litgpt import run_litgpt
+from benchmarks.settings import BETAS, LEARNING_RATE, WEIGHT_DECAY, Setting
 
-BETAS = (0.9, 0.999)  # what run_clm's AdamW has, which has no option for them
-WEIGHT_DECAY = 0.1
-# Without a warm-up: at more, the loss of the wider models first rises.
-LEARNING_RATE = 1e-4
 # Updates between two looks at the curvature, and between two refreshes of what follows from it.
 KFAC_INTERVAL = 10
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What every program is told.
-
-    Attributes:
-        start_dir: an HF GPT-2, a tokenizer of as many ids, and nanoGPT's checkpoint where that is measured.
-        data_dir: `train.bin`, uint16 ids.
-        block_size: targets of a block.
-        micro_batch: blocks of an update.
-        num_updates: that there are blocks for; then they begin again.
-        device: `cpu` or `cuda`.
-        nanogpt_dir: nanoGPT's folder; None where it is not measured.
-    """
-
-    start_dir: str
-    data_dir: str
-    block_size: int
-    micro_batch: int
-    num_updates: int
-    device: str
-    nanogpt_dir: str | None
-
-    def write(self, path: Path) -> None:
-        """As JSON."""
-        path.write_text(json.dumps(asdict(self)))
-
-    def ids(self) -> NDArray[np.uint16]:
-        """All of them."""
-        return np.fromfile(Path(self.data_dir, "train.bin"), np.uint16)
-
-    def blocks(self) -> Iterator[NDArray[np.int64]]:
-        """Each int64 [block_size + 1]; a block's last target is the next one's first input."""
-        ids = self.ids().astype(np.int64)
-        for start in range(0, self.num_updates * self.micro_batch * self.block_size, self.block_size):
-            yield ids[start : start + self.block_size + 1]
 
 
 @dataclass
@@ -293,7 +254,7 @@ def _peak() -> dict[str, Any]:
     """The highest memory since the answer before this one."""
     import torch
 
-    from llm.engine.measuring import forget_peak, peak_bytes
+    from llm.world.memory import forget_peak, peak_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = peak_bytes(device)
@@ -317,6 +278,7 @@ PROGRAMS: dict[str, Callable[[Setting, Gate], None]] = {
     "nanogpt_compile": lambda setting, gate: run_nanogpt(setting, gate, compiled=True),
     "run_clm": run_run_clm,
     "trainer": run_trainer,
+    "litgpt": lambda setting, gate: run_litgpt(setting, gate, _peak),
     "gemm": lambda setting, gate: measure_gemm(setting.device, gate),
 }
 
@@ -324,4 +286,4 @@ PROGRAMS: dict[str, Callable[[Setting, Gate], None]] = {
 if __name__ == "__main__":
     # Before anything is imported that might say something.
     GATE = Gate()
-    PROGRAMS[sys.argv[1]](Setting(**json.loads(Path(sys.argv[2]).read_text())), GATE)
+    PROGRAMS[sys.argv[1]](Setting.read(Path(sys.argv[2])), GATE)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.programs import BETAS, LEARNING_RATE, WEIGHT_DECAY, Setting
+from benchmarks.settings import BETAS, LEARNING_RATE, WEIGHT_DECAY, Setting
 
 # Ids below are this many times as likely as if all were: a loss that falls from the first update on.
 _SKEW = 3
@@ -21,6 +23,12 @@ _STEP_OF_RUN_CLM = (
     "lr_scheduler.step()",
     "optimizer.zero_grad()",
 )
+
+# What a configuration says beside sizes; that of GPT-NeoX has no dropout by itself, and no rule for the inner width.
+_OF_TYPE: dict[str, Callable[[Size], dict[str, Any]]] = {
+    "gpt2": lambda _: dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    "gpt_neox": lambda size: {"intermediate_size": 4 * size.width},
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ def write_start(
     device: str,
     nanogpt_dir: Path | None,
     *,
+    model_type: str = "gpt2",
     nanogpt_bias: bool = False,
     seed: int = 0,
 ) -> Setting:
@@ -68,6 +77,7 @@ def write_start(
         num_updates: that there are ids for.
         device: `cpu` or `cuda`.
         nanogpt_dir: nanoGPT's folder; None where it is not measured.
+        model_type: `gpt2`, or `gpt_neox`, which nanoGPT has not and litgpt has.
         nanogpt_bias: whether it trains biases; as shipped it does not.
         seed: of the weights.
     """
@@ -75,7 +85,7 @@ def write_start(
 
     start_dir, data_dir = folder / "start", folder / "data"
     data_dir.mkdir()
-    _write_model(start_dir, size, seed)
+    _write_model(start_dir, size, model_type, seed)
     draw = np.random.default_rng(0)
     num_ids = num_updates * size.batch * size.block + 1
     (draw.random(num_ids) ** _SKEW * size.vocabulary).astype(np.uint16).tofile(data_dir / "train.bin")
@@ -91,6 +101,7 @@ def write_start(
         )
     return Setting(
         start_dir=str(start_dir),
+        model_type=model_type,
         data_dir=str(data_dir),
         block_size=size.block,
         micro_batch=size.batch,
@@ -100,26 +111,25 @@ def write_start(
     )
 
 
-def _write_model(folder: Path, size: Size, seed: int) -> None:
-    """A random GPT-2 and a tokenizer with its vocabulary, as `from_pretrained` loads them."""
+def _write_model(folder: Path, size: Size, model_type: str, seed: int) -> None:
+    """A random model without dropout, and a tokenizer with its vocabulary, as `from_pretrained` loads them."""
     import torch
     from tokenizers import Tokenizer, models
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
-    config = GPT2Config(
+    config = AutoConfig.for_model(
+        model_type,
         vocab_size=size.vocabulary,
-        n_positions=size.block,
-        n_embd=size.width,
-        n_layer=size.layers,
-        n_head=size.heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        max_position_embeddings=size.block,
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
         bos_token_id=0,
         eos_token_id=0,
+        **_OF_TYPE[model_type](size),
     )
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     words = {f"<{number}>": number for number in range(size.vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<0>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<0>").save_pretrained(folder)

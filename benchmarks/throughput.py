@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gate import Program, thread_environment
+from benchmarks.litgpt import has_litgpt
 from benchmarks.machine import describe_machine, num_cores
 from benchmarks.nanogpt import require_nanogpt
-from benchmarks.programs import Setting
+from benchmarks.settings import Setting
 from benchmarks.starting import Size, require_run_clm, write_start
 from benchmarks.whole_trainer import measure_whole_trainer
 
@@ -91,12 +92,14 @@ def main() -> None:
     num_planned = 1 + min(_NUM_WARM_UPS, num_updates) + options.rounds * num_updates
     with tempfile.TemporaryDirectory() as name:
         setting = write_start(
-            *(Path(name), size, num_planned, device, options.nanogpt), nanogpt_bias=options.nanogpt_bias
+            *(Path(name), size, num_planned, device, options.nanogpt if options.model_type == "gpt2" else None),
+            model_type=options.model_type,
+            nanogpt_bias=options.nanogpt_bias,
         )
         result = measure(options, Path(name), setting, num_updates)
     result |= {
         "size": options.size,
-        "model": asdict(size),
+        "model": {"model_type": options.model_type, **asdict(size)},
         "updates_a_round": num_updates,
         "nanogpt_bias": options.nanogpt_bias,
         "threads": options.threads,
@@ -115,7 +118,7 @@ def measure(options: argparse.Namespace, folder: Path, setting: Setting, num_upd
     file = folder / "setting.json"
     setting.write(file)
     environment = thread_environment(options.threads, setting.device)
-    programs, gemm, skipped = _start(options.programs, file, setting, environment)
+    programs, gemm, skipped = _start(options, file, setting, environment)
     try:
         for program in programs:
             program.process.ask(min(_NUM_WARM_UPS, num_updates))
@@ -141,19 +144,20 @@ def measure(options: argparse.Namespace, folder: Path, setting: Setting, num_upd
 
 
 def _start(
-    wanted: list[str], file: Path, setting: Setting, environment: dict[str, str]
+    options: argparse.Namespace, file: Path, setting: Setting, environment: dict[str, str]
 ) -> tuple[list[Measured], Measured, dict[str, str]]:
     """The processes, each behind its first update: the programs, that of the products, and why others are not there."""
 
     def start(program: str, name: str) -> Measured:
         print(f"starting {name}", flush=True)
-        return Measured(name, Program(["benchmarks.programs", program, str(file)], environment), [])
+        python = options.litgpt if program == "litgpt" else sys.executable
+        return Measured(name, Program(["benchmarks.programs", program, str(file)], environment, python), [])
 
     gemm = start("gemm", "gemm")
     programs = [start("ours", "ours"), start("ours", AGAIN)]
     skipped = {}
-    for name in wanted:
-        reason = _reason_to_skip(name, setting, gemm.process.first, programs[0].process.first)
+    for name in options.programs:
+        reason = _reason_to_skip(name, options, setting, gemm.process.first, programs[0].process.first)
         if reason is None:
             programs.append(start(name, name))
         else:
@@ -162,9 +166,15 @@ def _start(
     return programs, gemm, skipped
 
 
-def _reason_to_skip(name: str, setting: Setting, gemm: dict[str, Any], ours: dict[str, Any]) -> str | None:
-    if name == "litgpt":
-        return "its GPT has rotary positions alone, so that it cannot start from these weights or have this loss"
+def _reason_to_skip(
+    name: str, options: argparse.Namespace, setting: Setting, gemm: dict[str, Any], ours: dict[str, Any]
+) -> str | None:
+    if name == "litgpt" and setting.model_type != "gpt_neox":
+        return "it has no GPT-2 (measure it with --model_type gpt_neox)"
+    if name == "litgpt" and not has_litgpt(options.litgpt):
+        return "it is not installed (--litgpt PYTHON names an interpreter that has it)"
+    if name.startswith("nanogpt") and setting.model_type != "gpt2":
+        return "it has GPT-2 alone"
     if name == "ours_eager" and not ours["compiled"]:
         return "ours is not compiled here"
     if name == "ours_fp32" and ours["arithmetic"] == "fp32":
@@ -266,6 +276,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--nanogpt_bias", action="store_true", help="nanoGPT has biases, as GPT-2 (as shipped: none)")
     parser.add_argument("--run_clm", type=Path, help="run_clm_no_trainer.py: read, to see that its step is what is run")
+    parser.add_argument("--litgpt", metavar="PYTHON", default=sys.executable, help="an interpreter with litgpt")
+    parser.add_argument("--model_type", choices=("gpt2", "gpt_neox"), default="gpt2", help="(default: gpt2)")
     parser.add_argument("--size", choices=SIZES, default="4x128")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--updates", type=int, help="of each program in a round (default: by the size)")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gate import Program
-from benchmarks.programs import Setting, trainer_words
+from benchmarks.programs import trainer_words
+from benchmarks.settings import Setting
 
 # As the trainer's --logging_steps by itself.
 _UPDATES_A_RECORD = 10

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from llm.engine.central import CentralUpdater
 from llm.engine.machine import Machine
 from llm.engine.phases import Clock, Phases
 from llm.engine.plan import Plan
+from llm.world.memory import available_bytes, forget_peak, peak_bytes
 
 # Updates that pay for what happens once: memory is taken, kernels are chosen, the optimizer's state is made.
 _NUM_WARM_UPS = 3
@@ -267,7 +265,7 @@ class Bench:
         """Whether twice as many blocks will surely have room."""
         if self._machine.world.device.type != "cpu":
             return True
-        available = _available_bytes()
+        available = available_bytes()
         return available is None or before.peak_bytes < available
 
 
@@ -291,34 +289,3 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
             seconds.append(time.perf_counter() - begin)
         best = max(best, 2 * size**3 / statistics.median(seconds))
     return best
-
-
-def forget_peak(device: torch.device) -> None:
-    """Counts the peak of the memory from here, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):  # else it is the peak since the process began
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The highest memory in use: the device's, or the process's where that is the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    # In kilobytes but for macOS, whose unit is a byte.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _available_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
