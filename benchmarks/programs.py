@@ -85,7 +85,7 @@ def run_ours(setting: Setting, gate: Gate, *words: str) -> None:
     plan = plan_run(options.training, samples, num_ranks=1, seed=1)
     seed_weights(plan.seed)
     config = read_config(options.model)
-    language_model = build_language_model(options, options.model, config, None, machine, num_steps=plan.num_steps)
+    language_model = build_language_model(options, options.model, config, None, machine, plan)
     updater = build_updater(options, machine, language_model, plan_schedule(options, plan), plan)
     batches = training_batches(
         samples,

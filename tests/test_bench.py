@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from llm.bench import main
-from llm.engine.measuring import Bench, measured_flops
+from llm.config.errors import UserError
+from llm.engine.measuring import Bench, Measurement, measured_flops
 from llm.engine.phases import Clock, Phases
 
 TINY = [
@@ -84,7 +87,7 @@ def test_bench_when_no_text_is_named_then_the_vocabulary_is_that_of_the_run(
 def test_bench_when_sweeping_then_says_which_size_is_fastest(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Bench, "_fits", lambda _, before: before.micro_batch < 8)  # a small machine
+    monkeypatch.setattr(Bench, "_fits", lambda _, size, before: size <= 8)  # a small machine
     file = tmp_path / "sweep.json"
     assert main([*TINY, "--sweep", "micro_batch", "--num_updates", "2", "--json_file", str(file)]) == 0
     updates = json.loads(file.read_text())["updates"]
@@ -110,7 +113,10 @@ def test_bench_when_profiling_then_writes_a_trace_and_prints_the_top_rows(
         (["--sweep", "macro_batch"], 2, "did you mean micro_batch?"),
         (["--block_size", "100000"], 1, "beyond the 64 tokens"),
         (["--tokenizer_name", "char"], 1, "the vocabulary is that of the text"),
-        (["--json_file", "/proc/none/bench.json"], 1, "cannot be written"),
+        (["--json_file", "/proc/none/bench.json"], 1, "--json_file /proc/none/bench.json cannot be written"),
+        (["--profile", "/proc/none/trace.json"], 1, "--profile /proc/none/trace.json cannot be written"),
+        (["--json_file", "/"], 1, "--json_file / cannot be written: Is a directory"),
+        (["--document_mask"], 1, "random ids have no documents"),
     ],
 )
 def test_bench_when_mistaken_then_says_what_to_mend(
@@ -141,3 +147,65 @@ def test_phases_when_watching_then_every_pass_is_counted_once() -> None:
 
 def test_measured_flops_when_asked_then_is_what_a_processor_can_do() -> None:
     assert 1e8 < measured_flops(torch.device("cpu"), torch.float32) < 1e14
+
+
+def test_bench_when_the_global_batch_is_given_then_sweeps_its_divisors_alone(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.json"
+    words = ["--sweep", "micro_batch", "--num_updates", "2", "--global_batch_size", "12", "--json_file", str(file)]
+    assert main([*TINY, *words]) == 0
+    updates = json.loads(file.read_text())["updates"]
+    sizes = [update["micro_batch"] for update in updates]
+    assert sizes == [1, 2, 3, 4, 6, 12][: len(sizes)] and len(sizes) > 2
+    assert {update["tokens"] for update in updates} == {12 * 32}
+
+
+def test_sweep_when_nothing_fits_then_one_line_and_when_something_did_then_it_counts(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, room = Bench.measure, 2
+
+    def measured(self: Bench, num_updates: int, micro_batch: int, *more: int | None) -> Measurement:
+        if micro_batch > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return measure(self, num_updates, micro_batch, *more)
+
+    monkeypatch.setattr(Bench, "measure", measured)
+    assert main([*TINY, "--sweep", "micro_batch", "--num_updates", "2"]) == 0
+    assert "fastest: --per_device_train_batch_size" in capfd.readouterr().out
+    room = 0
+    assert main([*TINY, "--sweep", "micro_batch", "--num_updates", "2"]) == 1
+    assert "error: not one block a micro-batch fits: CUDA out of memory." in capfd.readouterr().err
+
+
+def test_bench_when_the_text_has_an_end_then_the_update_is_that_of_so_long_a_run(
+    tiny_options: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    at = tiny_options.index("--max_train_steps")
+    words = [*tiny_options[:at], *tiny_options[at + 2 :], "--num_updates", "2"]
+    assert main([*words, "--num_train_epochs", "3"]) == 0
+    out = capfd.readouterr().out
+    assert "3.00 epochs" in out and "torch_compile" not in out  # that pays in a long run alone
+
+
+def test_bench_when_fp16_overflows_at_first_then_goes_on_until_the_scale_is_right() -> None:
+    class Updater:
+        num_calls = 0
+
+        def update(self, *_: Any) -> Any:
+            self.num_calls += 1
+            return SimpleNamespace(skipped=self.num_calls < 4)
+
+    def bench(scale: float | None) -> Bench:
+        scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
+        accelerator = SimpleNamespace(scaler=scaler)
+        machine: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu")), accelerator=accelerator)
+        updater: Any = Updater()
+        nothing: Any = None
+        return Bench(machine, updater, nothing, nothing, 0)
+
+    patient = bench(1024.0)
+    patient._update([])
+    assert patient._updater.num_calls == 4
+    for scale in (None, 0.5):
+        with pytest.raises(UserError, match="not finite"):
+            bench(scale)._update([])

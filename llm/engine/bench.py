@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import platform
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from llm.world.network import come_online
 log = logging.getLogger(__name__)
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Updates of a run whose length nobody has said.
+_ENDLESS = 1_000_000
 _SOURCES = ("dataset_name", "train_file", "train_dir")
 
 
@@ -60,16 +63,20 @@ def _bench(options: BenchOptions, machine: Machine) -> None:
     log.info("%s", machine)
     if wanted.sweep is not None and world.size > 1:
         raise UserError("--sweep tries sizes until memory is full or more is no faster, in one process; start one")
+    for name in ("profile", "json_file"):
+        if world.is_main:
+            _require_writable(name, getattr(wanted, name))
     meet_the_hub(options, world)
     limit = context_limit(read_config(options.model))
-    block_size = choose_block_size(options.data.block_size, limit, limit)
+    choose_block_size(options.data.block_size, limit, limit)
     check_training(options, num_ranks=world.size)
-    config, tokenizer, samples = _samples(options, machine, block_size)
-    # Of a schedule that never ends, the first updates: no run is this long.
-    training = options.training.model_copy(update={"max_train_steps": options.training.max_train_steps or 1_000_000})
+    config, tokenizer, samples = _samples(options, machine, limit)
+    has_an_end = options.training.max_train_steps is not None or samples.num_blocks is not None
+    training = options.training if has_an_end else options.training.model_copy(update={"max_train_steps": _ENDLESS})
     plan = plan_run(training, samples, num_ranks=world.size, seed=choose_seed(options.training.seed))
+    log.info("%s", plan if has_an_end else f"updates: as of a run that does not end ({_ENDLESS:,})")
     seed_weights(plan.seed)
-    language_model = build_language_model(options, options.model, config, tokenizer, machine, num_steps=plan.num_steps)
+    language_model = build_language_model(options, options.model, config, tokenizer, machine, plan)
     updater = build_updater(options, machine, language_model, plan_schedule(options, plan), plan)
     runner = Bench(machine, updater, samples, plan, options.data.dataloader_num_workers)
     dtype = _DTYPES[machine.precision]
@@ -89,7 +96,7 @@ def _bench(options: BenchOptions, machine: Machine) -> None:
     }
     if wanted.sweep:
         found = []
-        for each in runner.sweep(wanted.num_updates):
+        for each in runner.sweep(wanted.num_updates, options.training.global_batch_size):
             found.append(each)
             log.info("%s", _sweep_line(each, facts))
         best = max(found, key=lambda each: each.tokens_per_second)
@@ -101,22 +108,26 @@ def _bench(options: BenchOptions, machine: Machine) -> None:
     if wanted.profile is not None:
         log.info("%s", runner.profile(Path(wanted.profile)))
     if wanted.json_file is not None and world.is_main:
-        _write(Path(wanted.json_file), facts | {"updates": [_record(each, facts) for each in found]})
+        _write(wanted.json_file, facts | {"updates": [_record(each, facts) for each in found]})
 
 
 def _samples(
-    options: BenchOptions, machine: Machine, block_size: int
+    options: BenchOptions, machine: Machine, limit: int
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None, Samples]:
     """The model's configuration, its tokenizer if there is a text, and the blocks."""
     data = options.data
     if all(getattr(data, name) is None for name in _SOURCES):
+        if data.document_mask:
+            raise UserError("--document_mask: random ids have no documents; name a text (--train_file FILE)")
         config = _config_without_a_text(options)
         size = int(config.get_text_config(decoder=True).vocab_size)
         log.info("blocks: random ids of a vocabulary of %s", f"{size:,}")
-        return config, None, SyntheticBlocks(block_size, size)
+        return config, None, SyntheticBlocks(choose_block_size(data.block_size, limit, limit), size)
     text = machine.world.in_turn("the text", lambda: prepare_text(options, machine.world))
+    config = load_config(options.model, text.tokenizer)
+    block_size = choose_block_size(data.block_size, limit, context_limit(config, text.tokenizer))
     blocks, _ = text.cut(block_size, document_mask=data.document_mask)
-    return load_config(options.model, text.tokenizer), text.tokenizer, blocks
+    return config, text.tokenizer, blocks
 
 
 def _config_without_a_text(options: BenchOptions) -> PretrainedConfig:
@@ -191,9 +202,31 @@ def _times(value: float | None, factor: int) -> float | None:
     return None if value is None else value * factor
 
 
-def _write(path: Path, figures: dict[str, Any]) -> None:
+def _require_writable(option: str, path: str | None) -> None:
+    """Before anything is measured for it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if path is None:
+        return
+    with _naming(option, path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        is_new = not Path(path).exists()
+        with open(path, "a"):
+            pass
+        if is_new:
+            Path(path).unlink()
+
+
+def _write(path: str, figures: dict[str, Any]) -> None:
+    with _naming("json_file", path):
+        Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+@contextmanager
+def _naming(option: str, path: str) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+        yield
     except OSError as error:
-        raise UserError(f"--json_file {path} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"--{option} {path} cannot be written: {error.strerror or error}") from error

@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm.config.options import ModelOptions, Options
+from llm.config.rows import Group
 from llm.engine.central import CentralUpdater
 from llm.engine.kfac_pytorch import KfacPytorch
 from llm.engine.machine import Machine
@@ -31,8 +32,7 @@ def build_language_model(
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     machine: Machine,
-    *,
-    num_steps: int,
+    plan: Plan,
 ) -> LanguageModel:
     """The module that is trained, on the CPU; random weights are drawn from torch's global generator.
 
@@ -42,7 +42,7 @@ def build_language_model(
         config: of the model.
         tokenizer: the tables of embeddings get its length; None leaves them as they are.
         machine: where it will be trained.
-        num_steps: updates of the run: compiling pays in a long one.
+        plan: of the run: compiling pays in a long one.
 
     Raises:
         UserError: as `build_model`, or a model that cannot keep documents apart though it is to.
@@ -56,7 +56,13 @@ def build_language_model(
     if options.data.document_mask:
         require_document_mask(model, device)
     language_model = LanguageModel(model)
-    compile_training(language_model, options.training.torch_compile, device=device, num_steps=num_steps)
+    compile_training(
+        language_model,
+        options.training.torch_compile,
+        device=device,
+        num_steps=plan.num_steps,
+        accumulates=plan.accumulation > 1,
+    )
     return language_model
 
 
@@ -70,6 +76,8 @@ def build_updater(
     """What makes the updates of a plan; the model goes to its device."""
     # On the device before the optimizer and the preconditioner see it.
     wrapped = machine.accelerator.prepare_model(language_model)
+    if options.optimizer.optim != "muon":
+        _name_useless(options.optimizer, "muon_", "--optim muon")
     optimizer = build_optimizer(language_model.model, options.optimizer)
     return CentralUpdater(
         machine=machine,
@@ -87,9 +95,7 @@ def _preconditioning(
 ) -> Preconditioning:
     kfac = options.kfac
     if not kfac.kfac:
-        unused = [name for name, value in kfac if value != type(kfac).model_fields[name].get_default()]
-        if unused:
-            log.warning("%s: of no use without --kfac", ", ".join(f"--{name}" for name in unused))
+        _name_useless(kfac, "kfac_", "--kfac")
         return Unchanged()
     main = next(group for group in optimizer.param_groups if group["initial_lr"] == optimizer.defaults["lr"])
 
@@ -109,3 +115,14 @@ def _preconditioning(
             "K-FAC's direction only the turn is left; adamw is the optimizer that it was measured with"
         )
     return made
+
+
+def _name_useless(options: Group, prefix: str, needed: str) -> None:
+    """Says which options of that prefix were given although nobody reads them without another one."""
+    unused = [
+        f"--{name}"
+        for name, value in options
+        if name.startswith(prefix) and value != type(options).model_fields[name].get_default()
+    ]
+    if unused:
+        log.warning("%s: of no use without %s", ", ".join(unused), needed)

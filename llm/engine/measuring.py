@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from llm.engine.central import CentralUpdater
 from llm.engine.machine import Machine
 from llm.engine.phases import Clock, Phases
 from llm.engine.plan import Plan
-from llm.world.memory import available_bytes, forget_peak, peak_bytes
+from llm.models.names import first_line
+from llm.world.arithmetic import multiplies_bf16
+from llm.world.memory import available_bytes, forget_peak, peak_bytes, resident_bytes
 
 # Updates that pay for what happens once: memory is taken, kernels are chosen, the optimizer's state is made.
 _NUM_WARM_UPS = 3
@@ -118,23 +121,24 @@ class Bench:
         self._clock = Clock(machine.world.device)
         self._step = 0
 
-    def measure(self, num_updates: int, micro_batch: int | None = None) -> Measurement:
+    def measure(self, num_updates: int, micro_batch: int | None = None, accumulation: int | None = None) -> Measurement:
         """Times updates after a few that are not, then marks the phases of a few more.
 
         Args:
             num_updates: that are timed.
             micro_batch: blocks of one forward pass; the plan's when None.
+            accumulation: forward passes of an update; the plan's when None.
 
         Raises:
             torch.OutOfMemoryError: it does not fit the device.
         """
-        micro_batch = micro_batch or self._plan.micro_batch
+        micro_batch, accumulation = micro_batch or self._plan.micro_batch, accumulation or self._plan.accumulation
         world, period = self._machine.world, self._updater.preconditioning.rhythm.period
         # Whole periods; never the first one, in which K-FAC has more to do.
         num_warm_ups = _whole(self._step + _NUM_WARM_UPS, period) - self._step
         num_updates, num_marked = _whole(num_updates, period), _whole(_NUM_MARKED, period)
         total = num_warm_ups + num_updates + num_marked + 1 + 2 * _NUM_MARKED
-        batches = self._batches(micro_batch, total)
+        batches = self._batches(micro_batch, accumulation, total)
         forget_peak(world.device)
         for _ in range(num_warm_ups):
             self._update(next(batches))
@@ -149,7 +153,7 @@ class Bench:
         cpu = time.process_time() - cpu
         return Measurement(
             micro_batch=micro_batch,
-            tokens=micro_batch * self._plan.accumulation * world.size * self._plan.block_size,
+            tokens=micro_batch * accumulation * world.size * self._plan.block_size,
             seconds=tuple(statistics.fmean(seconds[at : at + period]) for at in range(0, num_updates, period)),
             cpu_seconds=cpu / num_updates,
             data_seconds=data_seconds / num_updates,
@@ -159,25 +163,37 @@ class Bench:
             period=period,
         )
 
-    def sweep(self, num_updates: int) -> Iterator[Measurement]:
+    def sweep(self, num_updates: int, global_batch: int | None) -> Iterator[Measurement]:
         """Measures 1, 2, 4, … blocks a micro-batch while they fit and while more is faster.
 
         It ends after two sizes in a row that are slower than the best, or where memory would run out: on an
         accelerator when it does, on a CPU, whose system would kill the process, when it is known beforehand.
+
+        Args:
+            num_updates: that are timed of each.
+            global_batch: blocks of every update, of which the sizes are the divisors then; None: the accumulation
+                is the plan's.
+
+        Raises:
+            UserError: not one fits.
         """
-        best, num_slower, micro_batch, before = 0.0, 0, 1, None
-        while num_slower < 2:
-            if before is not None and not self._fits(before):
+        best, num_slower, before = 0.0, 0, None
+        for micro_batch in _sizes(global_batch):
+            if num_slower == 2 or (before is not None and not self._fits(micro_batch, before)):
                 return
+            # Else torch stops to compile after eight shapes, and goes on without a word of it.
+            torch.compiler.reset()
             try:
-                found = self.measure(num_updates, micro_batch)
-            except torch.OutOfMemoryError:
+                found = self.measure(num_updates, micro_batch, global_batch and global_batch // micro_batch)
+            except torch.OutOfMemoryError as error:
                 self._updater.optimizer.zero_grad()
+                if before is None:
+                    raise UserError(f"not one block a micro-batch fits: {first_line(error)}") from error
                 return
             yield found
             num_slower = 0 if found.tokens_per_second > best else num_slower + 1
             best = max(best, found.tokens_per_second)
-            micro_batch, before = 2 * micro_batch, found
+            before = found
 
     def profile(self, path: Path) -> str:
         """Writes a trace of three updates; the operators that took longest, as a table.
@@ -185,7 +201,7 @@ class Bench:
         Raises:
             UserError: the file cannot be written.
         """
-        batches = self._batches(self._plan.micro_batch, 2 * _NUM_WARM_UPS)
+        batches = self._batches(self._plan.micro_batch, self._plan.accumulation, 2 * _NUM_WARM_UPS)
         for _ in range(_NUM_WARM_UPS):
             self._update(next(batches))
         with torch.profiler.profile() as profile:
@@ -194,10 +210,9 @@ class Bench:
             self._clock.wait()
         on_cpu = self._machine.world.device.type == "cpu"
         if self._machine.world.is_main:
-            try:
-                profile.export_chrome_trace(str(path))
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"--profile {path} cannot be written: {error}") from error
+            profile.export_chrome_trace(str(path))
+            if not path.exists():  # torch only says so, in words of its own
+                raise UserError(f"--profile {path} could not be written")
         order = "self_cpu_time_total" if on_cpu else "self_device_time_total"
         return str(profile.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
 
@@ -225,11 +240,16 @@ class Bench:
         return sum(float(event.cpu_time_total if on_cpu else event.device_time_total) for event in looks) / 1e6
 
     def _update(self, micro_batches: list[Batch]) -> None:
-        report = self._updater.update(micro_batches, self._step)
-        self._clock.wait()
-        self._step += 1
-        if report.skipped:
-            raise UserError(f"update {self._step} has a gradient that is not finite: no time of it means anything")
+        """One update; in fp16 the first ones overflow, until the loss scale has fallen to where it belongs."""
+        scaler = self._machine.accelerator.scaler
+        while True:
+            report = self._updater.update(micro_batches, self._step)
+            self._clock.wait()
+            self._step += 1
+            if not report.skipped:
+                return
+            if scaler is None or scaler.get_scale() < 1:
+                raise UserError(f"update {self._step} has a gradient that is not finite: no time of it means anything")
 
     def _communication(self, batches: Iterator[list[Batch]]) -> float:
         """Seconds of an update with the exchange, less those of one without, interleaved."""
@@ -246,7 +266,7 @@ class Bench:
                 seconds.append(time.perf_counter() - begin)
         return statistics.median(found[0]) - statistics.median(found[1])
 
-    def _batches(self, micro_batch: int, num_steps: int) -> Iterator[list[Batch]]:
+    def _batches(self, micro_batch: int, accumulation: int, num_steps: int) -> Iterator[list[Batch]]:
         world = self._machine.world
         return training_batches(
             self._samples,
@@ -254,19 +274,27 @@ class Bench:
             first_step=0,
             num_steps=num_steps,
             micro_batch=micro_batch,
-            accumulation=self._plan.accumulation,
+            accumulation=accumulation,
             rank=world.rank,
             num_ranks=world.size,
             num_workers=self._num_workers,
             pin_memory=world.device.type == "cuda",
         )
 
-    def _fits(self, before: Measurement) -> bool:
-        """Whether twice as many blocks will surely have room."""
+    def _fits(self, micro_batch: int, before: Measurement) -> bool:
+        """Whether so many blocks will surely have room: at most as many times the memory of those before."""
         if self._machine.world.device.type != "cpu":
             return True
         available = available_bytes()
-        return available is None or before.peak_bytes < available
+        return available is None or micro_batch / before.micro_batch * before.peak_bytes - resident_bytes() < available
+
+
+def _sizes(global_batch: int | None) -> Iterator[int]:
+    """Of micro-batches: the divisors of a global batch, or the powers of two."""
+    if global_batch is None:
+        yield from (2**number for number in itertools.count())
+    else:
+        yield from (size for size in range(1, global_batch + 1) if global_batch % size == 0)
 
 
 def _whole(number: int, period: int) -> int:
@@ -277,7 +305,10 @@ def _whole(number: int, period: int) -> int:
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of matrix products on this device, the best of a few sizes; each is the median of five."""
     clock, best = Clock(device), 0.0
-    for size in (1024, 2048) if device.type == "cpu" else (4096, 8192):
+    sizes = (1024, 2048) if device.type == "cpu" else (4096, 8192)
+    if device.type == "cpu" and dtype == torch.bfloat16 and not multiplies_bf16(device):
+        sizes = (256, 512)  # emulated, at a hundredth of the speed
+    for size in sizes:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         torch.mm(left, right)
         seconds = []

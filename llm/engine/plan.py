@@ -138,6 +138,12 @@ def _batches(options: TrainingOptions, num_ranks: int) -> tuple[int, int]:
             f"(--per_device_train_batch_size {options.per_device_train_batch_size} x {num_ranks} processes); "
             f"{_sizes_that_work(global_batch, num_ranks)}"
         )
+    if options.torch_compile == "cudagraphs" and global_batch > per_backward:
+        raise UserError(
+            "--torch_compile cudagraphs: a graph overwrites the gradients of the pass before it, and this update has "
+            f"{global_batch // per_backward} of them; use --torch_compile true, or a larger "
+            "--per_device_train_batch_size without accumulation"
+        )
     return per_backward, global_batch
 
 

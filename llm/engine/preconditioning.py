@@ -18,6 +18,7 @@ from llm.engine.lines import quantity
 from llm.engine.phases import Clock
 from llm.kfac import KFACPreconditioner, dense_early
 from llm.models.loss import pays
+from llm.models.plain_head import has_plain_head
 
 log = logging.getLogger(__name__)
 
@@ -250,10 +251,14 @@ def _keeps_norms(options: KfacOptions) -> bool:
 
 
 def head_in_chunks(model: PreTrainedModel) -> list[str]:
-    """The head's name, as an expression, where the loss is computed by chunks, which never calls it."""
+    """The head's name, as an expression, where the loss is computed by chunks, which never calls it.
+
+    Of a model without values only the size of its vocabulary can be asked.
+    """
     head = model.get_output_embeddings()
-    names = [name for name, module in model.named_modules() if module is head]
-    return [f"^{name}$" for name in names if pays(head.weight.shape[0])]
+    if head is None or not pays(head.weight.shape[0]) or not (head.weight.is_meta or has_plain_head(model)):
+        return []
+    return [f"^{name}$" for name, module in model.named_modules() if module is head]
 
 
 def _lines_of_skipped(skipped: dict[str, str]) -> list[str]:

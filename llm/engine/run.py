@@ -134,9 +134,7 @@ def _run(
         world.on_main(lambda: _require_room(folder, config, options, start))
     seed_weights(start.seed)
     with watchdog.phase("the model"), stop.at_once():
-        language_model = build_language_model(
-            options, start.model, config, text.tokenizer, machine, num_steps=plan.num_steps
-        )
+        language_model = build_language_model(options, start.model, config, text.tokenizer, machine, plan)
     updater = build_updater(options, machine, language_model, schedule, plan)
     progress = start.resume(updater)
     if folder is not None and world.is_main:

@@ -19,9 +19,12 @@ Wish = bool | Literal["auto", "blocks", "cudagraphs", "max-autotune"]
 
 # As torch.compile names them.
 _MODES = {"cudagraphs": "reduce-overhead", "max-autotune": "max-autotune"}
+_WITHOUT_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def compile_training(language_model: LanguageModel, wish: Wish, *, device: torch.device, num_steps: int) -> bool:
+def compile_training(
+    language_model: LanguageModel, wish: Wish, *, device: torch.device, num_steps: int, accumulates: bool = False
+) -> bool:
     """Compiles the forward and backward pass of training, in place, at the first update.
 
     Shapes are fixed: every micro-batch of a run has the same, so that there is one graph. Evaluations and samples,
@@ -33,6 +36,8 @@ def compile_training(language_model: LanguageModel, wish: Wish, *, device: torch
             which take their launches off the processor, or also with kernels chosen by trying.
         device: where it trains.
         num_steps: updates of the run.
+        accumulates: whether an update has several passes: without CUDA graphs then, whose gradients the next pass
+            would overwrite.
 
     Returns:
         Whether it will be compiled.
@@ -46,7 +51,8 @@ def compile_training(language_model: LanguageModel, wish: Wish, *, device: torch
         for layer in layers_of(language_model.model):
             layer.compile(dynamic=False)
     else:
-        language_model.compile(dynamic=False, mode=_MODES.get(str(wish)))
+        modes = _MODES | _WITHOUT_GRAPHS if accumulates else _MODES
+        language_model.compile(dynamic=False, mode=modes.get(str(wish)))
     what = {"blocks": "each layer"}.get(str(wish), "the whole model") + (f" ({wish})" if wish in _MODES else "")
     log.info("torch_compile: %s, compiled in the first update", what)
     return True

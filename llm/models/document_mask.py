@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from llm.config.errors import UserError
 from llm.models.attention import spelled
+from llm.models.configs import context_limit
 from llm.models.language_model import forward_apart, uses_flash
 from llm.models.names import first_line
 
-# Three documents in each of two rows; of the second row the first is a single token.
-_LENGTHS = ((5, 4, 7), (1, 12, 3))
+# Of a row, or all that a model can read.
 _ROW = 16
 # Beside the largest logit: rounding makes 2e-6 and 1e-2 of it, other documents that show through 2e-3 to 1.
 _TOLERANCE = 1e-4
@@ -41,13 +41,14 @@ def require_document_mask(model: PreTrainedModel, device: torch.device) -> None:
         torch.nn.Module.to(model, device)
     table: Any = model.get_input_embeddings()
     vocabulary = int(table.weight.shape[0])
+    rows = _lengths(min(_ROW, context_limit(model.config)))
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (len(_LENGTHS), _ROW), generator=draw).to(model.device)
+    ids = torch.randint(vocabulary, (len(rows), sum(rows[0])), generator=draw).to(model.device)
     was_training = model.training
     model.eval()
     try:
         with torch.autocast(device.type, torch.bfloat16) if uses_half else nullcontext():
-            difference = _difference(model, ids)
+            difference = _difference(model, ids, rows)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _refusal(model, first_line(error)) from error
     finally:
@@ -56,12 +57,18 @@ def require_document_mask(model: PreTrainedModel, device: torch.device) -> None:
         raise _refusal(model, "a document's logits change with what stands in front of it")
 
 
-def _difference(model: PreTrainedModel, ids: Tensor) -> float:
+def _lengths(row: int) -> list[list[int]]:
+    """Documents of two rows, three in each if they are long enough; of the second row the first is a single token."""
+    rows = ([row // 3, row // 4], [1, row - row // 4])
+    return [[length for length in (*some, row - sum(some)) if length > 0] for some in rows]
+
+
+def _difference(model: PreTrainedModel, ids: Tensor, rows: list[list[int]]) -> float:
     """The largest difference of a logit, packed or alone, beside the largest logit."""
-    positions = torch.tensor([[i for length in row for i in range(length)] for row in _LENGTHS], device=ids.device)
+    positions = torch.tensor([[i for length in row for i in range(length)] for row in rows], device=ids.device)
     packed = forward_apart(model, ids, positions).logits.float().view(*ids.shape, -1)
     largest, difference = 0.0, 0.0
-    for row, lengths in enumerate(_LENGTHS):
+    for row, lengths in enumerate(rows):
         begin = 0
         for length in lengths:
             end = begin + length

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm.models.configs import context_limit
+
 # Beside the largest state: rounding makes 1e-2 of it at most (bf16), another body's states are as large as itself.
 _TOLERANCE = 5e-2
 
@@ -25,8 +27,9 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     draw = torch.Generator().manual_seed(0)
     table: Any = model.get_input_embeddings()
     known = min(head.weight.shape[0], table.weight.shape[0])
-    ids = torch.randint(known, (2, 8), generator=draw).to(head.weight.device)
-    planted = torch.randint(-999, 1000, (2, 8, head.weight.shape[0]), generator=draw).to(head.weight.device) / 4
+    length = min(8, context_limit(model.config))
+    ids = torch.randint(known, (2, length), generator=draw).to(head.weight.device)
+    planted = torch.randint(-999, 1000, (2, length, head.weight.shape[0]), generator=draw).to(head.weight.device) / 4
     entered: list[Tensor] = []
 
     def replace(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

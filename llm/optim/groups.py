@@ -12,9 +12,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """The trained parameters: one group with weight decay, one without; no group is empty.
 
     Weights of two or more dimensions decay (Linear, Conv1D, Embedding, a mixture's stacked
-    experts); biases, every kind of norm, single vectors, and what a model marks with
-    `_no_weight_decay` do not. A tied weight stands once, under its first name; frozen ones are
-    left out.
+    experts); biases, every kind of norm, single vectors, the logarithms of a state space's decay
+    (Mamba's A_log), and what a model marks with `_no_weight_decay` do not. A tied weight stands
+    once, under its first name; frozen ones are left out.
 
     Returns:
         Groups for a torch optimizer, with names: `params` is a list of (name, parameter), which
@@ -76,6 +76,7 @@ def muon_groups(model: nn.Module, weight_decay: float) -> tuple[list[dict[str, A
 
 
 def _is_matrix(owner: nn.Module, leaf: str, parameter: nn.Parameter) -> bool:
-    if parameter.ndim < 2 or leaf.endswith("bias") or "norm" in type(owner).__name__.lower():
+    # transformers does not mark A_log in a model that is new.
+    if parameter.ndim < 2 or leaf.endswith(("bias", "A_log")) or "norm" in type(owner).__name__.lower():
         return False
     return not getattr(parameter, "_no_weight_decay", False)

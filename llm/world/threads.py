@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_PROC = Path("/proc")
-_CGROUPS = Path("/sys/fs/cgroup")
+from llm.world import cgroups
+from llm.world.cgroups import groups_of, read
+
 _CPUS = Path("/sys/devices/system/cpu")
 # Any of these says that a launcher started this process.
 _LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
@@ -38,14 +39,14 @@ def num_free_cores() -> int:
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     allowed = os.sched_getaffinity(0)
-    cores = {_read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
+    cores = {read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
     return max(1, int(min(len(cores), _quota())))
 
 
 def _is_launchers() -> bool:
     """Whether the number of threads comes from the launcher and not from its user; False where that cannot be seen."""
-    parent = _PROC / str(os.getppid())
-    given, words = _read(parent / "environ"), _read(parent / "cmdline")
+    parent = cgroups.PROC / str(os.getppid())
+    given, words = read(parent / "environ"), read(parent / "cmdline")
     if not given or not any(name in os.environ for name in _LAUNCHED):
         return False
     is_users = any(entry.startswith(f"{_ASKED}=") for entry in given.split("\0"))
@@ -54,32 +55,13 @@ def _is_launchers() -> bool:
 
 def _quota() -> float:
     """CPUs' worth of time that this process's cgroup, or one above it, allows; inf without a limit."""
-    quotas = [float("inf")]
-    for line in _read(_PROC / "self/cgroup").splitlines():
-        _, controllers, place = line.split(":", 2)
-        # Version 2 has no controllers there; in version 1 that of the CPU has a hierarchy of its own. A container may
-        # see its own group as the root of all.
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = _CGROUPS / controllers
-        group = root / place.lstrip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(root):
-                quotas.append(_quota_of(folder))
-    return min(quotas)
+    return min((_quota_of(folder) for folder in groups_of("cpu")), default=float("inf"))
 
 
 def _quota_of(folder: Path) -> float:
     """The limit of one cgroup, in either version's files."""
-    words = _read(folder / "cpu.max").split() or [
-        _read(folder / f"cpu.cfs_{what}_us").strip() for what in ("quota", "period")
+    words = read(folder / "cpu.max").split() or [
+        read(folder / f"cpu.cfs_{what}_us").strip() for what in ("quota", "period")
     ]
     # "max" and -1 are no limit.
     return int(words[0]) / int(words[1]) if words[0].isdigit() and int(words[0]) > 0 else float("inf")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

@@ -59,3 +59,21 @@ def test_outcome_when_a_disk_is_full_then_is_one_line_and_other_errors_keep_thei
     assert capsys.readouterr().err == "error: a file cannot be written (No space left on device); make room\n"
     with pytest.raises(FileNotFoundError):
         outcome(lambda: os.stat("/nowhere").st_size)
+
+
+def test_outcome_when_memory_is_not_enough_then_is_one_line_and_other_errors_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import numpy as np
+    import torch
+
+    def accelerators() -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    for command in (lambda: len(torch.empty(2**50)), lambda: len(np.zeros(2**55)), accelerators):
+        assert outcome(command) == 1
+        found = capsys.readouterr().err
+        assert found.startswith("error: out of memory (") and found.count("\n") == 1
+        assert "--per_device_train_batch_size" in found
+    with pytest.raises(RuntimeError, match=r"size mismatch|shapes"):
+        outcome(lambda: len(torch.zeros(2, 3) @ torch.zeros(2, 3)))

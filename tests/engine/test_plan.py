@@ -114,3 +114,11 @@ def test_plan_when_the_length_of_the_text_is_not_known_then_counts_updates_alone
     assert str(plan) == "updates: 9 of 8 blocks of 16 tokens, of a stream; seed 5"
     with pytest.raises(UserError, match="give --max_train_steps"):
         plan_run(TrainingOptions(), text, num_ranks=1, seed=5)
+
+
+def test_plan_when_cuda_graphs_are_to_accumulate_then_says_what_to_do_instead() -> None:
+    assert planned(torch_compile="cudagraphs").accumulation == 1
+    for more in ({"gradient_accumulation_steps": 2}, {"global_batch_size": 24}):
+        with pytest.raises(UserError, match=r"overwrites the gradients.*use --torch_compile true"):
+            planned(torch_compile="cudagraphs", **more)
+    assert planned(torch_compile="max-autotune", gradient_accumulation_steps=2).accumulation == 2

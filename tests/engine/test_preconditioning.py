@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from llm.config.errors import UserError
 from llm.config.options import KfacOptions, OptimizerOptions
@@ -19,7 +26,7 @@ from llm.data.loaders import Batch
 from llm.engine.central import CentralUpdater
 from llm.engine.kfac_pytorch import KfacPytorch
 from llm.engine.machine import Machine
-from llm.engine.preconditioning import Kfac, Preconditioning, kfac_bytes
+from llm.engine.preconditioning import Kfac, Preconditioning, head_in_chunks, kfac_bytes
 from llm.models.language_model import LanguageModel
 from llm.optim.build import build_optimizer
 from llm.world.ranks import World
@@ -142,6 +149,17 @@ def test_head_when_its_loss_is_computed_by_chunks_then_is_left_alone() -> None:
         taken, left, *_ = made.lines(1000)
         assert taken.startswith(f"K-FAC: {number} layers")
         assert ("lm_head (" in left) == (number == 14)
+
+
+def test_head_when_its_logits_are_scaled_then_it_is_called_and_taken() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = GraniteForCausalLM(GraniteConfig(vocab_size=3000, tie_word_embeddings=False, logits_scaling=8.0, **sizes))
+    assert head_in_chunks(model) == []
+    assert (
+        Kfac(model, KfacOptions(kfac=True), rate=lambda: RATE, accumulation=1)
+        .lines(1000)[0]
+        .startswith("K-FAC: 15 layers")
+    )
 
 
 def test_bytes_when_asked_then_are_those_of_the_state(tiny_gpt2: GPT2LMHeadModel) -> None:

@@ -105,6 +105,8 @@ def test_forward_when_positions_are_given_then_never_reads_the_device(
         ("llama", {}),
         ("mistral", {"sliding_window": 4, "num_key_value_heads": 2}),
         ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 4}),
+        ("gpt2", {"n_positions": 7}),  # a row of all that it reads
+        ("gpt2", {"n_positions": 2}),
     ],
 )
 def test_require_document_mask_when_it_is_honoured_then_nothing_changes(model_type: str, more: dict[str, Any]) -> None:

@@ -220,3 +220,24 @@ def test_forward_when_compiled_then_chunks_give_the_same_gradients() -> None:
         model(ids, ids)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert difference(*gradients) < 1e-6
+
+
+def test_chunked_loss_when_a_token_is_frequent_then_its_fp16_gradient_stays_finite(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_BYTES", 2**20)
+    hidden = torch.full((3000, 4), 60.0)
+    weight = torch.zeros(3, 4, requires_grad=True)
+    targets = torch.zeros(3000, dtype=torch.int64)
+    with torch.autocast("cpu", torch.float16):
+        value = chunked_loss(hidden, weight, None, targets)
+    (value / 1024).backward()
+    assert weight.grad is not None
+    # Of 3,000 rows of 60, two thirds of the first token, beyond fp16's 65,504, and one of each other.
+    expected = torch.tensor([[-2.0], [1.0], [1.0]]).expand(3, 4) * 3000 * 60 / 3 / 1024
+    torch.testing.assert_close(weight.grad, expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_has_plain_head_when_a_model_reads_few_tokens_then_tells_all_the_same(length: int) -> None:
+    assert has_plain_head(model_of("gpt2", n_positions=length))

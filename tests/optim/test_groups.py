@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from llm.models.language_model import LanguageModel
 from llm.optim.groups import parameter_groups
@@ -62,3 +62,9 @@ def test_groups_when_tied_then_counts_once(wrapped: bool, tiny_gpt2: PreTrainedM
     assert len(tensors) == len(set(tensors))
     optimizer = torch.optim.AdamW(groups)
     assert len(optimizer.param_groups[0]["param_names"]) == len(groups[0]["params"])
+
+
+def test_groups_when_mamba_then_what_is_a_logarithm_does_not_decay() -> None:
+    config = MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, state_size=4)
+    decayed, others = _names(MambaForCausalLM(config))
+    assert "backbone.layers.0.mixer.A_log" in others and "backbone.layers.0.mixer.in_proj.weight" in decayed

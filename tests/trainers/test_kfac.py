@@ -87,8 +87,10 @@ def test_resume_when_only_one_of_both_starts_has_kfac_then_says_so_in_one_line(
 
 
 def test_options_of_kfac_when_it_is_not_asked_for_then_are_named(train: Train, tiny_options: list[str]) -> None:
-    outcome = train(*tiny_options, "--kfac_method", "inverse", "--kfac_damping", "0.3")
+    words = ["--kfac_method", "inverse", "--kfac_damping", "0.3", "--muon_learning_rate", "0.1"]
+    outcome = train(*tiny_options, *words)
     assert outcome.code == 0, outcome.err
+    assert (outcome.out + outcome.err).count("--muon_learning_rate: of no use without --optim muon") == 1
     assert (outcome.out + outcome.err).count("--kfac_damping, --kfac_method: of no use without --kfac") == 1
     assert "of no use" not in train(*tiny_options, *KFAC).out
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import llm.world.cgroups as cgroups
 import llm.world.threads as threads
 from llm.world.threads import num_free_cores, use_free_cores
 
@@ -32,8 +33,9 @@ threads.use_free_cores(2)
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A computer of eight hardware threads, four cores, no limits."""
-    for name, folder in (("_PROC", "proc"), ("_CGROUPS", "cgroup"), ("_CPUS", "cpu")):
-        monkeypatch.setattr(threads, name, tmp_path / folder)
+    monkeypatch.setattr(cgroups, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(cgroups, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(threads, "_CPUS", tmp_path / "cpu")
     for cpu in range(8):
         write(tmp_path / f"cpu/cpu{cpu}/topology/thread_siblings_list", f"{cpu % 4},{cpu % 4 + 4}\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
