@@ -79,6 +79,10 @@ def main() -> None:
     options = _parser().parse_args()
     import torch
 
+    if options.rounds < 1:
+        sys.exit(f"--rounds {options.rounds}: at least 1")
+    if options.whole_updates and (options.whole_updates < 20 or options.whole_updates % 10):
+        sys.exit(f"--whole_updates {options.whole_updates}: 20, 30, ...: its speed is taken between two records of ten")
     if unknown := [name for name in options.programs if name not in CHOICES]:
         sys.exit(f"--programs {','.join(unknown)}: known are {', '.join(CHOICES)}")
     if options.nanogpt is not None:

@@ -52,6 +52,8 @@ def main() -> None:
         sys.exit(f"--text {options.text}: no such file")
     if (options.num_updates or NUM_UPDATES) % options.every:
         sys.exit(f"--every {options.every}: nanoGPT's {options.num_updates or NUM_UPDATES} updates do not divide by it")
+    if options.rounds < 1:
+        sys.exit(f"--rounds {options.rounds}: at least 1")
     rounds = [measure(options) for _ in range(options.rounds)]
     result = {"loss": options.loss, **summary(rounds, options.loss), "rounds": rounds}
     result["example"] = options.config.read_text()

@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks import optimizers
 from benchmarks.arithmetic import too_far
 from benchmarks.gate import Program, thread_environment
 from benchmarks.nanogpt import require_nanogpt
+from benchmarks.settings import Setting
 from benchmarks.starting import require_run_clm, write_start
 from benchmarks.throughput import SIZES, unequal
 from benchmarks.time_to_loss import summary
@@ -72,6 +76,34 @@ def test_unequal_when_a_program_starts_from_other_weights_then_names_it(tmp_path
             "says": {"threads": program.first["threads"]},
         }
     assert [words.split(" is ")[0] for words in unequal(found)] == ["first_loss of seed 1"]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox"])
+def test_start_when_written_then_is_a_model_of_that_type_without_dropout(model_type: str, tmp_path: Path) -> None:
+    setting = write_start(tmp_path, SIZES["2x32"], 3, "cpu", None, model_type=model_type)
+    setting.write(tmp_path / "setting.json")
+    assert Setting.read(tmp_path / "setting.json") == setting
+    model = AutoModelForCausalLM.from_pretrained(setting.start_dir).train()
+    assert model.config.model_type == setting.model_type == model_type
+    blocks = torch.from_numpy(np.stack(list(setting.blocks())))
+    assert blocks.shape == (3 * 8, 33) and int(blocks.max()) < model.get_input_embeddings().weight.shape[0] == 97
+    first, second = (model(blocks[:, :-1]).logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["throughput", "--rounds", "0"], "--rounds 0: at least 1"),
+        (["throughput", "--whole_updates", "25"], "--whole_updates 25: 20, 30"),
+        (["arithmetic"], "no such file; give tinyshakespeare"),
+    ],
+)
+def test_benchmarks_when_mistaken_then_say_what_to_mend(words: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
 
 
 def test_unequal_when_losses_or_threads_differ_then_says_which() -> None:
