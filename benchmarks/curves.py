@@ -13,8 +13,9 @@ from benchmarks.recorded import Point
 
 # Of Okabe and Ito, which people with any colour vision tell apart. Source: https://jfly.uni-koeln.de/color/
 _COLORS = ("#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#555555")
-# Of all losses the lowest and this much are shown: the first updates of all are alike.
+# Of all losses the lowest and this much are shown, and more where a way ends higher: the first updates are alike.
 _SHOWN = 0.45
+_ABOVE_AN_END = 0.15
 
 
 def draw(ways: Mapping[str, Sequence[Sequence[Point]]], picture: Path) -> None:
@@ -28,6 +29,7 @@ def draw(ways: Mapping[str, Sequence[Sequence[Point]]], picture: Path) -> None:
     FigureCanvasAgg(figure)
     by_updates, by_time = figure.subplots(1, 2, sharey=True)
     lowest = min(point["eval_loss"] for curves in ways.values() for curve in curves for point in curve)
+    highest_end = max(curve[-1]["eval_loss"] for curves in ways.values() for curve in curves)
     tokens_a_step = 1.0
     for color, (name, curves) in zip(_COLORS, ways.items(), strict=False):
         points = list(zip(*curves, strict=True))
@@ -40,8 +42,8 @@ def draw(ways: Mapping[str, Sequence[Sequence[Point]]], picture: Path) -> None:
                 places, [statistics.fmean(each) for each in losses], style, color=color, label=name, linewidth=1.5
             )
             axes.fill_between(places, [min(e) for e in losses], [max(e) for e in losses], color=color, alpha=0.15)
-    by_updates.set_ylim(lowest - 0.02, lowest + _SHOWN)
-    by_updates.set_ylabel("validation loss (nats a character)")
+    by_updates.set_ylim(lowest - 0.02, max(lowest + _SHOWN, highest_end + _ABOVE_AN_END))
+    by_updates.set_ylabel("validation loss (nats a token)")
     by_updates.set_xlabel("updates")
     by_time.set_xlabel("CPU seconds of training")
     top = by_updates.secondary_xaxis(
