@@ -26,7 +26,9 @@ def has_litgpt(python: str) -> bool:
     return subprocess.run([python, "-c", code], check=False, capture_output=True).returncode == 0
 
 
-def run_litgpt(setting: Setting, gate: Gate, also: Callable[[], Mapping[str, Any]]) -> None:
+def run_litgpt(
+    setting: Setting, gate: Gate, also: Callable[[], Mapping[str, Any]], precision: str | None = None
+) -> None:
     """`litgpt pretrain` at its defaults, but for sizes, hyperparameters and what it would save; it always compiles.
 
     Every weight decays there, and a record of every update is made, as by default.
@@ -35,6 +37,7 @@ def run_litgpt(setting: Setting, gate: Gate, also: Callable[[], Mapping[str, Any
         setting: with a GPT-NeoX in it.
         gate: stands behind every record.
         also: what an answer says beside the loss.
+        precision: as its option; None: what it chooses, which is bf16 also where a CPU only emulates that.
     """
     import torch
     from lightning.fabric.loggers.logger import Logger
@@ -64,7 +67,7 @@ def run_litgpt(setting: Setting, gate: Gate, also: Callable[[], Mapping[str, Any
             return DataLoader(torch.zeros(1, setting.block_size + 1, dtype=torch.int64))
 
     pretrain.choose_logger = lambda *_, **__: Records()
-    precision = pretrain.get_default_supported_precision(training=True)
+    precision = precision or pretrain.get_default_supported_precision(training=True)
     arithmetic = {"32": "fp32", "bf16": "bf16", "16": "fp16"}[precision.split("-")[0]]
     gate.facts |= {"arithmetic": arithmetic, "compiled": True, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as name:
@@ -76,6 +79,7 @@ def run_litgpt(setting: Setting, gate: Gate, also: Callable[[], Mapping[str, Any
             out_dir=Path(name, "out"),
             initial_checkpoint_dir=checkpoint,
             devices=1,
+            precision=precision,
             data=Blocks(),
             train=TrainArgs(
                 save_interval=None,

@@ -13,6 +13,7 @@ nanogpt_compile  as nanogpt, compiled also where its README says --compile=False
 run_clm          transformers' run_clm_no_trainer.py: the step of its loop, from a `datasets` table, with Accelerate
 trainer          transformers.Trainer on the same table
 litgpt           litgpt's pretraining at its defaults, compiled as always; of a GPT-NeoX alone
+litgpt_fp32      the same with --precision 32-true: it takes bf16 also where a CPU only emulates that
 gemm             no update, but the rate of this machine's matrix products
 
 Where a run_clm program would predict all but a block's last target, it is given that one too, as the others are.
@@ -279,6 +280,7 @@ PROGRAMS: dict[str, Callable[[Setting, Gate], None]] = {
     "run_clm": run_run_clm,
     "trainer": run_trainer,
     "litgpt": lambda setting, gate: run_litgpt(setting, gate, _peak),
+    "litgpt_fp32": lambda setting, gate: run_litgpt(setting, gate, _peak, "32-true"),
     "gemm": lambda setting, gate: measure_gemm(setting.device, gate),
 }
 

@@ -7,7 +7,8 @@ hyperparameters and number of threads.
 wall_seconds       of an update, the wait for its data included: the median over the rounds of their means
 cpu_seconds        the same of all threads of the process
 tokens_per_second  predicted, by the wall
-times_ours         wall seconds of the program by those of ours: how many times faster ours is; times_ours_cpu of CPU
+times_ours         wall seconds of the program by those of ours, of which there are two processes, the mean, in the same
+                   round: how many times faster ours is, the median; times_ours_cpu of CPU
 share_of_gemm      FLOP/s of the update by those of this machine's matrix products in the same arithmetic, measured in
                    every round; the FLOPs are 6 N + 12 L H Q T a token (llm.models.flops)
 peak_bytes         the highest memory during a round: the device's, or the process's where that is the CPU
@@ -37,6 +38,8 @@ from benchmarks.settings import Setting
 from benchmarks.starting import Size, require_run_clm, write_start
 from benchmarks.whole_trainer import measure_whole_trainer
 
+Round = dict[str, Any]
+
 AGAIN = "ours_again"
 # Updates that are not timed, beside the first, unless a round has fewer: memory is taken and kernels are chosen.
 _NUM_WARM_UPS = 3
@@ -53,7 +56,10 @@ SIZES = {
     "124M": Size(layers=12, heads=12, width=768, block=1024, batch=4, vocabulary=50_304, updates=1, whole=0),
     "2x32": Size(layers=2, heads=2, width=32, block=32, batch=8, vocabulary=97, updates=20, whole=0),
 }
-CHOICES = ("ours_eager", "ours_fp32", "nanogpt", "nanogpt_bf16", "nanogpt_compile", "run_clm", "trainer", "litgpt")
+CHOICES = (
+    *("ours_eager", "ours_fp32", "nanogpt", "nanogpt_bf16", "nanogpt_compile", "run_clm", "trainer"),
+    *("litgpt", "litgpt_fp32"),
+)
 _DEFAULT = tuple(name for name in CHOICES if name != "nanogpt_compile")
 
 
@@ -63,7 +69,7 @@ class Measured:
 
     name: str
     process: Program
-    rounds: list[dict[str, Any]]
+    rounds: list[Round]
 
     def median(self, key: str) -> float:
         """Of an update."""
@@ -154,7 +160,7 @@ def _start(
 
     def start(program: str, name: str) -> Measured:
         print(f"starting {name}", flush=True)
-        python = options.litgpt if program == "litgpt" else sys.executable
+        python = options.litgpt if program.startswith("litgpt") else sys.executable
         return Measured(name, Program(["benchmarks.programs", program, str(file)], environment, python), [])
 
     gemm = start("gemm", "gemm")
@@ -173,9 +179,9 @@ def _start(
 def _reason_to_skip(
     name: str, options: argparse.Namespace, setting: Setting, gemm: dict[str, Any], ours: dict[str, Any]
 ) -> str | None:
-    if name == "litgpt" and setting.model_type != "gpt_neox":
+    if name.startswith("litgpt") and setting.model_type != "gpt_neox":
         return "it has no GPT-2 (measure it with --model_type gpt_neox)"
-    if name == "litgpt" and not has_litgpt(options.litgpt):
+    if name.startswith("litgpt") and not has_litgpt(options.litgpt):
         return "it is not installed (--litgpt PYTHON names an interpreter that has it)"
     if name.startswith("nanogpt") and setting.model_type != "gpt2":
         return "it has GPT-2 alone"
@@ -209,8 +215,8 @@ def _result(programs: list[Measured], gemm: Measured, setting: Setting) -> dict[
             "wall_seconds": wall,
             "cpu_seconds": cpu,
             "tokens_per_second": tokens / wall,
-            "times_ours": wall / ours.median("wall_seconds"),
-            "times_ours_cpu": cpu / ours.median("cpu_seconds"),
+            "times_ours": times(program.rounds, ours.rounds, again.rounds, "wall_seconds"),
+            "times_ours_cpu": times(program.rounds, ours.rounds, again.rounds, "cpu_seconds"),
             "share_of_gemm": None if rate is None else flops * tokens / wall / rate,
             "peak_bytes": max(each["peak_bytes"] for each in program.rounds),
             "first_loss": first["loss"],
@@ -228,6 +234,12 @@ def _result(programs: list[Measured], gemm: Measured, setting: Setting) -> dict[
         "flops_per_token": flops,
         "device": setting.device,
     }
+
+
+def times(rounds: list[Round], ours: list[Round], again: list[Round], key: str) -> float:
+    """How many times as long as ours: round by round, since a machine drifts, and of two, since no two are alike."""
+    triples = zip(rounds, ours, again, strict=True)
+    return statistics.median(2 * each[key] / (one[key] + other[key]) for each, one, other in triples)
 
 
 def unequal(programs: dict[str, dict[str, Any]]) -> list[str]:

@@ -18,7 +18,7 @@ from benchmarks.gate import Program, thread_environment
 from benchmarks.nanogpt import require_nanogpt
 from benchmarks.settings import Setting
 from benchmarks.starting import require_run_clm, write_start
-from benchmarks.throughput import SIZES, unequal
+from benchmarks.throughput import SIZES, times, unequal
 from benchmarks.time_to_loss import summary
 
 # Several processes import everything, one after the other, beside other tests.
@@ -51,7 +51,7 @@ def test_throughput_when_run_then_programs_are_equal_and_figures_fit_together(tm
     assert ours["last_loss"] < ours["first_loss"]
     for each in (ours, again, trainer):
         assert each["tokens_per_second"] == pytest.approx(8 * 32 / each["wall_seconds"])
-        assert each["times_ours"] == pytest.approx(each["wall_seconds"] / ours["wall_seconds"])
+        assert each["times_ours"] == times(each["rounds"], ours["rounds"], again["rounds"], "wall_seconds")
         assert 0 < each["share_of_gemm"] < 1 and each["peak_bytes"] > 1e8 and each["cpu_seconds"] > 0
         assert len(each["rounds"]) == 2
     assert found["same_by_same"] == pytest.approx(ours["wall_seconds"] / again["wall_seconds"])
@@ -104,6 +104,12 @@ def test_benchmarks_when_mistaken_then_say_what_to_mend(words: list[str], said: 
         [sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_times_when_the_machine_drifts_then_rounds_are_compared_with_themselves() -> None:
+    ours, again, other = ([{"s": pace * drift} for drift in (1, 2, 9)] for pace in (1.1, 0.9, 1.5))
+    assert times(other, ours, again, "s") == pytest.approx(1.5)
+    assert times(ours, ours, again, "s") == pytest.approx(1.1)
 
 
 def test_unequal_when_losses_or_threads_differ_then_says_which() -> None:
