@@ -42,7 +42,7 @@ def compile_training(
     Returns:
         Whether it will be compiled.
     """
-    if wish is False or (wish == "auto" and not _pays(device, num_steps)):
+    if wish is False or (wish == "auto" and not _pays(device, num_steps, language_model.model.num_parameters())):
         return False
     if obstacle := _obstacle(device):
         log.info("torch_compile: left out, there is no working compiler (%s)", obstacle)
@@ -63,15 +63,17 @@ def is_compiled(language_model: LanguageModel) -> bool:
     return language_model.is_compiled or any(part._compiled_call_impl is not None for part in language_model.modules())
 
 
-def _pays(device: torch.device, num_steps: int) -> bool:
-    """Whether a run of so many updates wins more than the compiling costs."""
-    return num_steps >= _LONG.get(device.type, math.inf)
+def _pays(device: torch.device, num_steps: int, num_parameters: int) -> bool:
+    """Whether a run of so many updates of so large a model wins more than the compiling costs."""
+    return num_steps >= _LONG.get(device.type, math.inf) and num_parameters <= _LARGE.get(device.type, math.inf)
 
 
-# On a CPU compiling took 15 to 25 s of one core, and updates of 4 x 128 were 1.18 times as fast behind it, those of
-# 6 x 384 1.04 times: a win from about 1,500 and 150 updates on, or later where other work holds up the compiler. The
-# length for CUDA is an estimate, not measured.
+# On a CPU compiling took 15 to 25 s of one core, and updates of 4 x 128 were 1.10 to 1.18 times as fast behind it,
+# those of 6 x 384 (11 M parameters) 1.04 to 1.08 times: a win from about 1,500 and 150 updates on, or later where other
+# work holds up the compiler. GPT-2 124M was 0.93 times as fast: its products leave nothing to win. What is said of CUDA
+# is an estimate, not measured.
 _LONG = {"cpu": 10_000, "cuda": 2_000}
+_LARGE = {"cpu": 50_000_000}
 
 
 def _obstacle(device: torch.device) -> str | None:

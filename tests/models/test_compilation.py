@@ -107,6 +107,16 @@ def test_compile_training_when_auto_then_device_and_length_decide(
     assert not compiled_graphs
 
 
+def test_compile_training_when_the_model_is_large_then_a_cpu_is_left_alone(
+    tiny_gpt2: PreTrainedModel, compiled_graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LanguageModel(tiny_gpt2)
+    monkeypatch.setattr(tiny_gpt2, "num_parameters", lambda: 124_000_000)
+    assert not compile_training(model, "auto", device=CPU, num_steps=10**6)
+    assert compile_training(model, "auto", device=torch.device("cuda"), num_steps=10**6)
+    assert not compiled_graphs
+
+
 def test_layers_of_when_asked_then_are_the_blocks(tiny_gpt2: PreTrainedModel) -> None:
     assert layers_of(tiny_gpt2) is tiny_gpt2.transformer.h
 
