@@ -73,7 +73,12 @@ class Capture:
 
     @torch.no_grad()
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
-        """One backward pass: inputs [..., num_in] and gradients of the outputs [..., num_out], of any dtype."""
+        """One backward pass: inputs [..., num_in] and gradients of the outputs [..., num_out], of any dtype.
+
+        Nothing of one that comes after its update's step.
+        """
+        if not self.gate.is_open:
+            return
         x, g = inputs.detach().reshape(-1, self.layer.num_in), gradients.detach().reshape(-1, self.layer.num_out)
         rows = x.shape[0]
         if rows == 0:

@@ -15,6 +15,46 @@ from llm.kfac.layers import Layer
 from llm.kfac.triangles import folded_eye, folded_shape, folded_trace
 
 
+class Sums:
+    """Room for what the layers of a group capture: one vector, which is there while it is needed.
+
+    Captures hold it and it holds none, so that a preconditioner that nobody holds is gone at once.
+
+    Args:
+        num: of layers.
+        dims: rows of the factors of each, of the inputs and of the outputs' gradients.
+        dtype: of the factors.
+        device: of the layers.
+    """
+
+    def __init__(self, num: int, dims: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> None:
+        self._num, self._dtype, self._device = num, dtype, device
+        self._shapes = [(num, *folded_shape(n)) for n in dims]
+        self._packed: Tensor | None = None
+
+    def of(self, number: int) -> tuple[Tensor, Tensor]:
+        """Of one layer: folded, side by side with those of the others."""
+        sum_a, sum_g, _ = self.parts(self.packed())
+        return sum_a[number], sum_g[number]
+
+    def packed(self) -> Tensor:
+        """All of them, and two numbers a layer; zeros at first."""
+        if self._packed is None:
+            size = sum(torch.Size(shape).numel() for shape in self._shapes) + 2 * self._num
+            self._packed = torch.zeros(size, dtype=self._dtype, device=self._device)
+        return self._packed
+
+    def parts(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of such a vector: sums [layers, …] of both sides, folded, and weights and rows [2, layers]."""
+        of_a, of_g = (torch.Size(shape).numel() for shape in self._shapes)
+        sum_a, sum_g, counts = packed.split([of_a, of_g, 2 * self._num])
+        return sum_a.view(self._shapes[0]), sum_g.view(self._shapes[1]), counts.view(2, self._num)
+
+    def drop(self) -> None:
+        """Gives the memory back."""
+        self._packed = None
+
+
 class Group:
     """A stack of layers.
 
@@ -47,10 +87,10 @@ class Group:
         new_capture: Callable[[Layer, Callable[[], tuple[Tensor, Tensor]]], Capture],
     ) -> None:
         self.layers, self.delays, self.owner, self.is_mine = layers, delays, owner, is_mine
-        self.captures = [new_capture(layer, partial(self._room, number)) for number, layer in enumerate(layers)]
         self.formulas, self.curvature, self.factor_dtype = formulas, curvature, factor_dtype
         self.dim_a, self.dim_g = self.layers[0].dim_a, self.layers[0].dim_g
-        self.drop()
+        self._sums = Sums(len(layers), (self.dim_a, self.dim_g), dtype=factor_dtype, device=self.device)
+        self.captures = [new_capture(layer, partial(self._sums.of, number)) for number, layer in enumerate(layers)]
         self.state: State = self.empty_state() if is_mine else {}
         if is_mine:
             for side, n in self.sides():
@@ -88,15 +128,15 @@ class Group:
 
     def drop(self) -> None:
         """Forgets what was captured, and gives its memory back."""
-        self._packed: Tensor | None = None
+        self._sums.drop()
         for capture in self.captures:
             capture.forget()
 
     def pack(self) -> Tensor:
         """What this rank captured, as one vector of factor_dtype; it is the sums themselves, and they are dropped."""
-        packed = self._all_sums()
+        packed = self._sums.packed()
         counts = [[capture.weight for capture in self.captures], [capture.rows for capture in self.captures]]
-        self._parts(packed)[2].copy_(torch.tensor(counts, dtype=self.factor_dtype))
+        self._sums.parts(packed)[2].copy_(torch.tensor(counts, dtype=self.factor_dtype))
         self.drop()
         return packed
 
@@ -110,7 +150,7 @@ class Group:
             loss_scale: the same.
             world: number of ranks.
         """
-        sum_a, sum_g, (weight, rows) = self._parts(packed)
+        sum_a, sum_g, (weight, rows) = self._sums.parts(packed)
         new = {"a": sum_a, "g": sum_g}
         traces = [folded_trace(new[side], n) for side, n in self.sides()]
         usable = self.formulas.is_usable(*traces) & (weight > 0)
@@ -150,22 +190,3 @@ class Group:
         """Puts directions, in the shape of `gradients` or flat, where the gradients are."""
         for layer, direction in zip(self.layers, directions.view(-1, self.dim_a, self.dim_g), strict=True):
             layer.write_gradient(direction)
-
-    def _room(self, number: int) -> tuple[Tensor, Tensor]:
-        """For the sums of one layer's capture: folded, side by side with those of the others."""
-        sum_a, sum_g, _ = self._parts(self._all_sums())
-        return sum_a[number], sum_g[number]
-
-    def _all_sums(self) -> Tensor:
-        if self._packed is None:
-            shapes = [folded_shape(n) for _, n in self.sides()]
-            size = len(self.layers) * (sum(torch.Size(shape).numel() for shape in shapes) + 2)
-            self._packed = torch.zeros(size, dtype=self.factor_dtype, device=self.device)
-        return self._packed
-
-    def _parts(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of it: sums [layers, …] of both sides, folded, and weights and rows [2, layers]."""
-        num = len(self.layers)
-        shapes = [(num, *folded_shape(n)) for _, n in self.sides()]
-        sum_a, sum_g, counts = packed.split([*(torch.Size(shape).numel() for shape in shapes), 2 * num])
-        return sum_a.view(shapes[0]), sum_g.view(shapes[1]), counts.view(2, num)

@@ -13,6 +13,9 @@ from torch import Tensor
 # Rows of a triangle computed at once: what is on the other side of its diagonal is mostly left out.
 _PANEL = 128
 
+# Up to here one product of all is faster than its parts.
+_WHOLE = 256
+
 TRIANGLE = 0.6
 """The share of a whole product that `add_product` computes, about: one half, and the diagonal blocks."""
 
@@ -55,6 +58,12 @@ def add_product(folded: Tensor, n: int, rows: Tensor, weight: float) -> None:
     """
     p, q, down = _cut(n)
     right = rows.shape[1] - p
+    if n <= _WHOLE:
+        whole = rows.t() @ rows
+        folded[down : down + p].add_(whole[:p, :p].tril(), alpha=weight)
+        folded[down + p : down + p + right].add_(whole[p:, :p], alpha=weight)
+        folded[:right, p - q : p - q + right].add_(whole[p:, p:].triu(), alpha=weight)
+        return
     head, tail = rows[:, :p], rows[:, p:]
     folded[down + p : down + p + right].addmm_(tail.t(), head, alpha=weight)
     for start, end in _panels(p):

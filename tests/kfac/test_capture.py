@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.kfac import KFACPreconditioner
+from llm.kfac.capture import _CAPTURES
 from tests.kfac.models import Block, Mlp, data, linear, loss_sum
 
 
@@ -243,3 +245,32 @@ def test_compiled_when_by_the_ahead_of_time_compiler_then_has_the_same_numbers()
     assert same(kfac, reference, 1e-6)
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_preconditioner_when_nobody_holds_it_then_it_is_gone_and_captures_nothing_more() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    gc.collect()
+    before = len(_CAPTURES)
+    gc.disable()
+    try:
+        kfac = KFACPreconditioner(model)
+        model(torch.ones(2, 4)).sum().backward()
+        assert len(_CAPTURES) == before + 2
+        del kfac
+        assert len(_CAPTURES) == before
+        model(torch.ones(2, 4)).sum().backward()
+    finally:
+        gc.enable()
+
+
+def test_backward_when_it_comes_after_its_step_then_is_not_captured() -> None:
+    model = nn.Linear(4, 4)
+    kfac = KFACPreconditioner(model, factor_update_steps=10)
+    early, late = (model(torch.full((2, 4), value)).sum() for value in (1.0, 9.0))
+    early.backward()
+    kfac.step()
+    factor = kfac.state_dict()["/factor_a"]
+    late.backward()
+    kfac.step()
+    assert all(capture.rows == 0 for group in kfac._groups for capture in group.captures)
+    assert torch.equal(kfac.state_dict()["/factor_a"], factor)
