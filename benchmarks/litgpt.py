@@ -40,33 +40,10 @@ def run_litgpt(
         precision: as its option; None: what it chooses, which is bf16 also where a CPU only emulates that.
     """
     import torch
-    from lightning.fabric.loggers.logger import Logger
     from litgpt import pretrain
     from litgpt.args import EvalArgs, TrainArgs
-    from litgpt.data import DataModule
-    from torch.utils.data import DataLoader
 
-    class Records(Logger):
-        name, version = "gate", 0
-
-        def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-            gate.passed(metrics["loss"], also)
-
-        def log_hyperparams(self, *_: Any, **__: Any) -> None:
-            pass
-
-    class Blocks(DataModule):
-        def connect(self, *_: Any, **__: Any) -> None:
-            pass
-
-        def train_dataloader(self) -> Any:
-            blocks = torch.from_numpy(np.stack(list(setting.blocks())))
-            return DataLoader(blocks, batch_size=setting.micro_batch)
-
-        def val_dataloader(self) -> Any:
-            return DataLoader(torch.zeros(1, setting.block_size + 1, dtype=torch.int64))
-
-    pretrain.choose_logger = lambda *_, **__: Records()
+    pretrain.choose_logger = lambda *_, **__: _records(gate, also)
     precision = precision or pretrain.get_default_supported_precision(training=True)
     arithmetic = {"32": "fp32", "bf16": "bf16", "16": "fp16"}[precision.split("-")[0]]
     gate.facts |= {"arithmetic": arithmetic, "compiled": True, "threads": torch.get_num_threads()}
@@ -80,7 +57,7 @@ def run_litgpt(
             initial_checkpoint_dir=checkpoint,
             devices=1,
             precision=precision,
-            data=Blocks(),
+            data=_blocks(setting),
             train=TrainArgs(
                 save_interval=None,
                 global_batch_size=setting.micro_batch,
@@ -97,6 +74,42 @@ def run_litgpt(
                 "init_args": {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "betas": BETAS},
             },
         )
+
+
+def _records(gate: Gate, also: Callable[[], Mapping[str, Any]]) -> Any:
+    """A logger that gets the record of every update, behind which the gate stands."""
+    from lightning.fabric.loggers.logger import Logger
+
+    class Records(Logger):
+        name, version = "gate", 0
+
+        def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+            gate.passed(metrics["loss"], also)
+
+        def log_hyperparams(self, *_: Any, **__: Any) -> None:
+            pass
+
+    return Records()
+
+
+def _blocks(setting: Setting) -> Any:
+    """The setting's blocks as litgpt takes its data; one of zeros to validate, which it does once at the start."""
+    import torch
+    from litgpt.data import DataModule
+    from torch.utils.data import DataLoader
+
+    class Blocks(DataModule):
+        def connect(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def train_dataloader(self) -> Any:
+            blocks = torch.from_numpy(np.stack(list(setting.blocks())))
+            return DataLoader(blocks, batch_size=setting.micro_batch)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(torch.zeros(1, setting.block_size + 1, dtype=torch.int64))
+
+    return Blocks()
 
 
 def _write_checkpoint(folder: Path, start_dir: Path, block_size: int) -> Any:

@@ -67,9 +67,7 @@ def write_start(
     nanogpt_bias: bool = False,
     seed: int = 0,
 ) -> Setting:
-    """Writes what the programs start from.
-
-    The vocabulary is the same for all, and at 124M the padded one that nanoGPT has by itself.
+    """Writes what the programs start from; at 124M all have the padded vocabulary that nanoGPT has by itself.
 
     Args:
         folder: where; it is there, and empty.
@@ -86,9 +84,10 @@ def write_start(
     start_dir, data_dir = folder / "start", folder / "data"
     data_dir.mkdir()
     _write_model(start_dir, size, model_type, seed)
-    draw = np.random.default_rng(0)
     num_ids = num_updates * size.batch * size.block + 1
-    (draw.random(num_ids) ** _SKEW * size.vocabulary).astype(np.uint16).tofile(data_dir / "train.bin")
+    (np.random.default_rng(0).random(num_ids) ** _SKEW * size.vocabulary).astype(np.uint16).tofile(
+        data_dir / "train.bin"
+    )
     if nanogpt_dir is not None:
         write_checkpoint(
             nanogpt_dir,

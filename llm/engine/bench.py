@@ -22,7 +22,7 @@ from llm.engine.journal import start_journal, stop_journal
 from llm.engine.lines import quantity
 from llm.engine.machine import Machine, start_machine
 from llm.engine.measuring import Bench, Measurement, SyntheticBlocks, measured_flops
-from llm.engine.plan import check_training, choose_block_size, choose_seed, plan_run, plan_schedule
+from llm.engine.plan import Plan, check_training, choose_block_size, choose_seed, plan_run, plan_schedule
 from llm.engine.randomness import seed_weights
 from llm.engine.text import meet_the_hub, prepare_text
 from llm.models.build import context_limit, load_config, read_config
@@ -30,6 +30,7 @@ from llm.models.compilation import is_compiled
 from llm.models.flops import flops_per_token, peak_flops
 from llm.models.tokenizers import CHARACTERS, DEFAULT_VOCAB_SIZE, TRAINED, load_tokenizer
 from llm.world.network import come_online
+from llm.world.ranks import World
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +72,7 @@ def _bench(options: BenchOptions, machine: Machine) -> None:
     choose_block_size(options.data.block_size, limit, limit)
     check_training(options, num_ranks=world.size)
     config, tokenizer, samples = _samples(options, machine, limit)
-    has_an_end = options.training.max_train_steps is not None or samples.num_blocks is not None
-    training = options.training if has_an_end else options.training.model_copy(update={"max_train_steps": _ENDLESS})
-    plan = plan_run(training, samples, num_ranks=world.size, seed=choose_seed(options.training.seed))
-    log.info("%s", plan if has_an_end else f"updates: as of a run that does not end ({_ENDLESS:,})")
+    plan = _plan(options, samples, world)
     seed_weights(plan.seed)
     language_model = build_language_model(options, options.model, config, tokenizer, machine, plan)
     updater = build_updater(options, machine, language_model, plan_schedule(options, plan), plan)
@@ -109,6 +107,15 @@ def _bench(options: BenchOptions, machine: Machine) -> None:
         log.info("%s", runner.profile(Path(wanted.profile)))
     if wanted.json_file is not None and world.is_main:
         _write(wanted.json_file, facts | {"updates": [_record(each, facts) for each in found]})
+
+
+def _plan(options: BenchOptions, samples: Samples, world: World) -> Plan:
+    """That of the run, where its length is known."""
+    has_an_end = options.training.max_train_steps is not None or samples.num_blocks is not None
+    training = options.training if has_an_end else options.training.model_copy(update={"max_train_steps": _ENDLESS})
+    plan = plan_run(training, samples, num_ranks=world.size, seed=choose_seed(options.training.seed))
+    log.info("%s", plan if has_an_end else f"updates: as of a run that does not end ({_ENDLESS:,})")
+    return plan
 
 
 def _samples(
