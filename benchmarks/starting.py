@@ -84,10 +84,8 @@ def write_start(
     start_dir, data_dir = folder / "start", folder / "data"
     data_dir.mkdir()
     _write_model(start_dir, size, model_type, seed)
-    num_ids = num_updates * size.batch * size.block + 1
-    (np.random.default_rng(0).random(num_ids) ** _SKEW * size.vocabulary).astype(np.uint16).tofile(
-        data_dir / "train.bin"
-    )
+    shares = np.random.default_rng(0).random(num_updates * size.batch * size.block + 1) ** _SKEW
+    (shares * size.vocabulary).astype(np.uint16).tofile(data_dir / "train.bin")
     if nanogpt_dir is not None:
         write_checkpoint(
             nanogpt_dir,

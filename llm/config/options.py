@@ -88,7 +88,7 @@ class TrainingOptions(Group):
     seed: int | None = row(None, "seed of all randomness (default: drawn, and recorded)", ge=0, lt=2**63, metavar="N")
     mixed_precision: Literal["auto", "no", "bf16", "fp16", "fp8"] = row("auto", "arithmetic of the forward and backward pass: auto is what accelerate launch says, else the checkpoint's, else bf16 where the device multiplies it natively, else no (fp8 is refused)")
     use_cpu: bool = row(False, "use no accelerator")
-    torch_compile: bool | Literal["auto", "blocks", "cudagraphs", "max-autotune"] = row("auto", "compile the training (true), also as CUDA graphs (cudagraphs) or with kernels chosen by trying (max-autotune), each layer alone (blocks), or nothing (false); auto: true for runs of 2,000 updates or more on CUDA, of 10,000 on a CPU, up to 50 million parameters", metavar="auto|true|false|...")
+    torch_compile: bool | Literal["auto", "blocks", "cudagraphs", "max-autotune"] = row("auto", "compile the training (true), also as CUDA graphs (cudagraphs, without accumulation) or with kernels chosen by trying (max-autotune), each layer alone (blocks), or nothing (false); auto: true for runs of 2,000 updates or more on CUDA, of 10,000 on a CPU, up to 50 million parameters", metavar="auto|true|false|...")
     max_skipped_updates: int = row(3, "updates in a row with a gradient that is not finite that end the run; one alone is skipped", ge=1, metavar="N")
     max_time: float | str | None = row(None, f"save and stop that long after the start of the process: {FORMS}; a job's walltime is found by itself", metavar="TIME")
     full_determinism: bool = row(False, "only deterministic kernels, and no TF32: the same bits on every run of a CUDA device, slower")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -116,12 +116,12 @@ class Kfac:
         self, model: PreTrainedModel, options: KfacOptions, *, rate: Callable[[], float], accumulation: int
     ) -> None:
         self._options = options
-        self._kfac = _preconditioner(model, options, rate=rate, accumulation=accumulation)
+        heads = head_in_chunks(model)
+        self._kfac = _preconditioner(model, options, heads, rate=rate, accumulation=accumulation)
         self._parameters = list(model.parameters())
         self.rhythm = rhythm_of(options)
         # The user has not named it, and is told why.
         reason = "its loss is computed by chunks, without calling it"
-        heads = head_in_chunks(model)
         skipped = self._kfac.report().skipped
         self._uncalled = {name: reason for name in skipped if any(f"({head})" in skipped[name] for head in heads)}
         self._clock = Clock(model.device)
@@ -202,8 +202,9 @@ def kfac_bytes(config: PretrainedConfig, options: KfacOptions) -> tuple[int, int
         return 0, 0
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    heads = head_in_chunks(model)
     mine, whole = (
-        _preconditioner(model, options, rate=lambda: 0.0, accumulation=1, replicate=replicate).report()
+        _preconditioner(model, options, heads, rate=lambda: 0.0, accumulation=1, replicate=replicate).report()
         for replicate in (False, True)
     )
     if options.kfac_backend != "llm":  # its factors are not folded, and every rank keeps all
@@ -215,6 +216,7 @@ def kfac_bytes(config: PretrainedConfig, options: KfacOptions) -> tuple[int, int
 def _preconditioner(
     model: PreTrainedModel,
     options: KfacOptions,
+    uncalled: Sequence[str],
     *,
     rate: Callable[[], float],
     accumulation: int,
@@ -236,7 +238,7 @@ def _preconditioner(
             factor_decay=options.kfac_factor_decay,
             method=options.kfac_method,
             factor_tokens=options.kfac_factor_tokens,
-            skip_layers=[*(options.kfac_skip_layers or ()), *head_in_chunks(model)],
+            skip_layers=[*(options.kfac_skip_layers or ()), *uncalled],
             accumulation_steps=accumulation,
             strategy="replicate" if replicate else "owner",
             **given,

@@ -17,7 +17,7 @@ _PANEL = 128
 _WHOLE = 256
 
 TRIANGLE = 0.6
-"""The share of a whole product that `add_product` computes, about: one half, and the diagonal blocks."""
+"""The share of a whole product that `add_product` computes of a large matrix, about: a half, and the diagonal blocks."""
 
 
 def folded_shape(n: int) -> tuple[int, int]:
