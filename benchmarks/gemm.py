@@ -19,6 +19,8 @@ def measure_gemm(device_name: str, gate: Gate) -> None:
     from llm.engine.measuring import measured_flops
 
     device = torch.device(device_name)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as the trainer does
     quick = {dtype: _quick_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     native = quick[torch.bfloat16] > _NATIVE * quick[torch.float32]
     gate.facts |= {"bf16_is_native": native, "quick_flops": {str(key)[6:]: rate for key, rate in quick.items()}}

@@ -26,7 +26,7 @@ import json
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,9 @@ def main() -> None:
     options = _parser().parse_args()
     import torch
 
-    if options.rounds < 1:
-        sys.exit(f"--rounds {options.rounds}: at least 1")
+    for name in ("rounds", "batch"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            sys.exit(f"--{name} {given}: at least 1")
     if options.whole_updates and (options.whole_updates < 20 or options.whole_updates % 10):
         sys.exit(f"--whole_updates {options.whole_updates}: 20, 30, ...: its speed is taken between two records of ten")
     if unknown := [name for name in options.programs if name not in CHOICES]:
@@ -97,6 +98,8 @@ def main() -> None:
     if options.run_clm is not None:
         require_run_clm(options.run_clm)
     size = SIZES[options.size]
+    if options.batch is not None:
+        size = replace(size, batch=options.batch)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     num_updates = options.updates or size.updates * (_ON_CUDA if device == "cuda" else 1)
     num_planned = 1 + min(_NUM_WARM_UPS, num_updates) + options.rounds * num_updates
@@ -295,6 +298,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--litgpt", metavar="PYTHON", default=sys.executable, help="an interpreter with litgpt")
     parser.add_argument("--model_type", choices=("gpt2", "gpt_neox"), default="gpt2", help="(default: gpt2)")
     parser.add_argument("--size", choices=SIZES, default="4x128")
+    parser.add_argument(
+        "--batch", type=int, help="blocks of an update, which a GPU needs more of (default: the size's)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--updates", type=int, help="of each program in a round (default: by the size)")
     parser.add_argument("--whole_updates", type=int, help="of the whole trainer in a round (0: it is not measured)")

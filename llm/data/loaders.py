@@ -125,6 +125,7 @@ def evaluation_batches(
     rank: int,
     num_ranks: int,
     max_batches: int | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """This rank's batches of an evaluation, in the order of the text; the very last may be short.
 
@@ -134,13 +135,16 @@ def evaluation_batches(
         rank: this process; batch i is that of rank i % num_ranks.
         num_ranks: all processes.
         max_batches: batches over all ranks; the whole text when None.
+        pin_memory: whether to put batches, read ahead by a thread, where a CUDA device can fetch them itself.
     """
     num_batches = -(-len(blocks) // batch_size)
     if max_batches is not None:
         num_batches = min(num_batches, max_batches)
-    for number in range(rank, num_batches, num_ranks):
-        end = min((number + 1) * batch_size, len(blocks))
-        yield batch_of([blocks[index] for index in range(number * batch_size, end)])
+    batches = (
+        batch_of([blocks[index] for index in range(number * batch_size, min((number + 1) * batch_size, len(blocks)))])
+        for number in range(rank, num_batches, num_ranks)
+    )
+    return _in_background(batch.pin_memory() for batch in batches) if pin_memory else batches
 
 
 def _micro_batches(steps: range, micro_batch: int, slices: range, num_slices: int) -> Iterator[list[int]]:

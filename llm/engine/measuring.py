@@ -142,15 +142,18 @@ class Bench:
         forget_peak(world.device)
         for _ in range(num_warm_ups):
             self._update(next(batches))
-        seconds, data_seconds = [], 0.0
+        # On the device's time line: an update is given to it while it ends the one before, as in a run.
+        marks, data_seconds = [self._clock.mark()], 0.0
         cpu = time.process_time()
         for _ in range(num_updates):
             begin = time.perf_counter()
             micro_batches = next(batches)
             data_seconds += time.perf_counter() - begin
             self._update(micro_batches)
-            seconds.append(time.perf_counter() - begin)
+            marks.append(self._clock.mark())
+        self._clock.wait()
         cpu = time.process_time() - cpu
+        seconds = [self._clock.seconds(*pair) for pair in itertools.pairwise(marks)]
         return Measurement(
             micro_batch=micro_batch,
             tokens=micro_batch * accumulation * world.size * self._plan.block_size,
@@ -235,6 +238,7 @@ class Bench:
         """What K-FAC takes in the backward passes of one update that looks at the curvature."""
         with torch.profiler.profile() as profile:
             self._update(micro_batches)
+            self._clock.wait()
         on_cpu = self._machine.world.device.type == "cpu"
         looks = [event for event in profile.key_averages() if event.key == _LOOK]
         return sum(float(event.cpu_time_total if on_cpu else event.device_time_total) for event in looks) / 1e6
@@ -244,7 +248,6 @@ class Bench:
         scaler = self._machine.accelerator.scaler
         while True:
             report = self._updater.update(micro_batches, self._step)
-            self._clock.wait()
             self._step += 1
             if not report.skipped:
                 return
@@ -253,18 +256,16 @@ class Bench:
 
     def _communication(self, batches: Iterator[list[Batch]]) -> float:
         """Seconds of an update with the exchange, less those of one without, interleaved."""
-        found: tuple[list[float], list[float]] = ([], [])
+        marks = [self._clock.mark()]
         for _ in range(_NUM_MARKED):
-            for exchanged, seconds in zip((True, False), found, strict=True):
-                micro_batches = next(batches)
-                begin = time.perf_counter()
-                if exchanged:
-                    self._update(micro_batches)
-                else:
-                    with self._machine.accelerator.no_sync(self._updater.model):
-                        self._update(micro_batches)
-                seconds.append(time.perf_counter() - begin)
-        return statistics.median(found[0]) - statistics.median(found[1])
+            self._update(next(batches))
+            marks.append(self._clock.mark())
+            with self._machine.accelerator.no_sync(self._updater.model):
+                self._update(next(batches))
+            marks.append(self._clock.mark())
+        self._clock.wait()
+        seconds = [self._clock.seconds(*pair) for pair in itertools.pairwise(marks)]
+        return statistics.median(seconds[::2]) - statistics.median(seconds[1::2])
 
     def _batches(self, micro_batch: int, accumulation: int, num_steps: int) -> Iterator[list[Batch]]:
         world = self._machine.world

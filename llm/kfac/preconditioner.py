@@ -256,7 +256,7 @@ class KFACPreconditioner:
         """Sums what all ranks captured at the owners, who blend it in."""
         # A rank alone may have had nothing to do; that none had is known to all, or some would wait for ever.
         has_rows = any(capture.rows for group in self._groups for capture in group.captures)
-        seen = torch.tensor(float(has_rows), device=self._device)
+        seen = torch.full((), float(has_rows), device=self._device)
         self._ranks.sum_to(seen, None)
         if not has_rows and not seen.item():
             raise RuntimeError(

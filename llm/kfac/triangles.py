@@ -13,11 +13,11 @@ from torch import Tensor
 # Rows of a triangle computed at once: what is on the other side of its diagonal is mostly left out.
 _PANEL = 128
 
-# Up to here one product of all is faster than its parts.
+# Up to here one product of all is faster than its parts; on an accelerator, which panels do not fill, always.
 _WHOLE = 256
 
 TRIANGLE = 0.6
-"""The share of a whole product that `add_product` computes of a large matrix, about: a half, and the diagonal blocks."""
+"""The share of a whole product that `add_product` computes of a large matrix: a half, and the diagonal blocks."""
 
 
 def folded_shape(n: int) -> tuple[int, int]:
@@ -58,7 +58,7 @@ def add_product(folded: Tensor, n: int, rows: Tensor, weight: float) -> None:
     """
     p, q, down = _cut(n)
     right = rows.shape[1] - p
-    if n <= _WHOLE:
+    if n <= _WHOLE or rows.device.type != "cpu":
         whole = rows.t() @ rows
         folded[down : down + p].add_(whole[:p, :p].tril(), alpha=weight)
         folded[down + p : down + p + right].add_(whole[p:, :p], alpha=weight)

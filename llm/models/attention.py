@@ -115,10 +115,14 @@ def _is_faster_by_rows(query: Tensor, dropout: float) -> bool:
 
     On a CPU in fp32 it does not without dropout (6 x 384: 138 against 184 ms at 256 tokens, 373 and 363 at 1,024). With
     dropout SDPA has no fused kernel there (4 x 128: 142 against 90 ms at 256, 6 x 384: 189 against 234). In bf16 it
-    was not measured: `python -m benchmarks.attention --dtype bfloat16`. CUDA was not measured either: SDPA takes its
-    own FlashAttention where there is no mask, and another one is a matter of `--attn_implementation`.
+    does at 256 tokens, but it keeps the weights of all positions, which longer blocks have no room for: with it an
+    update of 4 x 1,024 tokens of GPT-2 124M takes 5.7 GiB instead of 3.5 (`python -m benchmarks.memory`). CUDA was not
+    measured: SDPA takes its own FlashAttention where there is no mask, and another one is a matter of
+    `--attn_implementation`.
     """
-    return query.device.type == "cpu" and (dropout > 0 or query.dtype != torch.float32)
+    if query.device.type != "cpu":
+        return False
+    return dropout > 0 or (query.dtype != torch.float32 and query.shape[2] <= _ROWS)
 
 
 def by_rows(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:

@@ -11,34 +11,35 @@ from transformers import PreTrainedModel
 
 _HALF = (torch.bfloat16, torch.float16)
 
-# Dense peaks of one device in 1e12 FLOP/s: (bf16 and fp16, fp32 without TF32); the first match
+# Dense peaks of one device in 1e12 FLOP/s: (bf16 and fp16, fp32 as TF32, fp32); the first match
 # counts. Source: the makers' data sheets and architecture papers, without sparsity; AMD's MI200
 # cards show themselves as two devices, so half a card stands here, and its fp32 is that of the
 # matrix units.
-_PEAKS: tuple[tuple[str, float, float], ...] = (
-    (r"\bB200\b", 2250.0, 75.0),
-    (r"\bGH200\b|\bH200\b", 989.0, 67.0),
-    (r"\bH100\b.*PCIe", 756.0, 51.0),
-    (r"\bH100\b.*NVL", 835.0, 60.0),
-    (r"\bH100\b", 989.0, 67.0),
-    (r"\bA100\b", 312.0, 19.5),
-    (r"\bA40\b", 149.7, 37.4),
-    (r"\bA30\b", 165.0, 10.3),
-    (r"\bA10\b", 125.0, 31.2),
-    (r"\bL40S\b", 362.0, 91.6),
-    (r"\bL40\b", 181.0, 90.5),
-    (r"\bL4\b", 121.0, 30.3),
-    (r"\bV100\b.*PCIE", 112.0, 14.0),
-    (r"\bV100\b", 125.0, 15.7),
-    (r"\bT4\b", 65.0, 8.1),
-    (r"\bRTX A6000\b", 154.8, 38.7),
-    (r"\bRTX 3090\b", 71.0, 35.6),
-    (r"\bRTX 4090\b", 165.2, 82.6),
-    (r"\bRTX 5090\b", 209.5, 104.8),
-    (r"\bMI300X\b", 1307.4, 163.4),
-    (r"\bMI250X\b", 191.5, 47.9),
-    (r"\bMI250\b|\bMI210\b", 181.0, 45.3),
-    (r"\bMI100\b", 184.6, 46.1),
+_PEAKS: tuple[tuple[str, float, float, float], ...] = (
+    (r"\bB200\b", 2250.0, 1125.0, 75.0),
+    (r"\bH200\b.*NVL", 835.0, 417.5, 60.0),
+    (r"\bGH200\b|\bH200\b", 989.0, 494.7, 67.0),
+    (r"\bH100\b.*PCIe", 756.0, 378.0, 51.0),
+    (r"\bH100\b.*NVL", 835.0, 417.5, 60.0),
+    (r"\bH100\b", 989.0, 494.7, 67.0),
+    (r"\bA100\b", 312.0, 156.0, 19.5),
+    (r"\bA40\b", 149.7, 74.8, 37.4),
+    (r"\bA30\b", 165.0, 82.0, 10.3),
+    (r"\bA10\b", 125.0, 62.5, 31.2),
+    (r"\bL40S\b", 362.0, 183.0, 91.6),
+    (r"\bL40\b", 181.0, 90.5, 90.5),
+    (r"\bL4\b", 121.0, 60.0, 30.3),
+    (r"\bV100\b.*PCIE", 112.0, 14.0, 14.0),
+    (r"\bV100\b", 125.0, 15.7, 15.7),
+    (r"\bT4\b", 65.0, 8.1, 8.1),
+    (r"\bRTX A6000\b", 154.8, 77.4, 38.7),
+    (r"\bRTX 3090\b", 71.0, 35.6, 35.6),
+    (r"\bRTX 4090\b", 165.2, 82.6, 82.6),
+    (r"\bRTX 5090\b", 209.5, 104.8, 104.8),
+    (r"\bMI300X\b", 1307.4, 163.4, 163.4),
+    (r"\bMI250X\b", 191.5, 47.9, 47.9),
+    (r"\bMI250\b|\bMI210\b", 181.0, 45.3, 45.3),
+    (r"\bMI100\b", 184.6, 46.1, 46.1),
 )
 
 
@@ -69,17 +70,21 @@ def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak of a CUDA or ROCm device in FLOP/s for products in `dtype`; None when unknown."""
+    """Dense peak of a CUDA or ROCm device in FLOP/s for products in `dtype`; None when unknown.
+
+    Of float32 that of TF32, where torch may take it: `torch.set_float32_matmul_precision`.
+    """
     if device.type != "cuda":
         return None
-    return peak_of_name(torch.cuda.get_device_name(device), dtype)
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return peak_of_name(torch.cuda.get_device_name(device), dtype, tf32=tf32)
 
 
-def peak_of_name(name: str, dtype: torch.dtype) -> float | None:
-    """`peak_flops` of a device's name, such as ``NVIDIA A100-SXM4-40GB``."""
-    for pattern, half, single in _PEAKS:
+def peak_of_name(name: str, dtype: torch.dtype, *, tf32: bool) -> float | None:
+    """`peak_flops` of a device's name, such as ``NVIDIA A100-SXM4-40GB``; `tf32` is about float32 alone."""
+    for pattern, half, short, single in _PEAKS:
         if re.search(pattern, name, re.IGNORECASE):
             if dtype in _HALF:
                 return half * 1e12
-            return single * 1e12 if dtype == torch.float32 else None
+            return (short if tf32 else single) * 1e12 if dtype == torch.float32 else None
     return None

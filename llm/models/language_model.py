@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ __all__ = ["IGNORED", "LanguageModel", "forward_apart", "uses_flash"]
 log = logging.getLogger(__name__)
 
 _SEARCH = "find_packed_sequence_indices"
+_WARNING = "warn_if_padding_and_no_attention_mask"
 
 _Loss = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -126,26 +127,23 @@ def uses_flash(model: Any) -> bool:
     return "flash" in (model.config._attn_implementation or "")
 
 
-def told_apart(positions: Tensor | None) -> AbstractContextManager[None]:
-    """Tells transformers which tokens of a row belong together: all of them, without positions.
-
-    Without an attention mask it looks for rows whose positions start anew, and reads from the device
-    in every forward pass whether there are any: the processor would wait once a micro-batch, and a
-    compiled model would build a mask for each block.
-    """
-    if not hasattr(masking_utils, _SEARCH):
-        return nullcontext()
-    return _replaced(_one_text if positions is None else _by_starts)
-
-
 @contextmanager
-def _replaced(search: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    before = getattr(masking_utils, _SEARCH)
-    setattr(masking_utils, _SEARCH, search)
-    try:
+def told_apart(positions: Tensor | None) -> Iterator[None]:
+    """Tells transformers which tokens of a row belong together (all, without positions), and that none is padding.
+
+    Without an attention mask it looks for rows whose positions start anew, and for the padding token at the rows' ends,
+    and reads from the device in every forward pass whether there are any: the processor would wait once a micro-batch,
+    and a compiled model would build a mask for each block.
+    """
+    with ExitStack() as stack:
+        for owner, name, stand_in in (
+            (masking_utils, _SEARCH, _one_text if positions is None else _by_starts),
+            (PreTrainedModel, _WARNING, _no_padding),
+        ):
+            if (before := getattr(owner, name, None)) is not None:
+                setattr(owner, name, stand_in)
+                stack.callback(setattr, owner, name, before)
         yield
-    finally:
-        setattr(masking_utils, _SEARCH, before)
 
 
 # Functions of the module, not made for each call: a compiled model is compiled anew where it meets another one.
@@ -155,3 +153,7 @@ def _one_text(positions: Tensor) -> None:
 
 def _by_starts(positions: Tensor) -> Tensor:
     return (positions == 0).cumsum(-1)
+
+
+def _no_padding(model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    return

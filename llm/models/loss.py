@@ -102,13 +102,13 @@ def _sweep(
         aims = targets[begin:end].clamp_min(0)[:, None]
         logits = torch.mm(rows, head.t()) if added is None else torch.addmm(added, rows, head.t())
         logits[:, vocabulary:] = float("-inf")
-        logits = logits.log_softmax(-1, dtype=torch.float32)
+        logits = logits.float().log_softmax(-1)
         loss = loss - torch.where(counts, logits.gather(1, aims), 0).sum()
         if not any(wanted):
             continue
-        slope = logits.exp_().scatter_add_(1, aims, torch.full_like(counts, -1, dtype=torch.float32))
+        slope = _slope(logits, aims)
         if of_bias is not None:
-            of_bias += torch.mv(slope[:, :vocabulary].t(), counts[:, 0].float())
+            of_bias += torch.where(counts, slope[:, :vocabulary], 0).sum(0)
         slope = slope.to(head.dtype)
         # Rows without a target are taken out where they are narrow.
         if of_hidden is not None:
@@ -130,6 +130,16 @@ def _cast(weight: Tensor, bias: Tensor | None, half: torch.dtype | None) -> tupl
     return head, None if bias is None else F.pad(bias.to(half), (0, padding))
 
 
+def _slope(log_shares: Tensor, aims: Tensor) -> Tensor:
+    """The gradient of the logits, in the logarithms' place if it can be: shares, less one at the aims."""
+    if torch.compiler.is_compiling():  # which makes one kernel of it and what follows, but not of a scatter
+        columns = torch.arange(log_shares.shape[1], device=log_shares.device)
+        return log_shares.exp() - (columns == aims).float()
+    return log_shares.exp_().scatter_add_(1, aims, torch.full_like(aims, -1, dtype=torch.float32))
+
+
+# One operator to a compiler: it would keep the products of all chunks, to add them at once.
+@torch.library.custom_op("llm::add_product", mutates_args=("total",))
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds a product to a float32 matrix in place; of the left factor no number is larger than 1."""
     if left.dtype == total.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,18 +125,24 @@ def test_in_background_when_reading_fails_then_the_error_is_raised_in_its_place(
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize(("max_batches", "num_read"), [(None, 21), (3, 12), (99, 21)])
+@pytest.mark.parametrize("pin_memory", [False, True])
 def test_evaluation_batches_when_on_ranks_then_each_block_once(
-    num_ranks: int, max_batches: int | None, num_read: int
+    num_ranks: int, max_batches: int | None, num_read: int, pin_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    num_pinned = 0
+
+    def pin(batch: Batch) -> Batch:
+        nonlocal num_pinned
+        num_pinned += 1
+        return batch
+
+    monkeypatch.setattr(Batch, "pin_memory", pin)
+    words: dict[str, Any] = {"batch_size": 4, "max_batches": max_batches, "pin_memory": pin_memory}
     ranks = [
-        [
-            _numbers(batch)
-            for batch in evaluation_batches(
-                BLOCKS, batch_size=4, rank=rank, num_ranks=num_ranks, max_batches=max_batches
-            )
-        ]
+        [_numbers(batch) for batch in evaluation_batches(BLOCKS, rank=rank, num_ranks=num_ranks, **words)]
         for rank in range(num_ranks)
     ]
+    assert num_pinned == (sum(map(len, ranks)) if pin_memory else 0)
     dealt = [ranks[i % num_ranks][i // num_ranks] for i in range(-(-num_read // 4))]
     assert [number for batch in dealt for number in batch] == list(range(num_read))
     assert sum(map(len, ranks)) == len(dealt)

@@ -74,6 +74,22 @@ def test_by_rows_when_in_bf16_then_is_within_rounding_of_float32() -> None:
     assert 0 < float((found - exact).abs().max()) < 3e-2
 
 
+@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 128), (torch.bfloat16, 1024), (torch.float16, 1024)])
+def test_causal_attention_when_blocks_are_long_or_float32_then_no_weights_are_kept(
+    dtype: torch.dtype, length: int
+) -> None:
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        causal_attention(torch.nn.Module(), *heads(length, dtype), None)
+    assert kept
+    assert max(kept) < length**2
+
+
 def test_by_rows_when_there_is_dropout_then_a_share_of_the_weights_is_dropped() -> None:
     # Values that are the unit vectors show the weights themselves.
     query, key, value = torch.zeros(1, 1, 400, 8), torch.zeros(1, 1, 400, 8), torch.eye(400)[None, None]

@@ -40,25 +40,29 @@ def test_flops_when_head_is_not_tied_then_table_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "half", "single"),
+    ("name", "half", "short", "single"),
     [
-        ("NVIDIA A100-SXM4-40GB", 312e12, 19.5e12),
-        ("NVIDIA A10", 125e12, 31.2e12),
-        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
-        ("NVIDIA H100 PCIe", 756e12, 51e12),
-        ("NVIDIA H200", 989e12, 67e12),
-        ("Tesla V100-SXM2-16GB", 125e12, 15.7e12),
-        ("NVIDIA L4", 121e12, 30.3e12),
-        ("NVIDIA L40S", 362e12, 91.6e12),
-        ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12),
-        ("AMD Instinct MI250X", 191.5e12, 47.9e12),
-        ("NVIDIA A10G", None, None),
-        ("Some Device", None, None),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 156e12, 19.5e12),
+        ("NVIDIA A10", 125e12, 62.5e12, 31.2e12),
+        ("NVIDIA H100 80GB HBM3", 989e12, 494.7e12, 67e12),
+        ("NVIDIA H100 PCIe", 756e12, 378e12, 51e12),
+        ("NVIDIA H200", 989e12, 494.7e12, 67e12),
+        ("NVIDIA H200 NVL", 835e12, 417.5e12, 60e12),
+        ("Tesla V100-SXM2-16GB", 125e12, 15.7e12, 15.7e12),
+        ("NVIDIA L4", 121e12, 60e12, 30.3e12),
+        ("NVIDIA L40S", 362e12, 183e12, 91.6e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12, 82.6e12),
+        ("AMD Instinct MI250X", 191.5e12, 47.9e12, 47.9e12),
+        ("NVIDIA A10G", None, None, None),
+        ("Some Device", None, None, None),
     ],
 )
-def test_peak_when_device_is_known_then_is_its_data_sheets(name: str, half: float | None, single: float | None) -> None:
-    assert peak_of_name(name, torch.bfloat16) == half
-    assert peak_of_name(name, torch.float32) == single
+def test_peak_when_device_is_known_then_is_its_data_sheets(
+    name: str, half: float | None, short: float | None, single: float | None
+) -> None:
+    for tf32, of_float32 in ((True, short), (False, single)):
+        assert peak_of_name(name, torch.bfloat16, tf32=tf32) == half
+        assert peak_of_name(name, torch.float32, tf32=tf32) == of_float32
 
 
 def test_peak_when_cpu_then_is_unknown() -> None:

@@ -75,12 +75,12 @@ def test_forward_when_running_then_never_reads_the_device(model_type: str, monke
     config = AutoConfig.for_model(
         model_type, vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
         num_attention_heads=2, attention_types=[[["global", "local"], 1]],
-        bos_token_id=0, eos_token_id=0,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     model = LanguageModel(AutoModelForCausalLM.from_config(config))
     ids = torch.randint(0, 50, (3, 8))
     expected, _ = model.eval()(ids, ids)
-    search = masking_utils.find_packed_sequence_indices
+    search, warn = masking_utils.find_packed_sequence_indices, PreTrainedModel.warn_if_padding_and_no_attention_mask
 
     def read(tensor: torch.Tensor) -> bool:
         raise AssertionError("the device was read")
@@ -93,6 +93,7 @@ def test_forward_when_running_then_never_reads_the_device(model_type: str, monke
     assert torch.equal(found, expected)
     assert torch.allclose(found, F.cross_entropy(logits, ids.flatten(), reduction="sum"))
     assert masking_utils.find_packed_sequence_indices is search
+    assert PreTrainedModel.warn_if_padding_and_no_attention_mask is warn
 
 
 def test_forward_when_compiled_then_is_one_graph_with_the_same_loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.loss import allocated
 from llm.models import loss
 from llm.models.language_model import LanguageModel
 from llm.models.loss import chunked_loss, loss_of_logits
@@ -220,6 +222,30 @@ def test_forward_when_compiled_then_chunks_give_the_same_gradients() -> None:
         model(ids, ids)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert difference(*gradients) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_chunked_loss_when_compiled_then_products_of_chunks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, width, vocabulary, num_chunks = 128, 256, 2048, 8
+    monkeypatch.setattr(loss, "_CHUNK_BYTES", rows // num_chunks * vocabulary * 4)
+    hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
+    targets = torch.randint(vocabulary, (rows,))
+    compiled = torch.compile(chunked_loss, dynamic=False)
+
+    def run() -> Tensor:
+        weight.grad = hidden.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            compiled(hidden, weight, None, targets).backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    found = run()
+    # The sum and its double where it is scaled, in float32; the head and one product, in bf16.
+    most = allocated(run)
+    assert most * 1e6 < 3 * weight.nbytes + rows * vocabulary * 4
+    with torch.compiler.set_stance("force_eager"):
+        assert difference(run(), found) < 1e-2
 
 
 def test_chunked_loss_when_a_token_is_frequent_then_its_fp16_gradient_stays_finite(
