@@ -1,8 +1,8 @@
 """The most memory of an update, computed without computing the update: `python -m benchmarks.memory --json OUT`.
 
 GPT-2 124M with 4 x 1,024 tokens, by torch's fake tensors, which have shapes and no numbers, so that arithmetic costs
-nothing: neither a large machine nor one that multiplies bf16 is needed. `benchmarks.throughput` measures the same of
-real processes, which hold programs, an allocator's pieces and a GEMM's room besides.
+nothing: neither a large machine nor one that multiplies bf16 is needed, and about a minute. `benchmarks.throughput`
+measures the same of real processes, which hold programs, an allocator's pieces and a GEMM's room besides.
 
 plain   transformers' GPT2LMHeadModel with its own loss, as run_clm's loop calls it
 ours    what the trainer makes of it, not compiled

@@ -7,8 +7,8 @@ ours             the update as the trainer makes it in a long run, with what it 
 ours_eager       the same with --torch_compile false, as in a short run
 ours_fp32        as ours, with --mixed_precision no
 ours_kfac        as ours_eager, with --kfac; ours_kfac_inverse, ours_kfac_spread
-nanogpt          nanoGPT's own train.py as it is, at its defaults but for sizes and hyperparameters, and for a line an
-                 update, which on an accelerator waits for the loss; as shipped it writes one in ten
+nanogpt          nanoGPT's own train.py as it is, at its defaults but for sizes and hyperparameters; a line an
+                 update, which on an accelerator waits for the loss, is one of them (its configurations: one in ten)
 nanogpt_bf16     the same with bf16 autocast, which it leaves unused on a CPU
 nanogpt_compile  as nanogpt, compiled also where its README says --compile=False (a CPU)
 run_clm          transformers' run_clm_no_trainer.py: the step of its loop, from a `datasets` table, with Accelerate

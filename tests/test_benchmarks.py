@@ -233,6 +233,7 @@ def test_optimizers_when_run_then_tunes_compares_and_makes_no_run_twice(
     assert json.loads(file.read_text())["ways"] == found["ways"]
 
 
+@pytest.mark.slow
 def test_memory_when_computed_then_fits_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "memory.json"
     monkeypatch.setattr(sys, "argv", ["memory", "--size", "2x32", "--json", str(file)])

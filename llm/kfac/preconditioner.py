@@ -20,7 +20,7 @@ from llm.kfac.layers import Layer, device_of, find_layers
 from llm.kfac.ranks import Ranks, assign, delays
 from llm.kfac.report import Report
 from llm.kfac.schedule import Number, is_due, is_refresh_due, steady_value, value_at
-from llm.kfac.triangles import TRIANGLE
+from llm.kfac.triangles import share_of_product
 
 
 class KFACPreconditioner:
@@ -202,7 +202,7 @@ class KFACPreconditioner:
             factor_bytes=sum(group.num_bytes(factors=True) for group in mine),
             inverse_bytes=sum(group.num_bytes(factors=False) for group in mine),
             capture_bytes=sum(n * (n + 1) // 2 for n in sides) * self._factor_dtype.itemsize,
-            capture_flops=2 * TRIANGLE * sum(n * n for n in sides),
+            capture_flops=2 * share_of_product(self._device) * sum(n * n for n in sides),
             refresh_flops=self._curvature.flops_of_refresh * cubes,
             step_flops=2 * self._curvature.products * products,
             model_flops=6 * self._num_parameters,

@@ -13,11 +13,12 @@ from torch import Tensor
 # Rows of a triangle computed at once: what is on the other side of its diagonal is mostly left out.
 _PANEL = 128
 
-# Up to here one product of all is faster than its parts; on an accelerator, which panels do not fill, always.
+# Up to here one product of all is faster than its parts on a CPU; an accelerator, which was not measured, has more
+# units than panels would fill.
 _WHOLE = 256
 
-TRIANGLE = 0.6
-"""The share of a whole product that `add_product` computes of a large matrix: a half, and the diagonal blocks."""
+# Of a whole product of a large matrix: a half, and the diagonal blocks.
+_SHARE = 0.6
 
 
 def folded_shape(n: int) -> tuple[int, int]:
@@ -58,7 +59,7 @@ def add_product(folded: Tensor, n: int, rows: Tensor, weight: float) -> None:
     """
     p, q, down = _cut(n)
     right = rows.shape[1] - p
-    if n <= _WHOLE or rows.device.type != "cpu":
+    if n <= _WHOLE or share_of_product(rows.device) == 1:
         whole = rows.t() @ rows
         folded[down : down + p].add_(whole[:p, :p].tril(), alpha=weight)
         folded[down + p : down + p + right].add_(whole[p:, :p], alpha=weight)
@@ -75,6 +76,11 @@ def add_product(folded: Tensor, n: int, rows: Tensor, weight: float) -> None:
         panel = tail[:, start:end].t()
         turned[start:end, end:].addmm_(panel, tail[:, end:], alpha=weight)
         turned[start:end, start:end].add_((panel @ tail[:, start:end]).triu(), alpha=weight)
+
+
+def share_of_product(device: torch.device) -> float:
+    """The share of a whole product that `add_product` computes of a large matrix there; of meta that of a CPU."""
+    return _SHARE if device.type in ("cpu", "meta") else 1.0
 
 
 def add_to_last_row(folded: Tensor, n: int, row: Tensor, corner: float) -> None:

@@ -11,12 +11,17 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llm.world.arithmetic import multiplies_bf16
+
 # Never written to a file: a configuration keeps its attention to itself.
 NAME = "llm_causal"
 
 # Queries that are computed at once where no kernel of torch does all of it: each part sees the keys up to its end,
 # so that of long blocks half the products are left out.
 _ROWS = 256
+
+# Of the processor; a compiler could not follow the question.
+_HAS_BF16 = multiplies_bf16(torch.device("cpu"))
 
 
 def use_causal_attention(model: PreTrainedModel) -> bool:
@@ -114,15 +119,16 @@ def _is_faster_by_rows(query: Tensor, dropout: float) -> bool:
     """Whether `by_rows` beats torch's SDPA.
 
     On a CPU in fp32 it does not without dropout (6 x 384: 138 against 184 ms at 256 tokens, 373 and 363 at 1,024). With
-    dropout SDPA has no fused kernel there (4 x 128: 142 against 90 ms at 256, 6 x 384: 189 against 234). In bf16 it
-    does at 256 tokens, but it keeps the weights of all positions, which longer blocks have no room for: with it an
-    update of 4 x 1,024 tokens of GPT-2 124M takes 5.7 GiB instead of 3.5 (`python -m benchmarks.memory`). CUDA was not
-    measured: SDPA takes its own FlashAttention where there is no mask, and another one is a matter of
-    `--attn_implementation`.
+    dropout SDPA has no fused kernel there (4 x 128: 142 against 90 ms at 256, 6 x 384: 189 against 234). Where bf16 is
+    emulated it does not either (79 against 195 ms of 512 tokens at 256); where it is native SDPA was the slower one at
+    256. But it keeps the weights of all positions, and longer blocks have no room for them: with it an update of
+    4 x 1,024 tokens of GPT-2 124M takes 5.7 GiB instead of 3.5 (`python -m benchmarks.memory`). CUDA was not measured:
+    SDPA takes its own FlashAttention where there is no mask, and another one is a matter of `--attn_implementation`.
     """
     if query.device.type != "cpu":
         return False
-    return dropout > 0 or (query.dtype != torch.float32 and query.shape[2] <= _ROWS)
+    is_native = query.dtype == torch.bfloat16 and _HAS_BF16
+    return dropout > 0 or (is_native and query.shape[2] <= _ROWS)
 
 
 def by_rows(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:

@@ -102,13 +102,13 @@ def _sweep(
         aims = targets[begin:end].clamp_min(0)[:, None]
         logits = torch.mm(rows, head.t()) if added is None else torch.addmm(added, rows, head.t())
         logits[:, vocabulary:] = float("-inf")
-        logits = logits.float().log_softmax(-1)
+        logits = logits.log_softmax(-1, dtype=torch.float32)
         loss = loss - torch.where(counts, logits.gather(1, aims), 0).sum()
         if not any(wanted):
             continue
         slope = _slope(logits, aims)
         if of_bias is not None:
-            of_bias += torch.where(counts, slope[:, :vocabulary], 0).sum(0)
+            of_bias += torch.mv(slope[:, :vocabulary].t(), counts[:, 0].float())
         slope = slope.to(head.dtype)
         # Rows without a target are taken out where they are narrow.
         if of_hidden is not None:

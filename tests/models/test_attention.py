@@ -74,10 +74,20 @@ def test_by_rows_when_in_bf16_then_is_within_rounding_of_float32() -> None:
     assert 0 < float((found - exact).abs().max()) < 3e-2
 
 
-@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 128), (torch.bfloat16, 1024), (torch.float16, 1024)])
-def test_causal_attention_when_blocks_are_long_or_float32_then_no_weights_are_kept(
-    dtype: torch.dtype, length: int
+@pytest.mark.parametrize(
+    ("dtype", "length", "is_native", "keeps"),
+    [
+        (torch.float32, 128, True, False),
+        (torch.float16, 128, True, False),
+        (torch.bfloat16, 128, False, False),
+        (torch.bfloat16, 128, True, True),
+        (torch.bfloat16, 1024, True, False),
+    ],
+)
+def test_causal_attention_when_in_bf16_then_keeps_the_weights_of_short_blocks_where_that_is_native(
+    dtype: torch.dtype, length: int, is_native: bool, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attention, "_HAS_BF16", is_native)
     kept: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -87,7 +97,7 @@ def test_causal_attention_when_blocks_are_long_or_float32_then_no_weights_are_ke
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         causal_attention(torch.nn.Module(), *heads(length, dtype), None)
     assert kept
-    assert max(kept) < length**2
+    assert (max(kept) >= length**2) == keeps
 
 
 def test_by_rows_when_there_is_dropout_then_a_share_of_the_weights_is_dropped() -> None:
