@@ -120,10 +120,11 @@ def _is_faster_by_rows(query: Tensor, dropout: float) -> bool:
 
     On a CPU in fp32 it does not without dropout (6 x 384: 138 against 184 ms at 256 tokens, 373 and 363 at 1,024). With
     dropout SDPA has no fused kernel there (4 x 128: 142 against 90 ms at 256, 6 x 384: 189 against 234). Where bf16 is
-    emulated it does not either (79 against 195 ms of 512 tokens at 256); where it is native SDPA was the slower one at
-    256. But it keeps the weights of all positions, and longer blocks have no room for them: with it an update of
-    4 x 1,024 tokens of GPT-2 124M takes 5.7 GiB instead of 3.5 (`python -m benchmarks.memory`). CUDA was not measured:
-    SDPA takes its own FlashAttention where there is no mask, and another one is a matter of `--attn_implementation`.
+    emulated it does not either (79 against 195 ms of 512 tokens at 256); where it is native, plain products are said to
+    be faster at 256, which was not measured here. `by_rows` keeps the weights of all positions, and longer blocks
+    have no room for them: with it an update of 4 x 1,024 tokens of GPT-2 124M takes 5.7 GiB instead of 3.5 (computed:
+    `python -m benchmarks.memory`). CUDA was not measured: SDPA takes its own FlashAttention where there is no mask, and
+    another one is a matter of `--attn_implementation`.
     """
     if query.device.type != "cpu":
         return False
