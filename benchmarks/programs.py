@@ -5,6 +5,8 @@ rate, without dropout. FILE holds the `Setting` as JSON.
 
 ours             the update as the trainer makes it in a long run, with what it chooses for this machine (`compiled`)
 ours_eager       the same with --torch_compile false, as in a short run
+ours_whole       `python -m llm.trainers.gpt` itself, to which ours is the bare update: its own reading of the ids,
+                 which it shuffles, a record every ten updates, TensorBoard and all; neither evaluation nor checkpoints
 ours_fp32        as ours, with --mixed_precision no
 ours_kfac        as ours_eager, with --kfac; ours_kfac_inverse, ours_kfac_spread
 nanogpt          nanoGPT's own train.py as it is, at its defaults but for sizes and hyperparameters; a line an
@@ -112,6 +114,32 @@ def run_ours(setting: Setting, gate: Gate, *words: str) -> None:
     }
     for step, micro_batches in enumerate(batches):
         gate.passed(updater.update(micro_batches, step).loss, _peak)
+
+
+def run_ours_whole(setting: Setting, gate: Gate) -> None:
+    """The trainer's command, with one more thing that happens after each update: the gate."""
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from llm.engine import run
+    from llm.engine.due import every
+    from llm.engine.loop import Event, run_updates
+    from llm.trainers.gpt import main
+
+    def gated(updater: Any, batches: Any, progress: Any, events: Any, **more: Any) -> bool:
+        precision = AcceleratorState().mixed_precision
+        gate.facts |= {"arithmetic": "fp32" if precision == "no" else precision, "threads": torch.get_num_threads()}
+        passed = Event(every(1), lambda report: gate.passed(report.loss, _peak))
+        return run_updates(updater, batches, progress, [*events, passed], **more)
+
+    run.run_updates = gated
+    with tempfile.TemporaryDirectory() as name:
+        words = [
+            *(*trainer_words(setting), "--train_dir", setting.data_dir, "--tokenizer_name", setting.start_dir),
+            *("--validation_split_percentage", "0", "--save_minutes", "0", "--max_train_steps", "1000000"),
+            *("--output_dir", name),
+        ]
+        main(words)
 
 
 def trainer_words(setting: Setting) -> list[str]:
@@ -271,6 +299,7 @@ _KFAC = (*_EAGER, "--kfac", *_KFAC_INTERVALS)
 PROGRAMS: dict[str, Callable[[Setting, Gate], None]] = {
     "ours": run_ours,
     "ours_eager": lambda setting, gate: run_ours(setting, gate, *_EAGER),
+    "ours_whole": run_ours_whole,
     "ours_fp32": lambda setting, gate: run_ours(setting, gate, "--mixed_precision", "no"),
     "ours_kfac": lambda setting, gate: run_ours(setting, gate, *_KFAC),
     "ours_kfac_inverse": lambda setting, gate: run_ours(setting, gate, *_KFAC, "--kfac_method", "inverse"),

@@ -43,7 +43,6 @@ class Size:
         batch: blocks of an update.
         vocabulary: ids of the model.
         updates: of each program in a round.
-        whole: updates of the whole trainer in a round; 0 where it is not measured.
     """
 
     layers: int
@@ -53,7 +52,6 @@ class Size:
     batch: int
     vocabulary: int
     updates: int
-    whole: int
 
 
 def write_start(

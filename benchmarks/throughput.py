@@ -15,8 +15,8 @@ peak_bytes         the highest memory during a round: the device's, or the proce
 first_loss         of the first update: within 1e-4 of each other in fp32, or the programs do not do the same
 last_loss          of the last timed update, which stays close
 same_by_same       ours by ours once more, another process: farther than 3 % from 1, no claim can be made
-whole_by_bare      tokens/s of `python -m llm.trainers.gpt` (its records, TensorBoard and all; neither evaluation nor
-                   checkpoints) between its first record and its last, by those of the bare update, in turn
+
+ours is the bare update; ours_whole, the trainer as a command, has what it does besides, and blocks in another order.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from benchmarks.machine import describe_machine, num_cores
 from benchmarks.nanogpt import require_nanogpt
 from benchmarks.settings import Setting
 from benchmarks.starting import Size, require_run_clm, write_start
-from benchmarks.whole_trainer import measure_whole_trainer
 
 Round = dict[str, Any]
 
@@ -48,16 +47,18 @@ _ON_CUDA = 40
 _QUIET = 0.03
 _FIRST_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 _LAST_TOLERANCE = 5e-2
+# It reads the same ids, but begins with other blocks.
+_SHUFFLES = "ours_whole"
 
-# Updates of a round take some seconds; those of the whole trainer pass through enough records.
+# Turns of a few seconds at most: a machine's speed may drift, and what is compared should be near in time.
 SIZES = {
-    "4x128": Size(layers=4, heads=4, width=128, block=64, batch=12, vocabulary=65, updates=40, whole=160),
-    "6x384": Size(layers=6, heads=6, width=384, block=256, batch=16, vocabulary=65, updates=4, whole=0),
-    "124M": Size(layers=12, heads=12, width=768, block=1024, batch=4, vocabulary=50_304, updates=1, whole=0),
-    "2x32": Size(layers=2, heads=2, width=32, block=32, batch=8, vocabulary=97, updates=20, whole=0),
+    "4x128": Size(layers=4, heads=4, width=128, block=64, batch=12, vocabulary=65, updates=10),
+    "6x384": Size(layers=6, heads=6, width=384, block=256, batch=16, vocabulary=65, updates=1),
+    "124M": Size(layers=12, heads=12, width=768, block=1024, batch=4, vocabulary=50_304, updates=1),
+    "2x32": Size(layers=2, heads=2, width=32, block=32, batch=8, vocabulary=97, updates=20),
 }
 CHOICES = (
-    *("ours_eager", "ours_fp32", "nanogpt", "nanogpt_bf16", "nanogpt_compile", "run_clm", "trainer"),
+    *("ours_whole", "ours_eager", "ours_fp32", "nanogpt", "nanogpt_bf16", "nanogpt_compile", "run_clm", "trainer"),
     *("litgpt", "litgpt_fp32"),
 )
 _DEFAULT = tuple(name for name in CHOICES if name != "nanogpt_compile")
@@ -88,8 +89,6 @@ def main() -> None:
     for name in ("rounds", "batch"):
         if (given := getattr(options, name)) is not None and given < 1:
             sys.exit(f"--{name} {given}: at least 1")
-    if options.whole_updates and (options.whole_updates < 20 or options.whole_updates % 10):
-        sys.exit(f"--whole_updates {options.whole_updates}: 20, 30, ...: its speed is taken between two records of ten")
     if unknown := [name for name in options.programs if name not in CHOICES]:
         sys.exit(f"--programs {','.join(unknown)}: known are {', '.join(CHOICES)}")
     if options.nanogpt is not None:
@@ -127,7 +126,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path, setting: Setting, num_updates: int) -> dict[str, Any]:
-    """All rounds of all programs, and the whole trainer."""
+    """All rounds of all programs."""
     file = folder / "setting.json"
     setting.write(file)
     environment = thread_environment(options.threads, setting.device)
@@ -142,15 +141,7 @@ def measure(options: argparse.Namespace, folder: Path, setting: Setting, num_upd
                 program.play(num_updates)
             shown = ", ".join(f"{each.name} {_last_milliseconds(each):.1f}" for each in programs)
             print(f"round {number + 1}, ms an update: {shown}", flush=True)
-        result = _result(programs, gemm, setting) | {"skipped": skipped}
-        whole = options.whole_updates if options.whole_updates is not None else SIZES[options.size].whole
-        if whole:
-            for program in [*programs[1:], gemm]:
-                program.process.close()
-            result["whole"] = measure_whole_trainer(
-                programs[0].process, setting, folder, environment, num_updates=whole, rounds=options.rounds
-            )
-        return result
+        return _result(programs, gemm, setting) | {"skipped": skipped}
     finally:
         for program in [*programs, gemm]:
             program.process.close()
@@ -247,9 +238,10 @@ def times(rounds: list[Round], ours: list[Round], again: list[Round], key: str) 
 
 def unequal(programs: dict[str, dict[str, Any]]) -> list[str]:
     """What shows that programs do not do the same; the first in fp32 is what the others are held against."""
-    exact = [each for each in programs.values() if each["arithmetic"] == "fp32"] or list(programs.values())
+    learn = {name: each for name, each in programs.items() if name != _SHUFFLES}
+    exact = [each for each in programs.values() if each["arithmetic"] == "fp32"] or list(learn.values())
     found = []
-    for name, each in programs.items():
+    for name, each in learn.items():
         for key, tolerance in (("first_loss", _FIRST_TOLERANCE[each["arithmetic"]]), ("last_loss", _LAST_TOLERANCE)):
             if not abs(each[key] - exact[0][key]) <= tolerance:  # nor may it be nan
                 found.append(f"{key} of {name} is {each[key]:.5f}, not {exact[0][key]:.5f}")
@@ -276,12 +268,6 @@ def _table(result: dict[str, Any]) -> list[str]:
     lines += [f"{name:16} skipped: {reason}" for name, reason in result["skipped"].items()]
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in result["gemm_flops"].items())
     lines.append(f"matrix products: {rates}")
-    if "whole" in result:
-        whole = result["whole"]
-        lines.append(
-            f"whole_by_bare {whole['whole_by_bare']:.3f}: {whole['whole_tokens_per_second']:.0f} tok/s of the trainer,"
-            f" {whole['bare_tokens_per_second']:.0f} of the bare update"
-        )
     verdict = "quiet" if result["is_quiet"] else "NOT QUIET: no claim can be made"
     return [*lines, f"same_by_same {result['same_by_same']:.3f}: {verdict}"]
 
@@ -303,7 +289,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--updates", type=int, help="of each program in a round (default: by the size)")
-    parser.add_argument("--whole_updates", type=int, help="of the whole trainer in a round (0: it is not measured)")
     parser.add_argument("--threads", type=int, default=num_cores(), help="of every program (default: all cores)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="(default: cuda where there is one)")
     parser.add_argument(

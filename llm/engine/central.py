@@ -15,12 +15,15 @@ from llm.engine.machine import Machine
 from llm.engine.preconditioning import Preconditioning, Unchanged, norm_of
 from llm.engine.randomness import seed_micro_batch
 from llm.models.language_model import IGNORED
+from llm.world.garbage import freeze_heap
 
 Wish = Callable[[], bool]
 """Whether this rank was asked to stop, or wants a checkpoint."""
 
 # In the names of a preconditioner's tensors, which stand beside the optimizer's.
 _PREFIX = "preconditioner/"
+# Updates until optimizer, preconditioner and compiled graphs are there.
+_NUM_UNSETTLED = 3
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class CentralUpdater:
         self.schedule, self.max_grad_norm, self.seed = schedule, max_grad_norm, seed
         self.preconditioning = preconditioning or Unchanged()
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._num_made = 0
 
     def update(
         self,
@@ -122,8 +126,15 @@ class CentralUpdater:
         if self.accelerator.scaler is not None and num_abandoned == 0:
             self.accelerator.scaler.update()
         self.optimizer.zero_grad()
+        self._settle()
         lr = self.optimizer.defaults["lr"] * self.schedule(step)
         return StepReport(loss_value, grad_norm, lr, num_bad > 0, num_stop > 0, num_abandoned > 0, num_save > 0)
+
+    def _settle(self) -> None:
+        """What an update needs is there after some: a search for garbage has no more to look at it."""
+        self._num_made += 1
+        if self._num_made == _NUM_UNSETTLED:
+            freeze_heap()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the next update depends on beside the weights; on all ranks together, and the same on all.

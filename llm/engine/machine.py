@@ -18,6 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from llm.config.errors import UserError
 from llm.config.options import TrainingOptions
 from llm.world.arithmetic import multiplies_bf16
+from llm.world.garbage import thaw_heap
 from llm.world.ranks import World, launched_size
 from llm.world.threads import use_free_cores
 
@@ -88,6 +89,7 @@ class Machine:
         it, and join gloo's threads without letting go of the interpreter that they wait for.
         """
         self.accelerator.free_memory()
+        thaw_heap()
         gc.collect()  # DDP stands in a circle of references, which only this breaks
         if dist.is_initialized():
             dist.destroy_process_group()

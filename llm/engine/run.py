@@ -38,6 +38,7 @@ from llm.engine.text import meet_the_hub
 from llm.engine.tracking import Tracking, choose_trackers
 from llm.engine.watchdog import Watchdog, watching
 from llm.models.build import context_limit, load_config, read_config
+from llm.world.garbage import thaw_heap
 from llm.world.network import come_online
 from llm.world.ranks import World
 
@@ -83,7 +84,8 @@ def train(options: Options, *, command: str, started: float | None = None) -> in
         machine.release()
         return EXIT_STOPPED
     finally:
-        # The process as it was found: a notebook, or the next run in it, may need the Hub.
+        # The process as it was found: a notebook, or the next run in it, may need the Hub, and a failed run's memory.
+        thaw_heap()
         come_online()
         stop_journal()
 

@@ -7,6 +7,7 @@ the tokens, which numpy computes from its formula.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -206,6 +207,15 @@ def test_update_when_no_target_counts_at_all_then_is_skipped(machine: Machine) -
     nothing = Batch(batch.ids, torch.full_like(batch.targets, -100))
     assert updater_of(machine, model).update([nothing], 0).skipped
     assert torch.equal(model.rows, before)
+
+
+def test_update_when_some_were_made_then_what_is_there_is_searched_for_garbage_no_more(machine: Machine) -> None:
+    gc.unfreeze()
+    updater = updater_of(machine, Bigrams())
+    for step, settled in enumerate((False, False, True, True)):
+        updater.update(batches((2, 5)), step)
+        assert (gc.get_freeze_count() > 0) is settled
+    gc.unfreeze()
 
 
 def test_update_when_asked_to_stop_then_is_made_and_says_so(machine: Machine) -> None:

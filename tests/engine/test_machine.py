@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import tomllib
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import llm.engine.machine
 from llm.config.errors import UserError
 from llm.config.options import TrainingOptions
 from llm.engine.machine import Machine, start_machine
+from llm.world.garbage import freeze_heap
 from tests.conftest import Outcome
 
 Start = Callable[..., Machine]
@@ -116,3 +118,10 @@ def test_resume_when_the_machine_would_choose_otherwise_then_the_arithmetic_is_k
     assert "as the checkpoint's" in outcome.out
     written = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
     assert written["training"]["mixed_precision"] == chosen
+
+
+def test_release_when_the_heap_was_frozen_then_garbage_is_found_again(start: Start) -> None:
+    machine = start("no")
+    freeze_heap()
+    machine.release()
+    assert gc.get_freeze_count() == 0

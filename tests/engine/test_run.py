@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -89,3 +90,20 @@ def test_overwriting_when_the_model_lies_in_the_folder_then_is_refused_and_nothi
     assert outcome.code == 1
     assert "--model_name_or_path" in outcome.err
     assert {path.name for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_run_when_it_fails_behind_its_first_updates_then_nothing_is_kept_from_the_search_for_garbage(
+    train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = CentralUpdater.update
+    frozen: list[int] = []
+
+    def failing(self: CentralUpdater, batches: Any, step: int, **more: Any) -> StepReport:
+        if step == 3:
+            frozen.append(gc.get_freeze_count())
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return update(self, batches, step, **more)
+
+    monkeypatch.setattr(CentralUpdater, "update", failing)
+    assert train(*tiny_options, "--max_train_steps", 5).code == 1
+    assert frozen[0] > 0 and gc.get_freeze_count() == 0
