@@ -124,11 +124,16 @@ def run_ours_whole(setting: Setting, gate: Gate) -> None:
     from llm.engine import run
     from llm.engine.due import every
     from llm.engine.loop import Event, run_updates
+    from llm.models.compilation import is_compiled
     from llm.trainers.gpt import main
 
     def gated(updater: Any, batches: Any, progress: Any, events: Any, **more: Any) -> bool:
         precision = AcceleratorState().mixed_precision
-        gate.facts |= {"arithmetic": "fp32" if precision == "no" else precision, "threads": torch.get_num_threads()}
+        gate.facts |= {
+            "arithmetic": "fp32" if precision == "no" else precision,
+            "threads": torch.get_num_threads(),
+            "compiled": is_compiled(updater.model),
+        }
         passed = Event(every(1), lambda report: gate.passed(report.loss, _peak))
         return run_updates(updater, batches, progress, [*events, passed], **more)
 

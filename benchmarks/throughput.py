@@ -238,11 +238,11 @@ def times(rounds: list[Round], ours: list[Round], again: list[Round], key: str) 
 
 def unequal(programs: dict[str, dict[str, Any]]) -> list[str]:
     """What shows that programs do not do the same; the first in fp32 is what the others are held against."""
-    learn = {name: each for name, each in programs.items() if name != _SHUFFLES}
-    exact = [each for each in programs.values() if each["arithmetic"] == "fp32"] or list(learn.values())
+    exact = [each for each in programs.values() if each["arithmetic"] == "fp32"] or list(programs.values())
     found = []
-    for name, each in learn.items():
-        for key, tolerance in (("first_loss", _FIRST_TOLERANCE[each["arithmetic"]]), ("last_loss", _LAST_TOLERANCE)):
+    for name, each in programs.items():
+        first = _LAST_TOLERANCE if name == _SHUFFLES else _FIRST_TOLERANCE[each["arithmetic"]]
+        for key, tolerance in (("first_loss", first), ("last_loss", _LAST_TOLERANCE)):
             if not abs(each[key] - exact[0][key]) <= tolerance:  # nor may it be nan
                 found.append(f"{key} of {name} is {each[key]:.5f}, not {exact[0][key]:.5f}")
     threads = {name: each["says"]["threads"] for name, each in programs.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from llm.bench import main
 from llm.config.errors import UserError
 from llm.engine.measuring import Bench, Measurement, measured_flops
 from llm.engine.phases import Clock, Phases
+from llm.world.garbage import freeze_heap
 
 TINY = [
     *("--config_overrides", "n_layer=2,n_head=2,n_embd=32,vocab_size=97,n_positions=64", "--block_size", "32"),
@@ -166,6 +168,7 @@ def test_sweep_when_nothing_fits_then_one_line_and_when_something_did_then_it_co
 
     def measured(self: Bench, num_updates: int, micro_batch: int, *more: int | None) -> Measurement:
         if micro_batch > room:
+            freeze_heap()  # as behind the updates that still fitted
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return measure(self, num_updates, micro_batch, *more)
 
@@ -175,6 +178,7 @@ def test_sweep_when_nothing_fits_then_one_line_and_when_something_did_then_it_co
     room = 0
     assert main([*TINY, "--sweep", "micro_batch", "--num_updates", "2"]) == 1
     assert "error: not one block a micro-batch fits: CUDA out of memory." in capfd.readouterr().err
+    assert gc.get_freeze_count() == 0
 
 
 def test_bench_when_the_text_has_an_end_then_the_update_is_that_of_so_long_a_run(

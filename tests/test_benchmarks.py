@@ -118,7 +118,8 @@ def test_unequal_when_losses_or_threads_differ_then_says_which() -> None:
     assert unequal({"ours": same, "other": {**same, "first_loss": 4.00005, "last_loss": 3.01}}) == []
     assert unequal({"ours": same, "other": {**same, "first_loss": 4.001, "arithmetic": "bf16"}}) == []
     assert len(unequal({"ours": same, "other": {**same, "first_loss": 4.001}})) == 1
-    assert unequal({"ours": same, "ours_whole": {**same, "first_loss": 4.001}}) == []
+    assert unequal({"ours": same, "ours_whole": {**same, "first_loss": 4.03}}) == []
+    assert len(unequal({"ours": same, "ours_whole": {**same, "last_loss": float("nan")}})) == 1
     assert len(unequal({"ours": same, "other": {**same, "last_loss": float("nan")}})) == 1
     assert unequal({"ours": same, "other": {**same, "says": {"threads": 1}}}) == [
         "threads differ: {'ours': 2, 'other': 1}"

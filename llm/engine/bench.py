@@ -29,6 +29,7 @@ from llm.models.build import context_limit, load_config, read_config
 from llm.models.compilation import is_compiled
 from llm.models.flops import flops_per_token, peak_flops
 from llm.models.tokenizers import CHARACTERS, DEFAULT_VOCAB_SIZE, TRAINED, load_tokenizer
+from llm.world.garbage import thaw_heap
 from llm.world.network import come_online
 from llm.world.ranks import World
 
@@ -53,6 +54,7 @@ def bench(options: BenchOptions) -> None:
     try:
         with ExitStack() as stack:
             stack.callback(come_online)
+            stack.callback(thaw_heap)  # a failed one's memory can go
             _bench(options, machine)
         machine.release()
     finally:

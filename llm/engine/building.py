@@ -16,10 +16,9 @@ from llm.engine.machine import Machine
 from llm.engine.plan import Plan
 from llm.engine.preconditioning import Kfac, Preconditioning, Unchanged
 from llm.models.activations import fuse_gelu
-from llm.models.attention import use_causal_attention, use_flash_attention_3
+from llm.models.attention import use_causal_attention
 from llm.models.build import build_model
 from llm.models.compilation import compile_training
-from llm.models.configs import dropout_rates
 from llm.models.document_mask import require_document_mask
 from llm.models.language_model import LanguageModel
 from llm.optim.build import build_optimizer
@@ -52,8 +51,8 @@ def build_language_model(
     log.info("weights: %s (%s parameters)", origin, f"{model.num_parameters():,}")
     device = machine.world.device
     fuse_gelu(model)
-    if named.attn_implementation is None and use_causal_attention(model) and not any(dropout_rates(config).values()):
-        use_flash_attention_3(device)
+    if named.attn_implementation is None:
+        use_causal_attention(model)
     if options.data.document_mask:
         require_document_mask(model, device)
     language_model = LanguageModel(model)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import (
-    activate_flash_attention_impl,
-    current_flash_attention_impl,
-    restore_flash_attention_impl,
-)
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from llm.models.names import first_line
 from llm.world.arithmetic import multiplies_bf16
-
-log = logging.getLogger(__name__)
 
 # Never written to a file: a configuration keeps its attention to itself.
 NAME = "llm_causal"
@@ -29,10 +19,6 @@ NAME = "llm_causal"
 # Queries that are computed at once where no kernel of torch does all of it: each part sees the keys up to its end,
 # so that of long blocks half the products are left out.
 _ROWS = 256
-
-# What installs FlashAttention 3, and how far its numbers, of about 1 in bf16 (neighbours are 0.008 apart), may be off.
-_FLASH_3 = "flash_attn_interface"
-_FLASH_3_TOLERANCE = 0.05
 
 # Of the processor; a compiler could not follow the question.
 _HAS_BF16 = multiplies_bf16(torch.device("cpu"))
@@ -53,41 +39,6 @@ def use_causal_attention(model: PreTrainedModel) -> bool:
     AttentionMaskInterface.register(NAME, causal_mask)
     model.set_attn_implementation(NAME)
     return True
-
-
-def use_flash_attention_3(device: torch.device) -> bool:
-    """Lets torch's SDPA compute bf16 and fp16 by FlashAttention 3 where that is installed, for this process.
-
-    Torch brings FlashAttention 2 of its own. The third is for GPUs of compute capability 9, has no dropout, and torch
-    calls its registration a prototype: it is tried on one small attention, and left out where that fails or differs.
-
-    Args:
-        device: where the model trains, without dropout.
-
-    Returns:
-        Whether it is used; the log says so, or why it is left out though it is installed.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9 or find_spec(_FLASH_3) is None:
-        return False
-    try:
-        expected = _small_attention(device)
-        activate_flash_attention_impl("FA3")
-        torch.testing.assert_close(_small_attention(device), expected, rtol=_FLASH_3_TOLERANCE, atol=_FLASH_3_TOLERANCE)
-    except Exception as error:  # of many types, by what is installed
-        if current_flash_attention_impl() is not None:
-            restore_flash_attention_impl()
-        log.info("attention: FlashAttention 3 is installed, and left out (%s)", first_line(error))
-        return False
-    log.info("attention: FlashAttention 3 (%s)", _FLASH_3)
-    return True
-
-
-def _small_attention(device: torch.device) -> list[Tensor]:
-    """Output and gradients of one, in bf16; no random number is drawn that anything else would have had."""
-    draw = torch.Generator().manual_seed(0)
-    heads = [torch.randn(1, 2, 128, 64, generator=draw).to(device, torch.bfloat16).requires_grad_() for _ in range(3)]
-    output = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
-    return [output.detach(), *torch.autograd.grad(output.float().square().sum(), heads)]
 
 
 def spelled(implementation: str | None) -> str:
@@ -167,14 +118,14 @@ _EXTRAS = {"position_bias", "softcap", "cache", "s_aux"}
 def _is_faster_by_rows(query: Tensor, dropout: float) -> bool:
     """Whether `by_rows` beats torch's SDPA.
 
-    On a CPU in fp32 it does not without dropout (6 x 384: 151 against 108 ms at 256 tokens, 292 and 317 at 1,024). With
-    dropout SDPA has no fused kernel there (6 x 384: 216 against 242 ms at 256, 537 against 1,261 at 1,024;
-    benchmarks/results/attention.json). Where bf16 is emulated it does not either (79 against 195 ms of 512 tokens at
-    256); where it is native, plain products are said to be faster at 256, which was not measured here. `by_rows` keeps
-    the weights of all positions, and longer blocks have no room for them: with it an update of 4 x 1,024 tokens of
-    GPT-2 124M takes 5.7 GiB instead of 3.5 (computed: `python -m benchmarks.memory`). CUDA was not measured: SDPA takes
-    FlashAttention where there is no mask, its own or the one that `use_flash_attention_3` found; another one is a
-    matter of `--attn_implementation`.
+    On a CPU in fp32 it mostly does not without dropout (6 x 384: 151 against 108 ms at 256 tokens, 174 and 212 at 512;
+    4 x 128 and 12 x 768: slower at every length). With dropout SDPA has no fused kernel there (6 x 384: 216 against 242
+    ms at 256, 537 against 1,261 at 1,024; benchmarks/results/attention.json). Where bf16 is emulated it does not either
+    (79 against 195 ms of 512 tokens at 256); where it is native, plain products are said to be faster at 256, which was
+    not measured here. `by_rows` keeps the weights of all positions, and longer blocks have no room for them: with it an
+    update of 4 x 1,024 tokens of GPT-2 124M takes 5.7 GiB instead of 3.5 (computed: `python -m benchmarks.memory`).
+    CUDA was not measured: SDPA chooses among kernels of its own where there is no mask (FlashAttention 2, cuDNN's), and
+    another one is a matter of `--attn_implementation`.
     """
     if query.device.type != "cpu":
         return False

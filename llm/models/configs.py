@@ -147,20 +147,15 @@ def parse_overrides(text: str, config: PretrainedConfig) -> dict[str, Any]:
 
 def set_dropout(config: PretrainedConfig, rate: float) -> None:
     """Sets every dropout rate of the language model, in place; heads of classifiers keep theirs."""
-    rates = dropout_rates(config)
-    for name in rates:
-        setattr(config, name, rate)
-    if not rates:
-        log.warning("--dropout %g: %s has no dropout", rate, config.model_type)
-
-
-def dropout_rates(config: PretrainedConfig) -> dict[str, float]:
-    """Every dropout rate of the language model, by its name in the configuration."""
-    return {
-        name: float(value)
+    names = [
+        name
         for name, value in config.to_dict().items()
         if _DROPOUT.search(name) and not _OTHER_DROPOUT.search(name) and isinstance(value, float | int)
-    }
+    ]
+    for name in names:
+        setattr(config, name, rate)
+    if not names:
+        log.warning("--dropout %g: %s has no dropout", rate, config.model_type)
 
 
 def _read(flag: str, name: str, trust_remote_code: bool) -> PretrainedConfig:

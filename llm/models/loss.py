@@ -14,8 +14,9 @@ IGNORED = -100
 # Bytes of one chunk's logits in float32. Smaller ones read and write the head's gradient more often, larger ones
 # only take memory: 4 x 1,024 tokens of GPT-2's vocabulary make four chunks.
 _CHUNK_BYTES = 256 * 2**20
-# Below, whole logits are as fast or faster: at 65 tokens 16 against 39 ms, at 1,024 171 against 153, at 8,192 833
-# against 701 (forward and backward, one core, fp32, 4,096 rows x 384, of 8,192 half as many; benchmarks/loss.py).
+# At 65 tokens whole logits take 16 ms and chunks 39, at 1,024 171 and 153 (another time 150 and 148), at 8,192 833 and
+# 701: between, there is little to win (forward and backward, one core, fp32, 4,096 rows x 384, of 8,192 half as many;
+# benchmarks/loss.py).
 _LARGE = 2048
 # Half of fp16's range: sums are rounded on their way.
 _FP16_ROOM = 32_752.0

@@ -10,19 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import _registry, current_flash_attention_impl, restore_flash_attention_impl
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm.models import attention
 from llm.models.activations import fuse_gelu
-from llm.models.attention import (
-    NAME,
-    by_rows,
-    causal_attention,
-    causal_mask,
-    use_causal_attention,
-    use_flash_attention_3,
-)
+from llm.models.attention import NAME, by_rows, causal_attention, causal_mask, use_causal_attention
 from llm.models.language_model import LanguageModel
 
 
@@ -217,72 +209,3 @@ def test_save_pretrained_when_kernels_were_replaced_then_writes_the_same_files(t
     config = json.loads((tmp_path / "after" / "config.json").read_text())
     assert config["activation_function"] == "gelu_new"
     assert NAME not in json.dumps(config)
-
-
-class _StandIn:
-    """FlashAttention 3 as torch registers it: beside it stands what an attention computes then."""
-
-    def __init__(self, *, error: Exception | None = None, factor: float = 1.0) -> None:
-        self.error, self.factor, self.active = error, factor, False
-
-    def register(self) -> _StandIn:
-        if self.error is not None:
-            raise self.error
-        self.active = True
-        return self
-
-    def remove(self) -> None:
-        self.active = False
-
-    def attend(self, *tensors: Tensor, **_: Any) -> Tensor:
-        scale = self.factor if self.active else 1.0
-        return scale * sum(tensors, torch.zeros(()))
-
-
-@pytest.fixture
-def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A GPU of compute capability 9 with FlashAttention 3, as far as is asked; its tensors are the CPU's."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(attention, "find_spec", lambda name: name)
-    move = Tensor.to
-    monkeypatch.setattr(Tensor, "to", lambda tensor, *words: move(tensor, *(w for w in words if w != _CUDA)))
-    yield
-    if current_flash_attention_impl() is not None:
-        restore_flash_attention_impl()
-
-
-_CUDA = torch.device("cuda")
-
-
-@pytest.mark.usefixtures("_on_hopper")
-@pytest.mark.parametrize(
-    ("stand_in", "reason"),
-    [
-        (_StandIn(), None),
-        (_StandIn(error=ImportError("no kernels\nfor this torch")), "left out (no kernels)"),
-        (_StandIn(factor=1.2), "left out (Tensor-likes are not close!)"),
-    ],
-)
-def test_flash_attention_3_when_installed_then_it_is_tried_first(
-    stand_in: _StandIn, reason: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", stand_in.register)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", stand_in.attend)
-    caplog.set_level("INFO")
-    before = torch.get_rng_state()
-    assert use_flash_attention_3(_CUDA) is (reason is None)
-    assert stand_in.active is (reason is None)
-    assert (current_flash_attention_impl() == "FA3") is (reason is None)
-    assert (reason or "attention: FlashAttention 3 (flash_attn_interface)") in caplog.text
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.usefixtures("_on_hopper")
-def test_flash_attention_3_when_it_cannot_be_used_then_it_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", lambda: pytest.fail("it was taken"))
-    assert not use_flash_attention_3(torch.device("cpu"))
-    with monkeypatch.context() as other:
-        other.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-        assert not use_flash_attention_3(_CUDA)
-    monkeypatch.setattr(attention, "find_spec", lambda _: None)
-    assert not use_flash_attention_3(_CUDA)
