@@ -8,7 +8,7 @@ import gc
 def freeze_heap() -> None:
     """Collects what is garbage now, and takes all that is left out of the searches to come, until `thaw_heap`.
 
-    Torch, transformers and the rest of a run leave a million objects that stay. A search through them took half a
+    Torch, transformers and the rest of a run leave some 400,000 objects that stay. A search through them took half a
     second about every 130 updates of 4 x 128, a thirtieth of the time, and on several ranks at different times, for
     which the others wait. What is made later is searched as before.
     """
