@@ -20,7 +20,7 @@ from llm.data.loaders import Samples
 from llm.engine.building import build_language_model, build_updater
 from llm.engine.journal import start_journal, stop_journal
 from llm.engine.lines import quantity
-from llm.engine.machine import Machine, start_machine
+from llm.engine.machine import Machine, leave_as_found, start_machine
 from llm.engine.measuring import Bench, Measurement, SyntheticBlocks, measured_flops
 from llm.engine.plan import Plan, check_training, choose_block_size, choose_seed, plan_run, plan_schedule
 from llm.engine.randomness import seed_weights
@@ -29,7 +29,6 @@ from llm.models.build import context_limit, load_config, read_config
 from llm.models.compilation import is_compiled
 from llm.models.flops import flops_per_token, peak_flops
 from llm.models.tokenizers import CHARACTERS, DEFAULT_VOCAB_SIZE, TRAINED, load_tokenizer
-from llm.world.garbage import thaw_heap
 from llm.world.network import come_online
 from llm.world.ranks import World
 
@@ -54,7 +53,7 @@ def bench(options: BenchOptions) -> None:
     try:
         with ExitStack() as stack:
             stack.callback(come_online)
-            stack.callback(thaw_heap)  # a failed one's memory can go
+            stack.callback(leave_as_found)  # a failed one's memory can go
             _bench(options, machine)
         machine.release()
     finally:

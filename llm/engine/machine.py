@@ -19,6 +19,7 @@ from llm.config.errors import UserError
 from llm.config.options import TrainingOptions
 from llm.world.arithmetic import multiplies_bf16
 from llm.world.garbage import thaw_heap
+from llm.world.malloc import keep_freed_memory, return_freed_memory
 from llm.world.ranks import World, launched_size
 from llm.world.threads import use_free_cores
 
@@ -148,6 +149,7 @@ def start_machine(options: TrainingOptions) -> Machine:
         )
     if on_cpu:
         use_free_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        keep_freed_memory()
     if world.device.type == "cuda":
         # Products of fp32 matrices in TF32, eight times as fast and three digits shorter.
         torch.set_float32_matmul_precision("highest" if options.full_determinism else "high")
@@ -156,6 +158,12 @@ def start_machine(options: TrainingOptions) -> Machine:
     machine = Machine(accelerator, replace(world, num_nodes=num_nodes), chosen_by)
     machine.agree_on_precision()
     return machine
+
+
+def leave_as_found() -> None:
+    """Undoes what a run, also a failed one, has set in its process, which in a notebook goes on."""
+    thaw_heap()
+    return_freed_memory()
 
 
 def _accelerator(precision: str, *, on_cpu: bool) -> Accelerator:

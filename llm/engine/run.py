@@ -26,7 +26,7 @@ from llm.engine.hub import check_hub_access
 from llm.engine.journal import Bar, start_journal, stop_journal
 from llm.engine.lines import mixture_lines
 from llm.engine.loop import Event, run_updates
-from llm.engine.machine import Machine, start_machine
+from llm.engine.machine import Machine, leave_as_found, start_machine
 from llm.engine.plan import Plan, check_training, choose_block_size, plan_run, plan_schedule, resolved
 from llm.engine.preconditioning import kfac_bytes
 from llm.engine.randomness import seed_weights
@@ -38,7 +38,6 @@ from llm.engine.text import meet_the_hub
 from llm.engine.tracking import Tracking, choose_trackers
 from llm.engine.watchdog import Watchdog, watching
 from llm.models.build import context_limit, load_config, read_config
-from llm.world.garbage import thaw_heap
 from llm.world.network import come_online
 from llm.world.ranks import World
 
@@ -85,7 +84,7 @@ def train(options: Options, *, command: str, started: float | None = None) -> in
         return EXIT_STOPPED
     finally:
         # The process as it was found: a notebook, or the next run in it, may need the Hub, and a failed run's memory.
-        thaw_heap()
+        leave_as_found()
         come_online()
         stop_journal()
 
