@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.machine import describe_machine
 from llm.models.attention import by_rows
+from llm.world.malloc import keep_freed_memory
 
 _TOKENS = 4096
 # Heads and their width.
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
+    keep_freed_memory()  # as the trainer does
     rows = []
     for dropout in options.dropout:
         for shape in _SHAPES:

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/loss.json"), help="the result")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    keep_freed_memory()  # as the trainer does
     rows = []
     for shape in _SHAPES:
         row = measure(*shape, options.rounds if shape[0] < 50000 else 1)

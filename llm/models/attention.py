@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -19,6 +20,9 @@ NAME = "llm_causal"
 # Queries that are computed at once where no kernel of torch does all of it: each part sees the keys up to its end,
 # so that of long blocks half the products are left out.
 _ROWS = 256
+# Positions up to which the weights of a block are kept for its backward pass; of longer ones they are computed again,
+# a third more work, or 4 x 1,024 tokens of GPT-2 124M would keep 0.7 GiB of them.
+_KEPT = 512
 
 # Of the processor; a compiler could not follow the question.
 _HAS_BF16 = multiplies_bf16(torch.device("cpu"))
@@ -104,7 +108,10 @@ def causal_attention(
     is_plain = attention_mask is None and causal and query.shape[2] == key.shape[2]
     if is_plain and _is_faster_by_rows(query, dropout) and not _EXTRAS & {k for k, v in more.items() if v is not None}:
         groups = query.shape[1] // key.shape[1]
-        return by_rows(query, repeat_kv(key, groups), repeat_kv(value, groups), dropout, scaling), None
+        inputs = query, repeat_kv(key, groups), repeat_kv(value, groups), dropout, scaling
+        if dropout > 0 or query.shape[2] <= _KEPT:
+            return by_rows(*inputs), None
+        return checkpoint(by_rows, *inputs, use_reentrant=False, preserve_rng_state=False), None
     output: Tensor = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
     )[0]
@@ -118,19 +125,17 @@ _EXTRAS = {"position_bias", "softcap", "cache", "s_aux"}
 def _is_faster_by_rows(query: Tensor, dropout: float) -> bool:
     """Whether `by_rows` beats torch's SDPA.
 
-    On a CPU in fp32 it mostly does not without dropout (6 x 384: 151 against 108 ms at 256 tokens, 174 and 212 at 512;
-    4 x 128 and 12 x 768: slower at every length). With dropout SDPA has no fused kernel there (6 x 384: 216 against 242
-    ms at 256, 537 against 1,261 at 1,024; benchmarks/results/attention.json). Where bf16 is emulated it does not either
-    (79 against 195 ms of 512 tokens at 256); where it is native, plain products are said to be faster at 256, which was
-    not measured here. `by_rows` keeps the weights of all positions, and longer blocks have no room for them: with it an
-    update of 4 x 1,024 tokens of GPT-2 124M takes 5.7 GiB instead of 3.5 (computed: `python -m benchmarks.memory`).
+    On a CPU in fp32 it mostly does not without dropout (6 x 384: 85 against 81 ms at 256 tokens, 149 and 160 at 512;
+    4 x 128: slower or equal at every length). With dropout SDPA has no fused kernel there (6 x 384: 131 against 144
+    ms at 256, 310 against 488 at 1,024; benchmarks/results/attention.json). In bf16 SDPA is slower at every length
+    where that is native (6 x 384: 85 against 31 ms at 256, 173 against 89 at 1,024, or 117 with the weights computed
+    once more; attention_bf16.json), and faster where it is emulated (79 against 195 ms of 512 tokens at 256).
     CUDA was not measured: SDPA chooses among kernels of its own where there is no mask (FlashAttention 2, cuDNN's), and
     another one is a matter of `--attn_implementation`.
     """
     if query.device.type != "cpu":
         return False
-    is_native = query.dtype == torch.bfloat16 and _HAS_BF16
-    return dropout > 0 or (is_native and query.shape[2] <= _ROWS)
+    return dropout > 0 or (query.dtype == torch.bfloat16 and _HAS_BF16)
 
 
 def by_rows(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
@@ -143,7 +148,8 @@ def by_rows(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: 
         end = min(begin + _ROWS, length)
         future = torch.full((end - begin, end), float("-inf"), dtype=query.dtype, device=query.device).triu(begin + 1)
         scores = torch.baddbmm(future, queries[:, begin:end], keys[:, :end].transpose(1, 2), alpha=scale)
-        weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
+        # In float32 within, also of shorter numbers.
+        weights = F.dropout(scores.softmax(-1), dropout)
         parts.append(torch.bmm(weights, values[:, :end]))
     output = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     # Some models take a view of it, as torch's own kernels allow.
