@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.machine import describe_machine
 from llm.models.attention import by_rows
@@ -48,6 +49,12 @@ def ours(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     return by_rows(query, key, value, dropout, None)
 
 
+def ours_again(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """The same, the weights computed once more instead of kept."""
+    output: Tensor = checkpoint(by_rows, query, key, value, dropout, None, use_reentrant=False)
+    return output
+
+
 def main() -> None:
     """Measures, prints and writes the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
@@ -77,7 +84,7 @@ def main() -> None:
 
 def measure(shape: str, block: int, dtype: torch.dtype, dropout: float, rounds: int) -> dict[str, Any]:
     """One row of the table: milliseconds by kernel."""
-    kernels: dict[str, Kernel] = {"sdpa": sdpa, "eager": eager, "by_rows": ours}
+    kernels: dict[str, Kernel] = {"sdpa": sdpa, "eager": eager, "by_rows": ours, "by_rows_again": ours_again}
     heads, width = _SHAPES[shape]
     batch = _TOKENS // block
     joined = torch.randn(batch, block, 3 * heads * width, dtype=dtype, requires_grad=True)

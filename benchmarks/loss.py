@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.machine import describe_machine
 from llm.models.loss import chunked_loss, loss_of_logits
+from llm.world.malloc import keep_freed_memory
 
 # Vocabulary, width, rows.
 _SHAPES = ((65, 128, 768), (65, 384, 4096), (1024, 384, 4096), (4096, 384, 2048), (8192, 384, 2048), (50257, 768, 4096))

@@ -8,12 +8,14 @@ ours_eager       the same with --torch_compile false, as in a short run
 ours_whole       `python -m llm.trainers.gpt` itself, to which ours is the bare update: its own reading of the ids,
                  which it shuffles, a record every ten updates, TensorBoard and all; neither evaluation nor checkpoints
 ours_fp32        as ours, with --mixed_precision no
+ours_returning   as ours, but memory that is freed goes back to the system, as in other programs
 ours_kfac        as ours_eager, with --kfac; ours_kfac_inverse, ours_kfac_spread
 nanogpt          nanoGPT's own train.py as it is, at its defaults but for sizes and hyperparameters; a line an
                  update, which on an accelerator waits for the loss, is one of them (its configurations: one in ten)
 nanogpt_bf16     the same with bf16 autocast, which it leaves unused on a CPU
 nanogpt_compile  as nanogpt, compiled also where its README says --compile=False (a CPU)
 run_clm          transformers' run_clm_no_trainer.py: the step of its loop, from a `datasets` table, with Accelerate
+run_clm_bf16     the same under `accelerate launch --mixed_precision bf16`
 trainer          transformers.Trainer on the same table
 litgpt           litgpt's pretraining at its defaults, compiled as always; of a GPT-NeoX alone
 litgpt_fp32      the same with --precision 32-true: it takes bf16 also where a CPU only emulates that
@@ -67,7 +69,7 @@ class StoredBlocks:
         return self._blocks[sample % len(self._blocks)]
 
 
-def run_ours(setting: Setting, gate: Gate, *words: str) -> None:
+def run_ours(setting: Setting, gate: Gate, *words: str, keeps_memory: bool = True) -> None:
     """As `llm.engine.run` builds it, without what follows an update."""
     import torch
 
@@ -81,10 +83,13 @@ def run_ours(setting: Setting, gate: Gate, *words: str) -> None:
     from llm.models.build import read_config
     from llm.models.compilation import is_compiled
     from llm.models.flops import flops_per_token
+    from llm.world.malloc import return_freed_memory
 
     given = [*trainer_words(setting), "--max_train_steps", "1000000", *words]
     options = read_options(Options, given, prog="benchmark", description="")
     machine = start_machine(options.training)
+    if not keeps_memory:
+        return_freed_memory()
     samples = StoredBlocks(setting)
     plan = plan_run(options.training, samples, num_ranks=1, seed=1)
     seed_weights(plan.seed)
@@ -201,7 +206,7 @@ def _starts(setting: Setting) -> Iterator[int]:
         yield from range(0, setting.num_updates * setting.micro_batch * setting.block_size, setting.block_size)
 
 
-def run_run_clm(setting: Setting, gate: Gate) -> None:
+def run_run_clm(setting: Setting, gate: Gate, *, precision: str | None = None) -> None:
     """The step of run_clm_no_trainer.py and what it holds: scheduler, accumulation, progress bar; it clips nothing."""
     import torch
     from accelerate import Accelerator
@@ -209,7 +214,7 @@ def run_run_clm(setting: Setting, gate: Gate) -> None:
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM, default_data_collator, get_scheduler
 
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=precision)
     model: Any = AutoModelForCausalLM.from_pretrained(setting.start_dir)
     loader: Any = DataLoader(
         _table(setting), shuffle=False, collate_fn=default_data_collator, batch_size=setting.micro_batch
@@ -306,6 +311,7 @@ PROGRAMS: dict[str, Callable[[Setting, Gate], None]] = {
     "ours_eager": lambda setting, gate: run_ours(setting, gate, *_EAGER),
     "ours_whole": run_ours_whole,
     "ours_fp32": lambda setting, gate: run_ours(setting, gate, "--mixed_precision", "no"),
+    "ours_returning": lambda setting, gate: run_ours(setting, gate, keeps_memory=False),
     "ours_kfac": lambda setting, gate: run_ours(setting, gate, *_KFAC),
     "ours_kfac_inverse": lambda setting, gate: run_ours(setting, gate, *_KFAC, "--kfac_method", "inverse"),
     "ours_kfac_spread": lambda setting, gate: run_ours(setting, gate, *_KFAC, "--kfac_spread"),
@@ -313,6 +319,7 @@ PROGRAMS: dict[str, Callable[[Setting, Gate], None]] = {
     "nanogpt_bf16": lambda setting, gate: run_nanogpt(setting, gate, bf16=True),
     "nanogpt_compile": lambda setting, gate: run_nanogpt(setting, gate, compiled=True),
     "run_clm": run_run_clm,
+    "run_clm_bf16": lambda setting, gate: run_run_clm(setting, gate, precision="bf16"),
     "trainer": run_trainer,
     "litgpt": lambda setting, gate: run_litgpt(setting, gate, _peak),
     "litgpt_fp32": lambda setting, gate: run_litgpt(setting, gate, _peak, "32-true"),

@@ -58,10 +58,10 @@ SIZES = {
     "2x32": Size(layers=2, heads=2, width=32, block=32, batch=8, vocabulary=97, updates=20),
 }
 CHOICES = (
-    *("ours_whole", "ours_eager", "ours_fp32", "nanogpt", "nanogpt_bf16", "nanogpt_compile", "run_clm", "trainer"),
-    *("litgpt", "litgpt_fp32"),
+    *("ours_whole", "ours_eager", "ours_fp32", "ours_returning", "nanogpt", "nanogpt_bf16", "nanogpt_compile"),
+    *("run_clm", "run_clm_bf16", "trainer", "litgpt", "litgpt_fp32"),
 )
-_DEFAULT = tuple(name for name in CHOICES if name != "nanogpt_compile")
+_DEFAULT = tuple(name for name in CHOICES if name not in ("nanogpt_compile", "ours_returning"))
 
 
 @dataclass
@@ -187,7 +187,7 @@ def _reason_to_skip(
         return "no --nanogpt"
     if name == "nanogpt_bf16" and setting.device != "cpu":
         return "nanogpt is bf16 here as it is"
-    if name == "nanogpt_bf16" and not gemm["bf16_is_native"]:
+    if name in ("nanogpt_bf16", "run_clm_bf16") and not gemm["bf16_is_native"]:
         rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in gemm["quick_flops"].items())
         return f"this machine does not multiply bf16 natively ({rates})"
     return None

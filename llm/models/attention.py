@@ -128,7 +128,7 @@ def _is_faster_by_rows(query: Tensor, dropout: float) -> bool:
     On a CPU in fp32 it mostly does not without dropout (6 x 384: 85 against 81 ms at 256 tokens, 149 and 160 at 512;
     4 x 128: slower or equal at every length). With dropout SDPA has no fused kernel there (6 x 384: 131 against 144
     ms at 256, 310 against 488 at 1,024; benchmarks/results/attention.json). In bf16 SDPA is slower at every length
-    where that is native (6 x 384: 85 against 31 ms at 256, 173 against 89 at 1,024, or 117 with the weights computed
+    where that is native (6 x 384: 105 against 36 ms at 256, 164 against 84 at 1,024, or 111 with the weights computed
     once more; attention_bf16.json), and faster where it is emulated (79 against 195 ms of 512 tokens at 256).
     CUDA was not measured: SDPA chooses among kernels of its own where there is no mask (FlashAttention 2, cuDNN's), and
     another one is a matter of `--attn_implementation`.

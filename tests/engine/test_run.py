@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import llm.engine.actions
+import llm.engine.machine
 from llm.engine.central import CentralUpdater, StepReport
 from llm.models.language_model import LanguageModel
 from tests.conftest import Outcome
@@ -92,18 +93,23 @@ def test_overwriting_when_the_model_lies_in_the_folder_then_is_refused_and_nothi
     assert {path.name for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_run_when_it_fails_behind_its_first_updates_then_nothing_is_kept_from_the_search_for_garbage(
+def test_run_when_it_fails_behind_its_first_updates_then_garbage_is_searched_and_memory_goes_back(
     train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update = CentralUpdater.update
     frozen: list[int] = []
+    heap = ["as found"]
 
     def failing(self: CentralUpdater, batches: Any, step: int, **more: Any) -> StepReport:
         if step == 3:
             frozen.append(gc.get_freeze_count())
+            heap.append("in an update")
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return update(self, batches, step, **more)
 
     monkeypatch.setattr(CentralUpdater, "update", failing)
+    monkeypatch.setattr(llm.engine.machine, "keep_freed_memory", lambda: heap.append("kept"))
+    monkeypatch.setattr(llm.engine.machine, "return_freed_memory", lambda: heap.append("returned"))
     assert train(*tiny_options, "--max_train_steps", 5).code == 1
     assert frozen[0] > 0 and gc.get_freeze_count() == 0
+    assert heap == ["as found", "kept", "in an update", "returned"]
