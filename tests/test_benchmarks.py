@@ -46,8 +46,10 @@ def test_throughput_when_run_then_programs_are_equal_and_figures_fit_together(tm
     assert list(found["skipped"]) == ["nanogpt", "litgpt"]
     assert found["unequal"] == []
     ours, again, trainer, whole = found["programs"].values()
-    assert ours["first_loss"] == again["first_loss"] == pytest.approx(trainer["first_loss"], abs=1e-5)
-    assert ours["last_loss"] == pytest.approx(trainer["last_loss"], abs=1e-3)
+    # Where bf16 is native ours takes it, and the Trainer does not.
+    rounding = 1e-5 if ours["arithmetic"] == "fp32" else 2e-3
+    assert ours["first_loss"] == again["first_loss"] == pytest.approx(trainer["first_loss"], abs=rounding)
+    assert ours["last_loss"] == pytest.approx(trainer["last_loss"], abs=max(1e-3, rounding))
     assert ours["last_loss"] < ours["first_loss"]
     assert whole["first_loss"] != ours["first_loss"] == pytest.approx(whole["first_loss"], abs=0.1)
     for each in (ours, again, trainer, whole):

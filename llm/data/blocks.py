@@ -72,6 +72,9 @@ class Blocks:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
+        return self._read(index)
+
+    def _read(self, index: int) -> NDArray[np.int64]:
         start = index * self.block_size
         ids = np.asarray(self._tokens[start : start + self.block_size + 1]).astype(np.int64)
         # As unsigned, a negative id of a signed file is a very large one.
@@ -102,8 +105,9 @@ class Blocks:
 
     def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
         """The block that sample number `sample` of a run reads; samples are counted over the epochs."""
-        epoch, place = divmod(sample, len(self))
-        return self[shuffled(place, len(self), seed=seed, epoch=epoch)]
+        num_blocks = len(self)
+        epoch, place = divmod(sample, num_blocks)
+        return self._read(shuffled(place, num_blocks, seed=seed, epoch=epoch))
 
 
 @dataclass(frozen=True)

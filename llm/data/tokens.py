@@ -166,13 +166,15 @@ class Tokens:
         self._row = Row(self._stretches, [stretch.num_tokens for stretch in self._stretches])
         total = self._row.ends[-1] if self._stretches else 0
         self._start, self._stop, _ = slice(start, stop).indices(total)
+        # Asked for with every slice.
+        self._length = max(self._stop - self._start, 0)
 
     def __len__(self) -> int:
-        return max(self._stop - self._start, 0)
+        return self._length
 
     def __getitem__(self, wanted: slice) -> NDArray[Any]:
         """The ids of a slice, in the files' type."""
-        start, stop, step = wanted.indices(len(self))
+        start, stop, step = wanted.indices(self._length)
         if step != 1:
             raise ValueError("a stream of tokens is read without a step")
         found = self._row.over(self._start + start, self._start + stop)

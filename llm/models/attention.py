@@ -125,11 +125,12 @@ _EXTRAS = {"position_bias", "softcap", "cache", "s_aux"}
 def _is_faster_by_rows(query: Tensor, dropout: float) -> bool:
     """Whether `by_rows` beats torch's SDPA.
 
-    On a CPU in fp32 it mostly does not without dropout (6 x 384: 85 against 81 ms at 256 tokens, 149 and 160 at 512;
-    4 x 128: slower or equal at every length). With dropout SDPA has no fused kernel there (6 x 384: 131 against 144
-    ms at 256, 310 against 488 at 1,024; benchmarks/results/attention.json). In bf16 SDPA is slower at every length
-    where that is native (6 x 384: 105 against 36 ms at 256, 164 against 84 at 1,024, or 111 with the weights computed
-    once more; attention_bf16.json), and faster where it is emulated (79 against 195 ms of 512 tokens at 256).
+    On a CPU in fp32 it does not without dropout up to 256 tokens (6 x 384: 80 against 76 ms), and of longer blocks it
+    would keep the weights for what it wins (118 against 146 ms at 512; computed again, 148). With dropout SDPA has no
+    fused kernel there (116 against 129 ms at 256, 293 against 465 at 1,024; benchmarks/results/attention.json). In
+    bf16 SDPA is slower at every length where that is native (105 against 36 ms at 256, 164 against 84 at 1,024, or 111
+    with the weights computed again; attention_bf16.json, with avx512_bf16: AMX was not measured), and faster where it
+    is emulated (79 against 195 ms of 512 tokens at 256).
     CUDA was not measured: SDPA chooses among kernels of its own where there is no mask (FlashAttention 2, cuDNN's), and
     another one is a matter of `--attn_implementation`.
     """
@@ -139,7 +140,11 @@ def _is_faster_by_rows(query: Tensor, dropout: float) -> bool:
 
 
 def by_rows(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
-    """Causal attention by plain products and a softmax in float32; shapes as in `causal_attention`, equal heads."""
+    """Causal attention by plain products and a softmax; shapes as in `causal_attention`, equal heads.
+
+    The scores are rounded to the inputs' dtype, as in transformers' eager attention, and so are the weights; between
+    them the softmax computes in float32.
+    """
     batch, heads, length, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
     queries, keys, values = (t.reshape(batch * heads, length, -1) for t in (query, key, value))
@@ -148,7 +153,6 @@ def by_rows(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: 
         end = min(begin + _ROWS, length)
         future = torch.full((end - begin, end), float("-inf"), dtype=query.dtype, device=query.device).triu(begin + 1)
         scores = torch.baddbmm(future, queries[:, begin:end], keys[:, :end].transpose(1, 2), alpha=scale)
-        # In float32 within, also of shorter numbers.
         weights = F.dropout(scores.softmax(-1), dropout)
         parts.append(torch.bmm(weights, values[:, :end]))
     output = parts[0] if len(parts) == 1 else torch.cat(parts, 1)

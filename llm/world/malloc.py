@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 
 # Of <malloc.h>.
@@ -11,28 +12,38 @@ _NEVER, _NOWHERE = -1, 0
 # Where glibc's own adjusting ends, as in a process that has freed large tensors, and its number of mappings.
 _LARGEST_THRESHOLD, _DEFAULT_MMAP_MAX = 32 * 2**20, 65_536
 
+_kept_by: ctypes.CDLL | None = None
+
 
 def keep_freed_memory() -> None:
     """Freed memory stays with the process for what is allocated next, until `return_freed_memory`.
 
     glibc gives blocks of more than 32 MiB back to the system at once, and takes new ones for the next update, which the
     system fills with zeros page by page. With that an update of 6 x 384 in bf16 took 1.08 times as long on a virtual
-    machine (benchmarks/results/throughput_6x384_memory.json), and 1.6 times while its host had no pages for it yet.
-    Nothing happens where the C library is another one.
+    machine (benchmarks/results/throughput_6x384_memory.json). It is the main thread's memory, where a CPU's updates are
+    made. Nothing happens where the C library is another one, or its user has told it what to do.
     """
-    if (library := _glibc()) is not None:
-        library.mallopt(_MMAP_MAX, _NOWHERE)
-        library.mallopt(_TRIM_THRESHOLD, _NEVER)
+    global _kept_by
+    _kept_by = _glibc()
+    if _kept_by is not None:
+        _kept_by.mallopt(_MMAP_MAX, _NOWHERE)
+        _kept_by.mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
 def return_freed_memory() -> None:
-    """The system gets what is free, now and from now on."""
-    if (library := _glibc()) is not None:
-        library.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
-        library.mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
-        library.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
-        library.malloc_trim(0)
+    """What `keep_freed_memory` kept is the system's again, and what is freed from now on.
+
+    glibc no longer adjusts its thresholds; they stay where it would have moved them.
+    """
+    global _kept_by
+    if _kept_by is not None:
+        _kept_by.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
+        _kept_by.mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+        _kept_by.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
+        _kept_by.malloc_trim(0)
+    _kept_by = None
 
 
 def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    is_told = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" and not is_told else None

@@ -52,7 +52,13 @@ def test_return_when_memory_was_kept_then_the_system_has_it_again() -> None:
     assert resident_bytes() < kept - 0.9 * _BYTES
 
 
-def test_both_when_the_c_library_is_another_one_then_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+@pytest.mark.parametrize("reason", ["library", "user"])
+def test_keep_when_the_library_is_another_one_or_was_told_what_to_do_then_does_nothing(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason == "library":
+        monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    else:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     keep_freed_memory()
     assert all(faults_of_a_tensor() > 1_000 for _ in range(30))
