@@ -31,9 +31,10 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """What `keep_freed_memory` kept is the system's again, and what is freed from now on.
+    """What `keep_freed_memory` kept and is free now is the system's again, and large blocks are mapped by themselves.
 
-    glibc no longer adjusts its thresholds; they stay where it would have moved them.
+    Not all is as before: glibc no longer adjusts its thresholds, which stay where it would have moved them, and holes
+    between what still lives are filled again before anything is mapped.
     """
     global _kept_by
     if _kept_by is not None:
