@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from benchmarks.machine import describe_machine
 from llm.models.loss import chunked_loss, loss_of_logits
-from llm.world.malloc import keep_freed_memory
 
 # Vocabulary, width, rows.
 _SHAPES = ((65, 128, 768), (65, 384, 4096), (1024, 384, 4096), (4096, 384, 2048), (8192, 384, 2048), (50257, 768, 4096))
@@ -51,7 +50,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/loss.json"), help="the result")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    keep_freed_memory()  # as the trainer does
     rows = []
     for shape in _SHAPES:
         row = measure(*shape, options.rounds if shape[0] < 50000 else 1)
