@@ -104,7 +104,7 @@ def too_far(result: dict[str, Any], tolerance: float) -> list[str]:
 def _native_ways() -> list[str]:
     import torch
 
-    from llm.world.arithmetic import multiplies_bf16
+    from llm.system.precision import multiplies_bf16
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None

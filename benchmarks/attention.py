@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.machine import describe_machine
 from llm.models.attention import by_rows
-from llm.world.malloc import keep_freed_memory
+from llm.system.allocator import keep_freed_memory
 
 _TOKENS = 4096
 # Heads and their width.

@@ -36,7 +36,7 @@ def age():
 _RUN = (
     _AGE
     + """
-import llm.engine.central as central
+import llm.training.updaters.synchronous as central
 update = central.CentralUpdater.update
 def first(*given, **named):
     update(*given, **named)

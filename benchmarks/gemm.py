@@ -16,7 +16,7 @@ def measure_gemm(device_name: str, gate: Gate) -> None:
     """FLOP/s of products in fp32, and in bf16 where that is native; one measurement a request."""
     import torch
 
-    from llm.engine.measuring import measured_flops
+    from llm.training.profiling.measure import measured_flops
 
     device = torch.device(device_name)
     if device.type == "cuda":

@@ -47,7 +47,7 @@ KFAC_INTERVAL = 10
 
 @dataclass
 class StoredBlocks:
-    """The setting's blocks in their order, over and over, as `llm.data.loaders.Samples`."""
+    """The setting's blocks in their order, over and over, as `llm.data.batches.loader.Samples`."""
 
     setting: Setting
 
@@ -70,20 +70,20 @@ class StoredBlocks:
 
 
 def run_ours(setting: Setting, gate: Gate, *words: str, keeps_memory: bool = True) -> None:
-    """As `llm.engine.run` builds it, without what follows an update."""
+    """As `llm.training.run` builds it, without what follows an update."""
     import torch
 
     from llm.config.options import Options
     from llm.config.reader import read_options
-    from llm.data.loaders import training_batches
-    from llm.engine.building import build_language_model, build_updater
-    from llm.engine.machine import start_machine
-    from llm.engine.plan import plan_run, plan_schedule
-    from llm.engine.randomness import seed_weights
+    from llm.data.batches.loader import training_batches
     from llm.models.build import read_config
-    from llm.models.compilation import is_compiled
+    from llm.models.compile import is_compiled
     from llm.models.flops import flops_per_token
-    from llm.world.malloc import return_freed_memory
+    from llm.system.allocator import return_freed_memory
+    from llm.training.accelerator import start_machine
+    from llm.training.build import build_language_model, build_updater
+    from llm.training.plan import plan_run, plan_schedule
+    from llm.training.seeding import seed_weights
 
     given = [*trainer_words(setting), "--max_train_steps", "1000000", *words]
     options = read_options(Options, given, prog="benchmark", description="")
@@ -126,11 +126,11 @@ def run_ours_whole(setting: Setting, gate: Gate) -> None:
     import torch
     from accelerate.state import AcceleratorState
 
-    from llm.engine import run
-    from llm.engine.due import every
-    from llm.engine.loop import Event, run_updates
-    from llm.models.compilation import is_compiled
+    from llm.models.compile import is_compiled
     from llm.trainers.gpt import main
+    from llm.training import run
+    from llm.training.loop import Event, run_updates
+    from llm.training.triggers import every
 
     def gated(updater: Any, batches: Any, progress: Any, events: Any, **more: Any) -> bool:
         precision = AcceleratorState().mixed_precision
@@ -294,7 +294,7 @@ def _peak() -> dict[str, Any]:
     """The highest memory since the answer before this one."""
     import torch
 
-    from llm.world.memory import forget_peak, peak_bytes
+    from llm.system.memory import forget_peak, peak_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = peak_bytes(device)

@@ -9,9 +9,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import llm.engine.run
-from llm.engine.actions import Actions
+import llm.training.run
 from llm.trainers.gpt import main as trainer
+from llm.training.callbacks.actions import Actions
 
 Point = dict[str, Any]
 
@@ -25,7 +25,7 @@ def record(words: Sequence[str]) -> list[Point]:
     Raises:
         SystemExit: the trainer failed; its last words are in the message.
     """
-    module: Any = llm.engine.run
+    module: Any = llm.training.run
     evaluate, run_updates = Actions.evaluate, module.run_updates
     curve: list[Point] = []
     began = used = 0.0

@@ -78,8 +78,8 @@ def measure(folder: Path, config_name: str | None, tokenizer: str | None) -> dic
 
 
 def _train(folder: Path, config_name: str | None, tokenizer: str | None) -> None:
-    from llm.engine.saving import Saver
     from llm.trainers.gpt import main as trainer
+    from llm.training.checkpoints.async_saver import Saver
 
     found: dict[str, list[float]] = {"stalls": [], "durable": []}
     save, write = Saver.save, Saver._write

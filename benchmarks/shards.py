@@ -62,9 +62,9 @@ def main() -> None:
 
 def write_shards(folder: Path) -> None:
     """Random ids in documents of a thousand, through the writer that `llm.prepare` uses."""
-    from llm.data.encoding import Piece
-    from llm.data.shards import FOLDER_MAGIC, MANIFEST, SPLITS, VERSION
-    from llm.data.split_writer import Form, SplitWriter
+    from llm.data.shards.format import FOLDER_MAGIC, MANIFEST, SPLITS, VERSION
+    from llm.data.shards.writer import Form, SplitWriter
+    from llm.tokenization.encoder import Piece
 
     draw = np.random.default_rng(0)
     form = Form(VOCABULARY_SIZE, "benchmark", NUM_TOKENS // NUM_SHARDS, None, eos_in_single_text=True)
@@ -91,9 +91,9 @@ def write_shards(folder: Path) -> None:
 
 def read_blocks(folder: Path) -> dict[str, Any]:
     """Opens the folder and reads blocks in the order of an epoch."""
-    from llm.data.blocks import Blocks
-    from llm.data.order import shuffled
-    from llm.data.shards import open_folder
+    from llm.data.batches.blocks import Blocks
+    from llm.data.batches.shuffle import shuffled
+    from llm.data.shards.format import open_folder
 
     process = psutil.Process()
     imports = process.memory_info().rss

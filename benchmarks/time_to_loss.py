@@ -156,11 +156,11 @@ def run_nanogpt(options: argparse.Namespace, gate: Gate) -> None:
 
 def run_ours(options: argparse.Namespace, gate: Gate) -> None:
     """The trainer; it stands still while it is evaluated, which it does at the same steps."""
-    import llm.engine.run
-    from llm.engine.actions import Actions
+    import llm.training.run
     from llm.trainers.gpt import main as trainer
+    from llm.training.callbacks.actions import Actions
 
-    run: Any = llm.engine.run
+    run: Any = llm.training.run
     evaluate, sample, run_updates = Actions.evaluate, Actions.sample, run.run_updates
 
     def begin(*given: Any, **named: Any) -> bool:

@@ -168,8 +168,8 @@ def measure_llm(path: Path, tokenizer_dir: Path, workers: int, *, check: bool) -
     from transformers import AutoTokenizer
 
     from llm.config.options import DataOptions
-    from llm.data.corpus import open_corpus
-    from llm.data.streams import tokenize
+    from llm.data.preparation.cache import tokenize
+    from llm.data.sources.corpus import open_corpus
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     with tempfile.TemporaryDirectory() as cache:

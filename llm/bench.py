@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from llm.config.bench import BenchOptions
-from llm.config.outcome import outcome
+from llm.config.exit_codes import outcome
 from llm.config.reader import read_options
 
 
@@ -24,7 +24,7 @@ def _bench(argv: Sequence[str]) -> int:
         " they name a text.",
     )
     # Imported after the options are read, so that --help and mistakes cost no import of torch.
-    from llm.engine.bench import bench
+    from llm.training.profiling.benchmark import bench
 
     bench(options)
     return 0

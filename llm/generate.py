@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.config.errors import UserError
+from llm.config.exit_codes import outcome
 from llm.config.generate import GenerateOptions
 from llm.config.options import ModelOptions, TokenizerOptions
-from llm.config.outcome import outcome
 from llm.config.reader import read_options
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def model_place(name: str) -> str:
     if (folder / "config.json").is_file():
         return str(folder)
 
-    from llm.engine.checkpoint_files import saved_steps
+    from llm.training.checkpoints.layout import saved_steps
 
     steps = saved_steps(folder / "checkpoints") or saved_steps(folder)
     if not steps:
@@ -88,7 +88,7 @@ def _load(options: GenerateOptions, place: str) -> tuple[PreTrainedModel, PreTra
     from transformers.utils import logging as library_logging
 
     from llm.models.build import build_model, load_config
-    from llm.models.tokenizers import load_tokenizer
+    from llm.tokenization.load import load_tokenizer
 
     library_logging.set_verbosity_error()  # its advice is for programmers
     named = ModelOptions(model_name_or_path=place, trust_remote_code=options.trust_remote_code)
@@ -114,7 +114,7 @@ def _meet_the_hub() -> None:
     """Looks for the Hub once; without it, what is in the cache is found at once."""
     from huggingface_hub import is_offline_mode
 
-    from llm.world.network import go_offline, hub_is_reachable
+    from llm.hub.connection import go_offline, hub_is_reachable
 
     if not is_offline_mode() and not hub_is_reachable():
         print("the Hub cannot be reached: looking into the local cache", file=sys.stderr)

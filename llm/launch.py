@@ -12,16 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from llm.clusters.chain import Chain, chain_number, judge
-from llm.clusters.place import Place, check_agents, find_place
+from llm.clusters.allocation import Place, check_agents, find_place
+from llm.clusters.job_chain import Chain, chain_number, judge
 from llm.clusters.sites import Scheduler, read_site
-from llm.clusters.trainers import check_chain, read_trainer
+from llm.clusters.trainer_command import check_chain, read_trainer
 from llm.config.durations import seconds_of
 from llm.config.errors import Stopped, UsageError, UserError
+from llm.config.exit_codes import outcome
 from llm.config.launch import DoctorOptions, JobOptions, MeetingOptions, NodeOptions, ScriptOptions
-from llm.config.outcome import outcome
+from llm.config.option import Group
 from llm.config.reader import read_options
-from llm.config.rows import Group
 
 T = TypeVar("T", bound=Group)
 
@@ -69,8 +69,8 @@ def _launch(argv: list[str]) -> int:
 
 def _node(argv: list[str]) -> int:
     """Becomes torchrun's agent on this host: signals reach it, and its exit code is the scheduler's."""
-    from llm.clusters.agents import agent_command, agent_environment, check_meeting, count_accelerators
-    from llm.world.threads import num_free_cores
+    from llm.clusters.torchrun_agent import agent_command, agent_environment, check_meeting, count_accelerators
+    from llm.system.cpu_threads import num_free_cores
 
     options, rest = _read(NodeOptions, argv, "node", "Starts the processes of this host, and meets the other hosts.")
     place = _place(options, is_step=True)
@@ -95,7 +95,7 @@ def _node(argv: list[str]) -> int:
 
 def _agent(argv: list[str]) -> int:
     """torchrun, as `node` calls it."""
-    from llm.clusters.agents import run_agent
+    from llm.clusters.torchrun_agent import run_agent
 
     return run_agent(argv)
 
@@ -106,7 +106,7 @@ def _worker(argv: list[str]) -> int:
     It would start the processes again otherwise, a few seconds before the end of the job. It also would where the
     trainer ended by itself because of a mistake: those starts end at once, without a second word.
     """
-    from llm.clusters.agents import mistake_file
+    from llm.clusters.torchrun_agent import mistake_file
 
     mistake = mistake_file()
     if mistake is not None and mistake.exists():
@@ -126,7 +126,7 @@ def _worker(argv: list[str]) -> int:
 
 def _job(argv: list[str]) -> int:
     """Runs the trainer on all hosts of the job, and says how the run stands after that."""
-    from llm.clusters.spread import spread
+    from llm.clusters.multi_host import spread
     from llm.clusters.walltime import job_end
 
     _speak()
@@ -159,7 +159,7 @@ def _job(argv: list[str]) -> int:
 
 def _script(scheduler: Scheduler, argv: list[str]) -> int:
     """Prints or submits a job script."""
-    from llm.clusters.scripts import DEFAULT_SETUP, Request, job_script
+    from llm.clusters.job_scripts import DEFAULT_SETUP, Request, job_script
 
     title = {"pbs": "PBS", "slurm": "Slurm"}[scheduler]
     options, rest = _read(ScriptOptions, argv, scheduler, f"Prints a job script for {title}, or submits it.")
@@ -212,7 +212,7 @@ def _submit(scheduler: Scheduler, options: ScriptOptions, text: str) -> int:
 
 def _doctor(argv: list[str]) -> int:
     """Starts one agent on each host, of which the first one says what to mend; with `--inside` this is one."""
-    from llm.clusters.spread import spread
+    from llm.clusters.multi_host import spread
 
     options, rest = _read(DoctorOptions, argv, "doctor", "Looks at the hosts of an allocation, and says what to mend.")
     if rest:
@@ -232,9 +232,9 @@ def _examine(place: Place, options: DoctorOptions) -> int:
     """The doctor's agent on this host."""
     # Before torch reads it: else each address without a name is a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from llm.clusters.agents import agent_environment, check_meeting, count_accelerators
-    from llm.clusters.doctor import examine
-    from llm.world.threads import num_free_cores
+    from llm.clusters.doctor.doctor import examine
+    from llm.clusters.torchrun_agent import agent_environment, check_meeting, count_accelerators
+    from llm.system.cpu_threads import num_free_cores
 
     check_agents(place)
     check_meeting(place, port=options.port, interface=options.interface)
@@ -279,13 +279,13 @@ def _leave_home(place: Place) -> None:
 
 
 def _status(run_dir: Path | None) -> Mapping[str, object]:
-    from llm.engine.past_run import read_run
+    from llm.training.run_dir.inspect import read_run
 
     return read_run(run_dir, verify=False).status if run_dir is not None else {}
 
 
 def _say_how_it_stands(run_dir: Path | None, exit_code: int) -> None:
-    from llm.engine.past_run import how_it_stands, read_run
+    from llm.training.run_dir.inspect import how_it_stands, read_run
 
     said = f"{run_dir}: {how_it_stands(read_run(run_dir, verify=False))}" if run_dir is not None else "nothing is kept"
     print(f"job: exit code {exit_code}; {said}", flush=True)

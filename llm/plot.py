@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm.config.errors import UsageError, UserError
-from llm.config.outcome import outcome
+from llm.config.exit_codes import outcome
 from llm.config.plot import PlotOptions
 from llm.config.reader import read_options
 

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, TextIO
 from tqdm import tqdm
 
 from llm.config.errors import UserError
-from llm.config.outcome import outcome
+from llm.config.exit_codes import outcome
 from llm.config.prepare import PrepareOptions
 from llm.config.reader import read_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llm.data.corpus import Corpus
-    from llm.data.shards import Streams
+    from llm.data.shards.format import Streams
+    from llm.data.sources.corpus import Corpus
     from llm.files.lock import Lock
 
 # The trainer of a tokenizer counts the words of all that it is given; more text changes no merge of note.
@@ -52,7 +52,7 @@ def _prepare(argv: Sequence[str]) -> int:
     if options.verify:
         return _verify(folder)
 
-    from llm.data.shards import MANIFEST, open_folder
+    from llm.data.shards.format import MANIFEST, open_folder
     from llm.files.lock import locked
 
     try:
@@ -78,8 +78,8 @@ def _prepare(argv: Sequence[str]) -> int:
 
 def _verify(folder: Path) -> int:
     """Prints a line for every shard, and one for the tokenizer; 1 if one is damaged."""
-    from llm.data.shards import verify
-    from llm.models.tokenizers import tokenizer_hash
+    from llm.data.shards.format import verify
+    from llm.tokenization.load import tokenizer_hash
 
     num_damaged, expected = 0, set()
     for shard, damage in verify(folder):
@@ -122,9 +122,9 @@ def _speaking() -> Iterator[None]:
 
 def _open_text(options: PrepareOptions) -> Corpus:
     """The text that the options name, nothing read yet; a dataset of the Hub comes as a stream."""
-    from llm.data.corpus import open_corpus
-    from llm.data.hub_streams import open_stream
-    from llm.world.network import go_offline, hub_is_reachable
+    from llm.data.sources.corpus import open_corpus
+    from llm.data.sources.hub_streaming import open_stream
+    from llm.hub.connection import go_offline, hub_is_reachable
 
     name = options.dataset_name
     is_remote = name is not None and not name.startswith("builtin:") and not Path(name).expanduser().exists()
@@ -186,10 +186,10 @@ def _remove_left(folder: Path) -> None:
 
 
 def _write(folder: Path, options: PrepareOptions, corpus: Corpus, lock: Lock) -> None:
-    from llm.data.encoding import encoding_threads
-    from llm.data.tokenizing import write_shards
-    from llm.engine.text_bar import text_bar
-    from llm.models.tokenizers import is_character_level, tokenizer_hash
+    from llm.data.preparation.progress_bar import text_bar
+    from llm.data.preparation.tokenize import write_shards
+    from llm.tokenization.encoder import encoding_threads
+    from llm.tokenization.load import is_character_level, tokenizer_hash
 
     with encoding_threads(options.preprocessing_num_workers):
         tokenizer = _tokenizer(folder, options, corpus)
@@ -213,7 +213,7 @@ def _tokenizer(folder: Path, options: PrepareOptions, corpus: Corpus) -> PreTrai
 
     from llm.config.options import ModelOptions
     from llm.files.atomic import whole_folder
-    from llm.models.tokenizers import load_tokenizer
+    from llm.tokenization.load import load_tokenizer
 
     saved = folder / "tokenizer"
     if not saved.is_dir():
@@ -238,7 +238,7 @@ def _tokenizer(folder: Path, options: PrepareOptions, corpus: Corpus) -> PreTrai
 
 def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from llm.config.options import ModelOptions, TokenizerOptions
-    from llm.models.tokenizers import load_tokenizer
+    from llm.tokenization.load import load_tokenizer
 
     return load_tokenizer(
         TokenizerOptions(tokenizer_name=str(folder)),
@@ -261,7 +261,7 @@ def _first(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _sum_up(folder: Path, streams: Streams) -> None:
-    from llm.data.parts import describe
+    from llm.data.sources.documents import describe
 
     for name, stream in (("train", streams.train), ("validation", streams.validation)):
         if stream is None:

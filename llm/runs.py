@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm.config.errors import UserError
-from llm.config.outcome import outcome
+from llm.config.exit_codes import outcome
 from llm.config.reader import read_options
 from llm.config.runs import RunsOptions
-from llm.engine.past_run import PastRun, SavedCheckpoint, how_it_stands, is_run, read_run, resume_command
+from llm.training.run_dir.inspect import PastRun, SavedCheckpoint, how_it_stands, is_run, read_run, resume_command
 
 _SIZES = ((1, "B"), (1 << 10, "KiB"), (1 << 20, "MiB"), (1 << 30, "GiB"), (1 << 40, "TiB"))
 _AGES = ((1, "s"), (60, "min"), (3600, "h"), (86400, "d"))

@@ -13,9 +13,9 @@ import torch
 
 from llm.bench import main
 from llm.config.errors import UserError
-from llm.engine.measuring import Bench, Measurement, measured_flops
-from llm.engine.phases import Clock, Phases
-from llm.world.garbage import freeze_heap
+from llm.system.garbage_collection import freeze_heap
+from llm.training.profiling.measure import Bench, Measurement, measured_flops
+from llm.training.profiling.phases import Clock, Phases
 
 TINY = [
     *("--config_overrides", "n_layer=2,n_head=2,n_embd=32,vocab_size=97,n_positions=64", "--block_size", "32"),

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm.config.options import Options
 from llm.config.reader import read_options
-from llm.data.blocks import Blocks
-from llm.engine.plan import plan_run
-from llm.world.network import come_online
+from llm.data.batches.blocks import Blocks
+from llm.hub.connection import come_online
+from llm.training.plan import plan_run
 from tests.conftest import Outcome
 from tests.hub_cache import plant_model
 

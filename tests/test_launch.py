@@ -88,7 +88,7 @@ def test_help_when_asked_for_then_costs_half_a_second_and_no_torch() -> None:
 )
 def test_mistake_when_made_then_is_a_line_that_says_what_to_do(words: list[str], said: str, launch: Run) -> None:
     if words[0] == "doctor":
-        pytest.importorskip("llm.clusters.doctor")
+        pytest.importorskip("llm.clusters.doctor.doctor")
     code, out, err = launch(*words)
     assert code == 2
     assert said in err

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from llm.config.prepare import PrepareOptions
-from llm.data import hub_streams
-from llm.data.shards import open_folder
-from llm.data.split_writer import SplitWriter
+from llm.data.shards.format import open_folder
+from llm.data.shards.writer import SplitWriter
+from llm.data.sources import hub_streaming as hub_streams
 from llm.prepare import main
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +73,8 @@ def test_prepare_when_run_then_shards_that_say_everything(
 def test_prepare_when_on_a_terminal_then_a_bar_and_lines_above_it(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.data.cutting.BATCH_LENGTH", 20_000)
-    monkeypatch.setattr("llm.engine.text_bar._DELAY_SECONDS", 0)
+    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_LENGTH", 20_000)
+    monkeypatch.setattr("llm.data.preparation.progress_bar._DELAY_SECONDS", 0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(_words(rows, tiny_gpt2_dir, tmp_path / "out", "--validation_split_percentage", "0")) == 0
     printed = capsys.readouterr()
@@ -173,7 +173,7 @@ def test_prepare_when_a_hub_dataset_then_streamed_and_held_out_by_hash(
 ) -> None:
     table = datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(400)]}).to_iterable_dataset()
     monkeypatch.setattr(hub_streams, "load_stream", lambda *_: ({"train": table}, "commit"))
-    monkeypatch.setattr("llm.world.network.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("llm.hub.connection.hub_is_reachable", lambda: True)
     words = ["--dataset_name", "some/set", "--tokenizer_name", str(tiny_gpt2_dir), "--shard_size", "500"]
     assert main([*words, "--validation_split_percentage", "20", "--output_dir", str(tmp_path / "a")]) == 0
     streams = open_folder(tmp_path / "a")
@@ -186,8 +186,8 @@ def test_prepare_when_a_stream_breaks_then_one_line_and_the_next_start_continues
     tiny_gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = [{"text": f"document {i} " * 20} for i in range(200)]
-    monkeypatch.setattr("llm.data.cutting.BATCH_LENGTH", 4000)
-    monkeypatch.setattr("llm.world.network.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_LENGTH", 4000)
+    monkeypatch.setattr("llm.hub.connection.hub_is_reachable", lambda: True)
 
     def prepare(folder: Path, length: int) -> int:
         class Table:
@@ -212,8 +212,8 @@ def test_prepare_when_a_stream_breaks_then_one_line_and_the_next_start_continues
 # Killed while it imports, it has done nothing: the clock of a kill starts at the first text.
 SLOWLY = """
 import sys, time
-from llm.data import cutting
-from llm.data.encoding import Encoder
+from llm.data.preparation import chunking as cutting
+from llm.tokenization.encoder import Encoder
 from llm import prepare
 encode = Encoder.encode
 told = []
@@ -231,8 +231,9 @@ sys.exit(prepare.main(sys.argv[1:]))
 # The same by processes, which take any text here; their numbers are told.
 SLOWLY_BY_TWO = """
 import sys, time
-from llm.data import cutting, encoding
-from llm.data.encoding import Encoder
+from llm.data.preparation import chunking as cutting
+from llm.tokenization import encoder as encoding
+from llm.tokenization.encoder import Encoder
 from llm import prepare
 begin = Encoder._begin
 told = []
@@ -294,7 +295,7 @@ def _kill_and_compare(rows: Path, tokenizer: Path, tmp_path: Path, num_kills: in
 
 def _is_worker(pid: int) -> bool:
     done = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], stdout=subprocess.PIPE, text=True, check=False)
-    return "llm.data.processes" in done.stdout
+    return "llm.system.subprocesses" in done.stdout
 
 
 @pytest.mark.slow
@@ -343,7 +344,7 @@ def test_prepare_when_killed_while_saving_the_tokenizer_then_its_files_go(
 def test_prepare_when_its_folder_was_taken_over_then_writes_no_more_and_says_so(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.data.cutting.BATCH_LENGTH", 20_000)
+    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_LENGTH", 20_000)
     folder, finish, finished = tmp_path / "out", SplitWriter._finish_shard, []
 
     def taken_over_meanwhile(writer: SplitWriter) -> None:
@@ -417,7 +418,7 @@ def test_recipe_when_run_with_stand_ins_then_shards(
     assert first.startswith("# ") and ("second" in first or "time" in first)
     table = datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(300)]}).to_iterable_dataset()
     monkeypatch.setattr(hub_streams, "load_stream", lambda *_: ({"train": table, "validation": table}, "commit"))
-    monkeypatch.setattr("llm.world.network.hub_is_reachable", lambda: True)
+    monkeypatch.setattr("llm.hub.connection.hub_is_reachable", lambda: True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_folder").mkdir()
     (tmp_path / "my_folder" / "a.txt").write_text("some text\n" * 50)

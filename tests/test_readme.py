@@ -15,25 +15,25 @@ import pytest
 from huggingface_hub import constants
 
 from llm.bench import main as bench
+from llm.config.abbreviations import BUILT_IN
 from llm.config.bench import BenchOptions
 from llm.config.flags import flags_of
 from llm.config.generate import GenerateOptions
 from llm.config.launch import DoctorOptions, JobOptions, NodeOptions, ScriptOptions
-from llm.config.names import BUILT_IN
 from llm.config.options import Options
 from llm.config.plot import PlotOptions
 from llm.config.prepare import PrepareOptions
 from llm.config.reader import read_options
 from llm.config.runs import RunsOptions
-from llm.data.blocks import Ledger
-from llm.engine.lines import ledger_line
+from llm.data.batches.blocks import Ledger
 from llm.generate import main as generate
+from llm.hub.connection import come_online
 from llm.launch import main as launch_cluster
 from llm.plot import main as plot
 from llm.prepare import main as prepare
 from llm.runs import main as list_runs
 from llm.trainers.gpt import main as train
-from llm.world.network import come_online
+from llm.training.run_dir.formatting import ledger_line
 from tests.hub_cache import plant_model
 
 ROOT = Path(__file__).parents[1]

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from llm.engine.past_run import read_run, resume_command
 from llm.files.manifest import write_manifest
 from llm.runs import main
 from llm.trainers.gpt import main as train
+from llm.training.run_dir.inspect import read_run, resume_command
 
 NO_PROCESS = 2**22 + 1  # beyond the largest number of a process
 

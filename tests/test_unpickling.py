@@ -10,7 +10,7 @@ import pytest
 import llm
 
 ROOT = Path(llm.__file__).parent
-THE_READER = "engine/foreign.py"
+THE_READER = "training/checkpoints/external.py"
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 LOADS = {"torch.load", "torch.serialization.load", "torch.save", "torch.serialization.save"}
 
@@ -52,15 +52,15 @@ def test_package_when_read_then_unpickles_nowhere_else() -> None:
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        ("import pickle", "engine/a.py"),
+        ("import pickle", "training/a.py"),
         ("import os, pickle as p", THE_READER),
-        ("from pickle import loads", "engine/a.py"),
+        ("from pickle import loads", "training/a.py"),
         ("from torch import load", THE_READER),
-        ("import torch\ntorch.load(path, weights_only=True)", "engine/a.py"),
+        ("import torch\ntorch.load(path, weights_only=True)", "training/a.py"),
         ("import torch\ntorch.load(path)", THE_READER),
         ("import torch\ntorch.load(path, weights_only=False)", THE_READER),
         ("import torch\nread = torch.load", THE_READER),
-        ("import torch\ntorch.save(weights, path)", "engine/a.py"),
+        ("import torch\ntorch.save(weights, path)", "training/a.py"),
         ("import torch\ntorch.save(weights, path, weights_only=True)", THE_READER),
         ("frame.to_pickle(path)", "data/a.py"),
         ("import torch\ndef read(path, **words):\n    return torch.load(path, **words)", THE_READER),

@@ -1,1 +1,1 @@
-"""From one host to many: where this is (PBS, Slurm, an MPI, or nothing), and how a job of them is started."""
+"""From one host to many: the job allocation (PBS, Slurm, MPI), job scripts and launchers."""

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Mapping
 
-from llm.clusters.commands import UnknownError, ask_scheduler
+from llm.clusters.scheduler import UnknownError, ask_scheduler
 
 log = logging.getLogger(__name__)
 

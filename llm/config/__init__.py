@@ -1,1 +1,1 @@
-"""Every option, and the reader of command lines and TOML files. Imports no torch."""
+"""Every option, and the reader of command lines and TOML files. This package imports no torch."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from llm.config.option import Group, row
 from llm.config.options import Options
-from llm.config.rows import Group, row
 
 # One row a line, however long: the table is read down its columns.
 # fmt: off

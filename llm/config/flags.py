@@ -15,8 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from llm.config.names import BUILT_IN
-from llm.config.rows import Group
+from llm.config.abbreviations import BUILT_IN
+from llm.config.option import Group
 
 YES = ("true", "yes", "on", "t", "y", "1")
 NO = ("false", "no", "off", "f", "n", "0")

@@ -8,7 +8,7 @@ import textwrap
 from typing import Any
 
 from llm.config.flags import Flag, flags_of, groups_of
-from llm.config.rows import Group
+from llm.config.option import Group
 
 INDENT = 26
 LONGEST_LIST_OF_CHOICES = 40

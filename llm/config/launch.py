@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llm.config.durations import FORMS
-from llm.config.rows import Group, row
+from llm.config.option import Group, row
 
 # One row a line, however long: the table is read down its columns.
 # fmt: off

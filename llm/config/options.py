@@ -13,8 +13,8 @@ from typing import Literal
 from pydantic import model_validator
 
 from llm.config.durations import FORMS, seconds_of
-from llm.config.folders import weighted_folders
-from llm.config.rows import Group, row
+from llm.config.option import Group, row
+from llm.config.weighted_dirs import weighted_folders
 
 # One row a line, however long: the table is read down its columns.
 # fmt: off

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llm.config.rows import Group, row
+from llm.config.option import Group, row
 
 
 class PlotOptions(Group):

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from llm.config.option import Group, row
 from llm.config.options import DataOptions, TokenizerOptions
-from llm.config.rows import Group, row
 
 # One row a line, however long: the table is read down its columns.
 # fmt: off

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from llm.config.command import Given, cut
+from llm.config.abbreviations import BUILT_IN, nearest
+from llm.config.argv import Given, cut
 from llm.config.errors import UsageError
 from llm.config.flags import Flag, flags_of, groups_of
-from llm.config.names import BUILT_IN, nearest
-from llm.config.rows import Group
+from llm.config.option import Group
 from llm.config.toml import toml_value
 
 T = TypeVar("T", bound=Group)

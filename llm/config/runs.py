@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm.config.rows import Group, row
+from llm.config.option import Group, row
 
 
 class RunsOptions(Group):

@@ -8,10 +8,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm.config.command import cut
+from llm.config.argv import cut
 from llm.config.flags import flags_of
+from llm.config.option import Group
 from llm.config.options import Options
-from llm.config.rows import Group
 
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 

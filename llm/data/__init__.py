@@ -1,1 +1,1 @@
-"""From text to blocks of tokens: sources, tokenized streams, order, loaders."""
+"""Text to batches of token ids: sources, token shards, shuffled blocks and streaming."""

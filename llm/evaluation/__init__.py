@@ -1,1 +1,1 @@
-"""A model and batches in, numbers out."""
+"""Measures of a model on batches of text."""

@@ -1,1 +1,1 @@
-"""Files and folders that are finished or do not exist."""
+"""Files and folders that are complete or do not exist."""

@@ -14,7 +14,7 @@ counts every token as an example; Pauloski et al. 2021 (arXiv:2107.01739), for t
 """
 
 from llm.kfac.preconditioner import KFACPreconditioner
-from llm.kfac.report import Report
 from llm.kfac.schedule import dense_early
+from llm.kfac.summary import Report
 
 __all__ = ["KFACPreconditioner", "Report", "dense_early"]

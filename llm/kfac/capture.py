@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.kfac.layers import Layer
-from llm.kfac.triangles import add_product, add_to_last_row
+from llm.kfac.packed_symmetric import add_product, add_to_last_row
 
 
 class Gate:

@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llm.kfac.bounds import FACTOR_UPDATE_STEPS, Default, as_anchor, check
+from llm.kfac.assignment import Ranks, assign, delays
 from llm.kfac.capture import Capture, Gate
-from llm.kfac.curvature import Eigen, Inverse
+from llm.kfac.decompositions import Eigen, Inverse
 from llm.kfac.formulas import AnchorFormulas, Count, Formulas
-from llm.kfac.groups import Group
+from llm.kfac.layer_groups import Group
 from llm.kfac.layers import Layer, device_of, find_layers
-from llm.kfac.ranks import Ranks, assign, delays
-from llm.kfac.report import Report
+from llm.kfac.packed_symmetric import share_of_product
 from llm.kfac.schedule import Number, is_due, is_refresh_due, steady_value, value_at
-from llm.kfac.triangles import share_of_product
+from llm.kfac.summary import Report
+from llm.kfac.validation import FACTOR_UPDATE_STEPS, Default, as_anchor, check
 
 
 class KFACPreconditioner:

@@ -1,1 +1,1 @@
-"""Tokenizers, models and their loss, FLOPs, and sampling."""
+"""Models and their loss, attention, compilation, FLOPs and sampling."""

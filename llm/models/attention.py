@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from llm.world.arithmetic import multiplies_bf16
+from llm.system.precision import multiplies_bf16
 
 # Never written to a file: a configuration keeps its attention to itself.
 NAME = "llm_causal"

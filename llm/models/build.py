@@ -21,8 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from llm.config.errors import UsageError, UserError
 from llm.config.options import ModelOptions
-from llm.models.configs import context_limit, load_config, read_config
-from llm.models.names import first_line, name_error
+from llm.hub.names import first_line, name_error
+from llm.models.config import context_limit, load_config, read_config
 
 __all__ = ["build_model", "context_limit", "load_config", "read_config"]
 

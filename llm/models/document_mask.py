@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm.config.errors import UserError
+from llm.hub.names import first_line
 from llm.models.attention import spelled
-from llm.models.configs import context_limit
+from llm.models.config import context_limit
 from llm.models.language_model import forward_apart, uses_flash
-from llm.models.names import first_line
 
 # Of a row, or all that a model can read.
 _ROW = 16

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
+from llm.models.lm_head import has_plain_head
 from llm.models.loss import IGNORED, chunked_loss, loss_of_logits, pays
-from llm.models.plain_head import has_plain_head
 
 __all__ = ["IGNORED", "LanguageModel", "forward_apart", "uses_flash"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm.models.configs import context_limit
-from llm.models.vocabularies import is_character_level
+from llm.models.config import context_limit
+from llm.tokenization.vocabulary import is_character_level
 
 
 @torch.no_grad()

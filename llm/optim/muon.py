@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from llm.world.arithmetic import multiplies_bf16
+from llm.system.precision import multiplies_bf16
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _NUM_ITERATIONS = 5

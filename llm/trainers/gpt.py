@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from llm.config.exit_codes import outcome
 from llm.config.options import Options
-from llm.config.outcome import outcome
 from llm.config.reader import read_options
 from llm.config.toml import command_line
 
@@ -37,7 +37,7 @@ def _train(argv: list[str]) -> int:
     # Trackers store and upload the command line of the process: it keeps no secret.
     sys.argv[1:] = shlex.split(command_line(argv))
     # Imported after the options are read, so that --help and mistakes cost no import of torch.
-    from llm.engine.run import train
+    from llm.training.run import train
 
     return train(options, command=f"{PROGRAM} {command_line(argv)}", started=started)
 

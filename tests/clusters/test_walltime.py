@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import llm.clusters.commands
+import llm.clusters.scheduler
 from llm.clusters.walltime import job_end
 
 # What PBS Pro 2022 and Torque 6 print, shortened in the middle.
@@ -138,7 +138,7 @@ def test_end_when_there_is_no_command_then_is_none_and_one_line_says_why(
 def test_end_when_the_command_hangs_then_is_none_soon(
     bin_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm.clusters.commands, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(llm.clusters.scheduler, "PATIENCE_SECONDS", 0.5)
     environment = stand_in(bin_dir, "squeue", "", before="exec sleep 30") | {"SLURM_JOB_ID": "1"}
     started = time.monotonic()
     assert job_end(environment) is None

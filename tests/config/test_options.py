@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from pydantic import create_model
 
+from llm.config.abbreviations import BUILT_IN, LLM_PYTORCH, RUN_CLM, nearest, resolve
 from llm.config.flags import flags_of
-from llm.config.names import BUILT_IN, LLM_PYTORCH, RUN_CLM, nearest, resolve
+from llm.config.option import Group, row
 from llm.config.options import Options
 from llm.config.reader import read_options
-from llm.config.rows import Group, row
 
 # Name, default, a word as the two programs take it, and the value it stands for.
 LEGACY: list[tuple[str, Any, list[str], Any]] = [

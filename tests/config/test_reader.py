@@ -14,9 +14,9 @@ from pydantic import model_validator
 import llm
 from llm.config.errors import UsageError
 from llm.config.flags import flags_of
+from llm.config.option import Group, row
 from llm.config.options import Options
 from llm.config.reader import read_options
-from llm.config.rows import Group, row
 
 Toml = Callable[[str], str]
 

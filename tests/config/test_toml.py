@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from llm.config.flags import Flag, flags_of
+from llm.config.option import Group, row
 from llm.config.options import Options
 from llm.config.reader import read_options
-from llm.config.rows import Group, row
 from llm.config.toml import command_line, to_toml
 
 TEXTS = [

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llm.evaluation.perplexity import evaluate
 from llm.models.language_model import LanguageModel
-from llm.models.tokenizers import bytes_of_tokens
+from llm.tokenization.load import bytes_of_tokens
 
 
 @dataclass

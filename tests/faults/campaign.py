@@ -25,14 +25,16 @@ from pathlib import Path
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llm.engine.checkpoints import saved_steps
 from llm.files.manifest import damage
+from llm.training.checkpoints.store import saved_steps
 
 _LONGEST_SECONDS = 120.0
 _OF_TIME = ("data_wait", "mfu", "seconds", "per_second")
 
 _servers = multiprocessing.get_context("forkserver")
-_servers.set_forkserver_preload(["llm.trainers.gpt", "llm.engine.run", "torch.utils.tensorboard", "matplotlib.pyplot"])
+_servers.set_forkserver_preload(
+    ["llm.trainers.gpt", "llm.training.run", "torch.utils.tensorboard", "matplotlib.pyplot"]
+)
 
 
 @dataclass

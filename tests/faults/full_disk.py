@@ -62,12 +62,12 @@ class _Filler(logging.Handler):
 
 
 def _main(disk: Path, room_bytes: int, target: Path, words: Sequence[str]) -> None:
-    from llm.engine.checkpoints import saved_steps
     from llm.files.manifest import damage
+    from llm.training.checkpoints.store import saved_steps
 
     folder, filler = disk / "run", _Filler(disk, room_bytes)
     # Not the package's own logger, whose handlers a run replaces.
-    logging.getLogger("llm.engine.saving").addHandler(filler)
+    logging.getLogger("llm.training.checkpoints.async_saver").addHandler(filler)
     code, err = _train([*words, "--output_dir", str(folder)], target)
     resume = [*words, "--output_dir", str(folder), "--resume_from_checkpoint"]
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
@@ -75,7 +75,7 @@ def _main(disk: Path, room_bytes: int, target: Path, words: Sequence[str]) -> No
     problems = [f"{path}: {found}" for _, path in saved_steps(folder / "checkpoints") if (found := damage(path))]
     full = _train(resume, target)
     filler.path.unlink()
-    logging.getLogger("llm.engine.saving").removeHandler(filler)
+    logging.getLogger("llm.training.checkpoints.async_saver").removeHandler(filler)
     after, _ = _train(resume, target)
     shutil.copytree(folder, target / "run")
     found = Ended(code, err, files, status, problems, *full, after)

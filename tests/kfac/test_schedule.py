@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from llm.kfac import KFACPreconditioner, dense_early
+from llm.kfac.packed_symmetric import add_product, add_to_last_row, fold, folded_eye, folded_shape, folded_trace, unfold
 from llm.kfac.schedule import is_due, is_refresh_due
-from llm.kfac.triangles import add_product, add_to_last_row, fold, folded_eye, folded_shape, folded_trace, unfold
 
 ANCHOR = {"compat": "kfac-pytorch"}
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from llm.config.errors import UsageError, UserError
 from llm.config.options import ModelOptions
 from llm.models.build import build_model, context_limit, load_config, read_config
-from llm.models.configs import UNLIMITED
-from llm.models.tokenizers import character_tokenizer
+from llm.models.config import UNLIMITED
+from llm.tokenization.load import character_tokenizer
 
 SMALL = "n_layer=1,n_embd=32,n_head=2,n_positions=64"
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from benchmarks.loss import allocated
 from llm.models import loss
 from llm.models.language_model import LanguageModel
+from llm.models.lm_head import has_plain_head
 from llm.models.loss import chunked_loss, loss_of_logits
-from llm.models.plain_head import has_plain_head
 
 ROWS, WIDTH, VOCABULARY = 37, 24, 131
 

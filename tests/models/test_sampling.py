@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from llm.models.sampling import sample
-from llm.models.tokenizers import character_tokenizer
+from llm.tokenization.load import character_tokenizer
 
 
 def _sample(model, tokenizer, prompt: str | None = "the king", **changes: object) -> list[str]:

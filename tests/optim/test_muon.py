@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 import llm.optim.muon as muon
 from llm.config.errors import UserError
 from llm.config.options import OptimizerOptions
-from llm.optim.build import build_optimizer
 from llm.optim.groups import hidden_matrices, muon_groups
 from llm.optim.muon import Muon, MuonWithAdamW, orthogonalized
+from llm.optim.registry import build_optimizer
 
 SHAPES = {"square": (24, 24), "wide": (16, 64), "tall": (64, 16), "little wide": (24, 30)}
 OPTIONS = OptimizerOptions(optim="muon", learning_rate=3e-3, muon_learning_rate=0.05, weight_decay=0.1)

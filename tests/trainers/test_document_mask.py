@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llm.engine.plan import Plan
 from llm.prepare import main as prepare
+from llm.training.plan import Plan
 from tests.conftest import WORDS, Outcome
 
 Train = Callable[..., Outcome]
@@ -114,7 +114,9 @@ def test_resume_when_the_checkpoint_is_from_before_the_option_then_it_had_no_mas
     run = [*words, "--output_dir", tmp_path / "run"]
     with monkeypatch.context() as patch:
         fields = {field.name for field in dataclasses.fields(Plan)} - {"document_mask", "num_unread"}
-        patch.setattr("llm.engine.actions.asdict", lambda plan: {name: getattr(plan, name) for name in fields})
+        patch.setattr(
+            "llm.training.callbacks.actions.asdict", lambda plan: {name: getattr(plan, name) for name in fields}
+        )
         assert train(*run).code == 0
     plain = _results(tmp_path / "run")
     assert plain["num_eval_tokens"] == plain["ledger"]["validation_tokens"] - 1

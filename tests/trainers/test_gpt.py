@@ -459,10 +459,10 @@ def test_console_when_it_cannot_show_a_character_then_the_run_goes_on(tiny_optio
 def test_export_when_it_cannot_be_verified_then_the_weights_are_kept(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llm.engine.export
+    import llm.training.export
 
     losses = iter([1.0, 2.0])
-    monkeypatch.setattr(llm.engine.export, "_loss", lambda *_: next(losses))
+    monkeypatch.setattr(llm.training.export, "_loss", lambda *_: next(losses))
     outcome = train(*tiny_options, "--max_train_steps", "2", "--output_dir", tmp_path / "run")
     assert outcome.code == 1
     assert "not verified" in outcome.err
@@ -506,16 +506,16 @@ def test_best_when_the_limit_is_reached_then_is_kept_beside_the_newest(
 def test_disk_when_it_is_full_then_one_line_and_the_older_checkpoint_is_whole(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llm.engine.checkpoints
+    import llm.training.checkpoints.store
 
-    write = llm.engine.checkpoints.save_file
+    write = llm.training.checkpoints.store.save_file
 
     def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if "step_20" in str(path):
             raise OSError(28, "No space left on device")
         write(tensors, path)
 
-    monkeypatch.setattr(llm.engine.checkpoints, "save_file", full)
+    monkeypatch.setattr(llm.training.checkpoints.store, "save_file", full)
     outcome = train(*tiny_options, "--checkpointing_steps", "10", "--output_dir", tmp_path / "run")
     assert outcome.code == 1
     assert "No space left on device" in outcome.err
@@ -527,9 +527,9 @@ def test_disk_when_it_is_full_then_one_line_and_the_older_checkpoint_is_whole(
 def test_folder_when_another_run_took_it_over_then_the_run_ends_and_writes_no_more_there(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heartbeat_seconds: float
 ) -> None:
-    import llm.engine.actions
+    import llm.training.callbacks.actions
 
-    run, save = tmp_path / "run", llm.engine.actions.save_checkpoint
+    run, save = tmp_path / "run", llm.training.callbacks.actions.save_checkpoint
 
     def taken_over_meanwhile(folder: Path, step: int, **what: Any) -> Path:
         saved = save(folder, step, **what)
@@ -538,7 +538,7 @@ def test_folder_when_another_run_took_it_over_then_the_run_ends_and_writes_no_mo
         return saved
 
     monkeypatch.setattr("llm.files.lock._HEARTBEAT_SECONDS", heartbeat_seconds)
-    monkeypatch.setattr(llm.engine.actions, "save_checkpoint", taken_over_meanwhile)
+    monkeypatch.setattr(llm.training.callbacks.actions, "save_checkpoint", taken_over_meanwhile)
     outcome = train(*tiny_options, "--checkpointing_steps", "5", "--output_dir", run)
     assert outcome.code == 1
     said = f"the lock {run / 'run.lock'} is held by another run now (process 7 on another-host)"

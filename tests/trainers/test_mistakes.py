@@ -16,12 +16,12 @@ Train = Callable[..., Outcome]
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test if a model is built."""
-    import llm.engine.building
+    import llm.training.build
 
     def build(*_: object, **__: object) -> None:
         pytest.fail("a model was built before the mistake was reported")
 
-    monkeypatch.setattr(llm.engine.building, "build_model", build)
+    monkeypatch.setattr(llm.training.build, "build_model", build)
 
 
 def one_line(outcome: Outcome, code: int) -> str:
@@ -110,9 +110,9 @@ def test_text_when_shorter_than_a_block_then_says_the_numbers(
 def test_block_size_when_beyond_the_model_then_is_refused_before_the_text_is_read(
     train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llm.engine.run
+    import llm.training.run
 
-    monkeypatch.setattr(llm.engine.run, "opened_text", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(llm.training.run, "opened_text", lambda *_: pytest.fail("the text was read"))
     line = one_line(train(*replaced(tiny_options, "--block_size", "65")), 1)
     assert "64 tokens" in line
 
@@ -174,10 +174,10 @@ def test_output_dir_when_it_cannot_be_written_then_is_refused(
 def test_tracker_when_unknown_or_not_installed_then_says_which(
     train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llm.engine.tracking
+    import llm.training.run_dir.trackers
 
-    monkeypatch.setattr(llm.engine.tracking, "get_available_trackers", lambda: ["tensorboard", "wandb"])
-    monkeypatch.setattr(llm.engine.tracking, "_wandb_is_logged_in", lambda: False)
+    monkeypatch.setattr(llm.training.run_dir.trackers, "get_available_trackers", lambda: ["tensorboard", "wandb"])
+    monkeypatch.setattr(llm.training.run_dir.trackers, "_wandb_is_logged_in", lambda: False)
     tracking = [*tiny_options, "--with_tracking", "--report_to"]
     assert "no tracker" in one_line(train(*tracking, "wandbb"), 1)
     assert "pip install mlflow" in one_line(train(*tracking, "mlflow"), 1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm.data.shards import open_folder
+from llm.data.shards.format import open_folder
 from llm.prepare import main as prepare
 from tests.conftest import Outcome, keep_only
 

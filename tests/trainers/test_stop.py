@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import llm.engine.building
-from llm.engine.central import CentralUpdater
-from llm.engine.past_run import how_it_stands, read_run
+import llm.training.build
 from llm.models.language_model import LanguageModel
+from llm.training.run_dir.inspect import how_it_stands, read_run
+from llm.training.updaters.synchronous import CentralUpdater
 from tests.conftest import FOREVER, Outcome
 
 Train = Callable[..., Outcome]
@@ -147,7 +147,7 @@ def test_signal_when_tokenizing_then_ends_soon_and_leaves_no_half_made_cache(
     assert program.seconds_until(folder / "status.json") < 10, program.out
     facts = status(folder)
     assert (facts["state"], facts["reason"], facts["step"], facts["exit_code"]) == ("stopped", "SIGTERM", 0, 75)
-    assert "llm/engine/run.py" not in program.out  # no traceback of ours
+    assert "llm/training/run.py" not in program.out  # no traceback of ours
     assert list(cache.glob("llm/tokens/*")) == []
     assert not (folder / "checkpoints").exists()
     assert not (folder / "run.lock").exists()
@@ -180,7 +180,7 @@ def test_signal_when_sampling_then_ends_soon(tiny_options: list[str], tmp_path: 
     folder = tmp_path / "run"
     program = started(
         *tiny_options, *LONG, "--sample_steps", "5", "--output_dir", folder,
-        first="import llm.engine.actions; llm.engine.actions._SAMPLE_TOKENS = 10**6",
+        first="import llm.training.callbacks.actions; llm.training.callbacks.actions._SAMPLE_TOKENS = 10**6",
     )  # fmt: skip
     program.wait_for_line("step 5/")
     time.sleep(1)
@@ -223,7 +223,7 @@ def test_signal_when_an_update_hangs_then_the_second_one_ends_the_run(
 ) -> None:
     program = started(
         *tiny_options, *LONG, "--output_dir", tmp_path / "run",
-        first="import time; from llm.engine.central import CentralUpdater\n"
+        first="import time; from llm.training.updaters.synchronous import CentralUpdater\n"
         "CentralUpdater.update = lambda *_, **__: print('hangs', flush=True) or time.sleep(1000)",
     )  # fmt: skip
     program.wait_for_line("hangs")
@@ -263,9 +263,9 @@ def test_max_time_when_one_of_two_ranks_sees_it_first_then_both_stop_after_the_s
     script = tmp_path / "late.py"
     script.write_text(
         "import os, sys\n"
-        "from llm.engine.central import CentralUpdater\n"
-        "from llm.engine.deadline import Deadline\n"
-        "from llm.engine.saving import Saver\n"
+        "from llm.training.updaters.synchronous import CentralUpdater\n"
+        "from llm.training.supervision.deadline import Deadline\n"
+        "from llm.training.checkpoints.async_saver import Saver\n"
         "from llm.trainers.gpt import main\n"
         "update, save, calls = CentralUpdater.update, Saver.save, []\n"
         "CentralUpdater.update = lambda *given, **more: calls.append(1) or update(*given, **more)\n"
@@ -355,11 +355,11 @@ def test_samples_when_the_run_ends_around_them_then_are_recorded_once(
                 os.kill(os.getpid(), signal.SIGTERM)
                 return []
 
-            patch.setattr("llm.engine.actions.sample", signalling)
+            patch.setattr("llm.training.callbacks.actions.sample", signalling)
             assert train(*words).code == 75
             assert status(tmp_path / "cut")["step"] == 8
         else:
-            patch.setattr("llm.engine.finish.export_model", lambda *_, **__: 1 / 0)
+            patch.setattr("llm.training.finalize.export_model", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 train(*words)
     outcome = train(*words, "--resume_from_checkpoint")
@@ -374,13 +374,13 @@ def test_stop_when_nothing_was_trained_since_the_resume_then_nothing_is_written_
     words = [*tiny_options, "--output_dir", tmp_path, "--checkpointing_steps", "10", "--max_train_steps"]
     assert train(*words, "10").code == 0
     manifest = tmp_path / "checkpoints" / "step_10" / "manifest.json"
-    before, build = manifest.stat(), llm.engine.building.build_optimizer
+    before, build = manifest.stat(), llm.training.build.build_optimizer
 
     def signalled(*given: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return build(*given)
 
-    monkeypatch.setattr(llm.engine.building, "build_optimizer", signalled)
+    monkeypatch.setattr(llm.training.build, "build_optimizer", signalled)
     halves = ("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "4")
     outcome = train(*words, "20", *halves, "--resume_from_checkpoint")
     assert outcome.code == 75, outcome.err
@@ -499,7 +499,7 @@ def test_secrets_when_the_run_crashes_then_are_not_in_its_last_words_either(
 ) -> None:
     program = started(
         *tiny_options, "--hub_token", GIVEN, "--checkpointing_steps", "10", "--output_dir", tmp_path,
-        first="import llm.engine.finish; llm.engine.finish.model_card = lambda _: 1 / 0", **PLANTED,
+        first="import llm.training.finalize; llm.training.finalize.model_card = lambda _: 1 / 0", **PLANTED,
     )  # fmt: skip
     program.wait_for_line("ZeroDivisionError")
     program.process.wait(60)

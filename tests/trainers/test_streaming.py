@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-import llm.engine.stream
+import llm.data.streaming.dataset
 from tests.conftest import Outcome, keep_only
 from tests.hub_server import REVISION, StandInHub, stand_in_hub
 from tests.trainers.test_mistakes import one_line, replaced
@@ -32,19 +32,19 @@ SHARD = 4000
 # the module of what it is to do, which makes batches small there.
 PROGRAM = f"""
 import sys
-import llm.data.stream_writer
-import llm.engine.stream
+import llm.data.streaming.writer_process
+import llm.data.streaming.dataset
 import small
 from llm.trainers.gpt import main
 print("the program runs", flush=True)
-llm.data.stream_writer.write_stream = small.write_stream
-llm.engine.stream.SHARD_SIZE = {SHARD}
+llm.data.streaming.writer_process.write_stream = small.write_stream
+llm.data.streaming.dataset.SHARD_SIZE = {SHARD}
 sys.exit(main())
 """
 SMALL = """
-import llm.data.cutting
-from llm.data import stream_writer
-llm.data.cutting.BATCH_LENGTH = 2000
+import llm.data.preparation.chunking
+from llm.data.streaming import writer_process as stream_writer
+llm.data.preparation.chunking.BATCH_LENGTH = 2000
 original = stream_writer.write_stream
 def write_stream(pipe, job):
     original(pipe, job)
@@ -53,7 +53,7 @@ def write_stream(pipe, job):
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(llm.engine.stream, "SHARD_SIZE", SHARD)
+    monkeypatch.setattr(llm.data.streaming.dataset, "SHARD_SIZE", SHARD)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
 
 
@@ -68,7 +68,7 @@ def writers(folder: Path) -> set[str]:
     listed = subprocess.run(["ps", "-wweo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
     found = set()
     for line in listed.splitlines():
-        if "llm.data.processes" in line and " Z" not in line:
+        if "llm.system.subprocesses" in line and " Z" not in line:
             pid, parent = line.split()[:2]
             if parent == str(os.getpid()) or str(folder).encode() in _environment(pid):
                 found.add(pid)

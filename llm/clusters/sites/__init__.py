@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from llm.config.abbreviations import nearest
 from llm.config.errors import UserError
-from llm.config.names import nearest
-from llm.config.rows import Group
+from llm.config.option import Group
 
 Scheduler = Literal["pbs", "slurm"]
 

@@ -1,0 +1,1 @@
+"""Shards to batches: blocks of tokens, shuffled order, mixtures of data sets and the loader."""

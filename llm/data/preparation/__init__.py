@@ -1,0 +1,1 @@
+"""Text to token shards: chunking, tokenization in worker processes, and the token cache."""

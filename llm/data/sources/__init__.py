@@ -1,0 +1,1 @@
+"""Where text comes from: files, folders, the Hub and the Python library."""

@@ -1,0 +1,229 @@
+"""The text of a run: where it comes from, and which part of it is for validation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from llm.config.errors import UsageError, UserError
+from llm.config.options import DataOptions
+from llm.data.sources import python_library
+from llm.data.sources.documents import Part, Skipped, Source, describe
+from llm.data.sources.files import TextFile, folder_files, named_files
+from llm.data.sources.hub_datasets import is_saved, load_hub, load_saved, table_rows
+from llm.data.sources.readers import Files
+from llm.data.sources.validation_split import Cut, Split, divide, divide_by_hash, find_cut
+
+log = logging.getLogger(__name__)
+
+LoadHub: TypeAlias = Callable[[str, str | None], Mapping[str, Any]]
+
+# Raised when the same sources begin to give another text.
+_FORMAT = 1
+
+_LONGEST_NAME = 120
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text in two splits, read anew each time it is asked for.
+
+    Attributes:
+        name: what people call it.
+        fingerprint: a hash that changes when the text may have: of names, sizes, times and options.
+        train: the text for training, or the whole text when `validation` is None.
+        validation: the text for validation, if it has its own.
+        validation_split_percentage: the share that is else held out at the end; 0 for none.
+        file_bytes: size of the files where that is about the size of the text; None for others.
+        is_streamed: whether the text must not be read twice: documents are then held out by their hash.
+    """
+
+    name: str
+    fingerprint: str
+    train: Source
+    validation: Source | None
+    validation_split_percentage: float
+    file_bytes: int | None = None
+    is_streamed: bool = False
+
+    def parts(self, skipped: Skipped) -> Iterator[tuple[Split, Part]]:
+        """The whole text: first all of the split `train`, then all of `validation`.
+
+        A document that is cut in two ends in `validation` only. A streamed text without validation text of
+        its own comes in its own order, each document in the split that its hash says.
+
+        Args:
+            skipped: counts the rows that are no text.
+
+        Raises:
+            UserError: a source is broken, or holds no text.
+        """
+        if self.validation is not None:
+            yield from (("train", part) for part in self.train(skipped))
+            yield from (("validation", part) for part in self.validation(skipped))
+        elif self.validation_split_percentage == 0:
+            yield from (("train", part) for part in self.train(skipped))
+        elif self.is_streamed:
+            yield from divide_by_hash(self.train(skipped), self.validation_split_percentage)
+        else:
+            yield from divide(self.train(skipped), self._cut)
+
+    def texts(self, *, held_out: bool = False) -> Iterator[str]:
+        """The training text, in pieces of up to about a megabyte or a row, to make a tokenizer of.
+
+        Args:
+            held_out: give the validation text too, behind it.
+
+        Raises:
+            UserError: as `parts`.
+        """
+        for split, part in self.parts(Counter()):
+            if split == "validation" and not held_out:
+                if self.is_streamed:
+                    continue
+                return
+            if part.text:
+                yield part.text
+
+    @property
+    def num_bytes(self) -> int | None:
+        """UTF-8 bytes of the whole text, or about so many; None where nobody knows before it is read."""
+        cut = self.__dict__.get("_cut")
+        return self.file_bytes if cut is None else int(cut.num_bytes)
+
+    @cached_property
+    def _cut(self) -> Cut:
+        """Reads the whole text once to find where its last N % begin."""
+        skipped: Skipped = Counter()
+        asked = self.validation_split_percentage
+        cut = find_cut(self.train(skipped), asked)
+        if cut is None:
+            raise no_text(self.name, skipped)
+        log.info(
+            "held out for validation: the last %.3g %% of the text%s",
+            cut.share,
+            f" ({cut.num_documents - cut.document} of {cut.num_documents} documents)" if cut.num_documents > 1 else "",
+        )
+        return cut
+
+
+def no_text(name: str, skipped: Skipped) -> UserError:
+    """The refusal of a source whose rows are all unusable."""
+    return UserError(f"{name}: holds no text (skipped {describe(skipped)}); name another")
+
+
+def open_corpus(options: DataOptions, *, load_hub: LoadHub = load_hub) -> Corpus:
+    """Finds the text that the options name, without reading it.
+
+    Args:
+        options: the text's names and the share held out.
+        load_hub: loads a dataset of the Hub by its name and configuration.
+
+    Raises:
+        UserError: something named is missing, empty, of an unknown kind, or cannot be read.
+        UsageError: validation text without training text.
+    """
+    name = options.dataset_name
+    if name is None and options.train_file is not None:
+        return _files_corpus(options, options.train_file)
+    if name is None and options.validation_file is not None:
+        raise UsageError("--validation_file is given without a text to train on; add --train_file FILE")
+    if name is not None and (options.train_file or options.validation_file):
+        log.warning("--dataset_name %s is used; --train_file and --validation_file are not", name)
+    if name is None:
+        log.info("no data named: training on %s", python_library.NAME)
+        return _python_corpus(options)
+    if name.startswith("builtin:"):
+        if name != python_library.NAME:
+            raise UserError(f"--dataset_name {name}: no such built-in text; there is {python_library.NAME}")
+        return _python_corpus(options)
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        return _folder_corpus(options, folder)
+    if folder.is_file():
+        raise UserError(f"--dataset_name {name}: is a file; give it as --train_file")
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise UserError(f"--dataset_name {name}: no such folder; check the path")
+    return _table_corpus(options, name, load_hub(name, options.dataset_config_name))
+
+
+def _python_corpus(options: DataOptions) -> Corpus:
+    percentage = options.validation_split_percentage
+    train, validation = python_library.python_library(percentage)
+    identity = [train.identity, validation.identity if validation else None]
+    return _corpus(options, python_library.NAME, train, validation, identity)
+
+
+def _files_corpus(options: DataOptions, train_file: tuple[str, ...]) -> Corpus:
+    train = named_files(train_file, "--train_file")
+    validation = named_files(options.validation_file or (), "--validation_file")
+    shared = {file.path.resolve() for file in train} & {file.path.resolve() for file in validation}
+    if shared:
+        log.warning("validation text that is also trained on: %s", ", ".join(map(str, shared)))
+    name = ", ".join(file.path.name for file in train)
+    if len(name) > _LONGEST_NAME:
+        name = f"{len(train)} files: {name[: _LONGEST_NAME - 20]}..."
+    return _corpus_of_files(options, name, train, validation)
+
+
+def _folder_corpus(options: DataOptions, folder: Path) -> Corpus:
+    name = str(options.dataset_name)
+    if options.dataset_config_name is not None:
+        log.warning("--dataset_config_name is not used: %s is a folder", name)
+    if is_saved(folder):
+        return _table_corpus(options, name, load_saved(folder))
+    splits = folder_files(folder)
+    return _corpus_of_files(options, name, splits["train"], splits["validation"])
+
+
+def _corpus_of_files(
+    options: DataOptions,
+    name: str,
+    train: tuple[TextFile, ...],
+    validation: tuple[TextFile, ...],
+) -> Corpus:
+    def source(files: tuple[TextFile, ...]) -> Files:
+        return Files(files, options.text_column, not options.no_keep_linebreaks)
+
+    corpus = _corpus(
+        options,
+        name,
+        source(train),
+        source(validation) if validation else None,
+        [[file.identity for file in files] for files in (train, validation)],
+    )
+    plain = all(file.compression is None and file.kind != "parquet" for file in (*train, *validation))
+    return replace(corpus, file_bytes=sum(file.num_bytes for file in (*train, *validation)) if plain else None)
+
+
+def _table_corpus(options: DataOptions, name: str, splits: Mapping[str, Any]) -> Corpus:
+    if "train" not in splits:
+        raise UserError(f"--dataset_name {name}: has no split called train; it has {', '.join(splits)}")
+    if options.dataset_config_name is not None:
+        name = f"{name}/{options.dataset_config_name}"
+    used = {split: splits[split] for split in ("train", "validation") if split in splits}
+    sources = {split: table_rows(name, table, options.text_column) for split, table in used.items()}
+    # The library's own fingerprint of a table: of its origin and of everything done to it.
+    identity = {split: table._fingerprint for split, table in used.items()}
+    return _corpus(options, name, sources["train"], sources.get("validation"), identity)
+
+
+def _corpus(options: DataOptions, name: str, train: Source, validation: Source | None, identity: object) -> Corpus:
+    percentage = 0 if validation is not None else options.validation_split_percentage
+    facts = [
+        _FORMAT,
+        identity,
+        options.text_column,
+        options.no_keep_linebreaks,
+        percentage,
+    ]
+    fingerprint = blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    return Corpus(name, fingerprint, train, validation, percentage)

@@ -1,0 +1,105 @@
+"""The text that every machine has: the source of Python's own standard library."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from llm.config.errors import UserError
+from llm.data.sources.documents import Part, Skipped
+
+NAME = "builtin:python"
+
+_LEFT_OUT = {
+    "__pycache__",
+    "dist-packages",
+    "idle_test",
+    "lib2to3",
+    "site-packages",
+    "test",
+    "tests",
+}
+
+
+@dataclass(frozen=True)
+class PythonFiles:
+    """Some files of the standard library: a `Source` when called, each file one document.
+
+    Attributes:
+        root: the folder of the standard library.
+        names: paths below it with `/`, sorted.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+
+    def __call__(self, skipped: Skipped) -> Iterator[Part]:
+        """The files' text as it is."""
+        for name in self.names:
+            try:
+                text = (self.root / name).read_bytes().decode().removeprefix("\ufeff")
+            except UnicodeDecodeError:
+                skipped["file not UTF-8"] += 1
+                continue
+            except OSError:
+                skipped["file cannot be read"] += 1
+                continue
+            if text:
+                yield Part(text, ends=True)
+            else:
+                skipped["empty file"] += 1
+
+    @property
+    def identity(self) -> list[list[str | int]]:
+        """What changes when a file does: name, size and time of the last change of each."""
+        found: list[list[str | int]] = []
+        for name in self.names:
+            status = (self.root / name).stat()
+            found.append([name, status.st_size, status.st_mtime_ns])
+        return found
+
+
+def python_library(percentage: float) -> tuple[PythonFiles, PythonFiles | None]:
+    """The standard library without its tests, split by a hash of the files' names.
+
+    A file so stays on its side when others come or go, from one Python to the next.
+
+    Args:
+        percentage: the share of the files for validation; with 0 there is none.
+
+    Returns:
+        The files for training and those for validation.
+
+    Raises:
+        UserError: this Python has no source of its library.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    names = sorted(_source_names(root))
+    if len(names) < 2:
+        raise UserError(f"{NAME}: no Python source in {root}; name another text with --train_file")
+    if percentage == 0:
+        return PythonFiles(root, tuple(names)), None
+    lowest = min(names, key=_place)
+    held_out = {name for name in names if _place(name) < percentage / 100} | {lowest}
+    train = tuple(name for name in names if name not in held_out)
+    if not train:
+        raise UserError("--validation_split_percentage leaves no file for training; lower it")
+    return PythonFiles(root, train), PythonFiles(root, tuple(sorted(held_out)))
+
+
+def _source_names(root: Path) -> Iterator[str]:
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        for name in names:
+            if name.endswith(".py"):
+                yield Path(parent, name).relative_to(root).as_posix()
+
+
+def _place(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    digest = blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

@@ -1,0 +1,1 @@
+"""Train on a data set while another process still tokenizes it."""

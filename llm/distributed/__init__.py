@@ -1,0 +1,1 @@
+"""Ranks that agree, gather and wait for each other."""

@@ -1,1 +1,0 @@
-"""The run, the loop, one update, checkpoints, and tracking."""

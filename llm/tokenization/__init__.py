@@ -1,0 +1,1 @@
+"""Load or train a tokenizer, and encode text with it."""

@@ -1,0 +1,1 @@
+"""Work done between updates: records, evaluation, samples and checkpoints."""

@@ -1,0 +1,1 @@
+"""Checkpoints: written, verified, found, and resumed from."""

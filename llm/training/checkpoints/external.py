@@ -1,0 +1,277 @@
+"""Checkpoints that accelerate's `save_state` wrote, as run_clm_no_trainer and llm-pytorch call it, or HF's Trainer.
+
+They hold weights and an optimizer's state, the latter pickled: it is read by a reader that knows tensors and
+plain values only, so that no file can run as a program. This is the one place that unpickles anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llm.config.errors import UserError
+from llm.config.options import ModelOptions
+from llm.optim.groups import parameter_groups
+from llm.training.checkpoints.layout import foreign_optimizer
+from llm.training.updaters.synchronous import CentralUpdater
+
+log = logging.getLogger(__name__)
+
+_CONFIG = "config.json"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_SHARDED = ("pytorch_model", "pytorch_model_fsdp*")  # of DeepSpeed and FSDP
+_SCALER = "scaler.pt"
+_UNREAD = (
+    *("random_states_*.pkl", "rng_state*.pth", "sampler*.bin", "dl_state_dict*.bin", "scheduler.*", "kfac.pt"),
+    *("custom_checkpoint_*.pkl", "trainer_state.json", "training_args.bin"),
+)
+# Names in the group without decay. Source: run_clm_no_trainer.py of transformers, before and since 4.26;
+# llm-pytorch has the latter.
+_UNDECAYED = (("bias", "layer_norm.weight"), ("bias", "LayerNorm.weight"))
+_OPTIMIZERS = {
+    frozenset({"step", "exp_avg", "exp_avg_sq"}): "AdamW",
+    frozenset({"momentum_buffer"}): "SGD",
+}
+_START_ANEW = "take the file away to start with a new optimizer"
+
+
+@dataclass(frozen=True)
+class ForeignCheckpoint:
+    """A checkpoint of another program: weights, and perhaps an optimizer.
+
+    Attributes:
+        path: its folder.
+        step: finished updates.
+        weights: the model's file; None in a folder that `from_pretrained` loads.
+        optimizer: the optimizer's file; None when there is none.
+    """
+
+    path: Path
+    step: int
+    weights: Path | None
+    optimizer: Path | None
+
+    @property
+    def eval_loss(self) -> float:
+        """Inf: it does not hold one."""
+        return math.inf
+
+    def model_options(self, options: ModelOptions) -> ModelOptions:
+        """The options that build its model: those given, or the folder itself, where `from_pretrained` loads it."""
+        if self.weights is not None:
+            return options
+        named = {"model_name_or_path": str(self.path), "config_name": None, "config_overrides": None}
+        return options.model_copy(update=named)
+
+    def load(self, updater: CentralUpdater) -> None:
+        """Gives weights and optimizer to the updater, and says what the folder does not hold.
+
+        Raises:
+            UserError: they are those of another model, or a file is damaged or refused.
+            ValueError: they are those of another optimizer.
+        """
+        model: PreTrainedModel = updater.accelerator.unwrap_model(updater.model).model
+        if self.weights is not None:
+            _load_weights(model, self.weights)
+        taken = [f"weights ({self.weights.name if self.weights else self.path})"]
+        if self.optimizer is not None:
+            saved = _unpickled(self.optimizer)
+            tensors, name, decayed = _by_parameter(saved, model, self.optimizer)
+            scaler = self.path / _SCALER if updater.accelerator.scaler is not None else None
+            has_scaler = scaler is not None and scaler.is_file()
+            scale = _unpickled(scaler) if scaler is not None and has_scaler else None
+            updater.load(tensors, {"optimizer": name, "scaler": scale})
+            _say_differences(saved, decayed, updater)
+            taken += [f"the state of {name} ({self.optimizer.name})", *[f"the loss scale ({_SCALER})"] * has_scaler]
+        self._say(taken)
+
+    def _say(self, taken: list[str]) -> None:
+        log.info(
+            "resumed from step %d (%s), which another program wrote: %s", self.step, self.path, " and ".join(taken)
+        )
+        if self.optimizer is None:
+            log.warning("%s holds no optimizer: it starts anew", self.path.name)
+        log.info(
+            "not in it: the place in the text (this run goes on at update %d of its own order: of that epoch some "
+            "text comes twice and some not at all), the seed, and the tokens and seconds so far (counted from here)",
+            self.step,
+        )
+        unread = sorted(
+            path.name for path in self.path.iterdir() if any(fnmatch(path.name, pattern) for pattern in _UNREAD)
+        )
+        log.info(
+            "not read: %s; the learning rate and dropout of an update follow from its number and this run's options",
+            ", ".join(unread) or "nothing",
+        )
+
+
+def open_foreign(path: Path) -> ForeignCheckpoint:
+    """Finds the parts of another program's checkpoint, and that each can be read.
+
+    Args:
+        path: a folder `step_N` or `checkpoint-N` after N updates, or `epoch_N`.
+
+    Raises:
+        UserError: the weights are not there, or sharded, or a file is damaged or refused.
+    """
+    weights = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
+    if (path / _CONFIG).is_file():
+        weights = None
+    elif weights is None:
+        sharded = any(fnmatch(entry.name, pattern) for entry in path.iterdir() for pattern in _SHARDED)
+        what = "in shards, which are not read here; join them" if sharded else f"not there (no {_WEIGHTS[0]})"
+        raise UserError(f"--resume_from_checkpoint {path}: the weights are {what}")
+    elif weights.suffix == ".safetensors":
+        _read_names(weights)
+    optimizer = foreign_optimizer(path)
+    num_updates = None if optimizer is None else _num_updates(_unpickled(optimizer), optimizer)
+    step = int(path.name.replace("-", "_").rpartition("_")[2])
+    if path.name.startswith("epoch_"):
+        if num_updates is None:
+            raise UserError(f"--resume_from_checkpoint {path} does not say after how many updates it was made")
+        step = num_updates
+    return ForeignCheckpoint(path, step, weights, optimizer)
+
+
+def _read_names(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); resume from another checkpoint") from error
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    """What a file of torch holds, if that is tensors and plain values.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    # Unpickling raises many types, all of them the file's fault.
+    except Exception as error:
+        raise UserError(
+            f"{path} is refused: it is damaged, or holds more than tensors and plain values, which could run as a "
+            "program"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is refused: it holds no table of names and values")
+    return content
+
+
+def _load_weights(model: PreTrainedModel, path: Path) -> None:
+    """Copies the weights into the model, under whatever wrappers' names they were saved."""
+    try:
+        saved = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); resume from another checkpoint") from error
+    found = {_unwrapped(name): tensor for name, tensor in saved.items()}
+    own = model.state_dict()
+    for name, tensor in found.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise _of_another_model(path, f"{name} is {list(tensor.shape)} and would be {list(own[name].shape)}")
+    unknown = [name for name, tensor in found.items() if name not in own and not _is_constant(name, tensor)]
+    # A tied weight is saved under one of its names.
+    places = {own[name].data_ptr() for name in found if name in own}
+    missing = [name for name, tensor in own.items() if name not in found and tensor.data_ptr() not in places]
+    if unknown or missing:
+        raise _of_another_model(path, f"{unknown[0]} is too much" if unknown else f"{missing[0]} is missing")
+    model.load_state_dict(found, strict=False)
+
+
+def _unwrapped(name: str) -> str:
+    """A weight's name without those of DDP and compile."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _is_constant(name: str, tensor: Tensor) -> bool:
+    """Whether this is a mask or a frequency, which older versions of transformers saved and newer ones compute."""
+    return not tensor.is_floating_point() or tensor.ndim == 0 or name.endswith("inv_freq")
+
+
+def _of_another_model(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} holds another model than this run's ({reason}): give the --model_name_or_path, or the --config_name, "
+        "--config_overrides and --tokenizer_name, that it was made with"
+    )
+
+
+def _num_updates(saved: Mapping[str, Any], path: Path) -> int | None:
+    """Updates that the optimizer made, if it counts them."""
+    try:
+        return max((int(state["step"]) for state in saved["state"].values() if "step" in state), default=None)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is refused: it holds no optimizer's state") from error
+
+
+def _by_parameter(
+    saved: Mapping[str, Any], model: PreTrainedModel, path: Path
+) -> tuple[dict[str, Tensor], str, set[str]]:
+    """The optimizer's tensors by `<parameter>/<what>`, its class, and the parameters that it decays.
+
+    It numbers parameters in the order of its groups, which is not ours; the order is the one of those in use
+    that has groups of these sizes and tensors of these shapes.
+    """
+    try:
+        groups = [list(group["params"]) for group in saved["param_groups"] if group["params"]]
+        decays = [bool(group.get("weight_decay")) for group in saved["param_groups"] if group["params"]]
+        # A momentum that is not there yet is None.
+        states = {
+            number: {key: torch.as_tensor(value) for key, value in state.items() if value is not None}
+            for number, state in saved["state"].items()
+        }
+        keys = frozenset(key for state in states.values() for key in state)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is refused: it holds no optimizer's state; {_START_ANEW}") from error
+    name = _OPTIMIZERS.get(keys)
+    if name is None:
+        kept = ", ".join(sorted(map(str, keys))) or "nothing"
+        raise UserError(f"{path} holds {kept}: this is neither AdamW's nor SGD's state; {_START_ANEW}")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for order in _orders(model):
+        if [len(group) for group in groups] != [len(group) for group in order]:
+            continue
+        names = dict(zip(chain(*groups), chain(*order), strict=True))
+        tensors = {f"{names[i]}/{key}": t.float() for i, state in states.items() for key, t in state.items()}
+        if all(not t.ndim or t.shape == shapes[place.rpartition("/")[0]] for place, t in tensors.items()):
+            return tensors, name, set(chain(*(names for names, is_so in zip(order, decays, strict=True) if is_so)))
+    raise UserError(f"{path} does not fit the parameters of this run's model; {_START_ANEW}")
+
+
+def _orders(model: PreTrainedModel) -> Iterator[list[list[str]]]:
+    """The names of the parameters in the groups that others make of them."""
+    names = [name for name, _ in model.named_parameters()]
+    for marks in _UNDECAYED:
+        undecayed = [name for name in names if any(mark in name for mark in marks)]
+        yield [group for group in ([name for name in names if name not in set(undecayed)], undecayed) if group]
+    # The Trainer's groups are ours.
+    yield [[name for name, _ in group["params"]] for group in parameter_groups(model, 0.0)]
+    yield [names]
+
+
+def _say_differences(saved: Mapping[str, Any], decayed: set[str], updater: CentralUpdater) -> None:
+    """Settings of the optimizer that this run's options change, and the weights that decay in one of them only."""
+    decays = {
+        name for group in updater.optimizer.param_groups if group["weight_decay"] for name in group["param_names"]
+    }
+    if decayed and decays:
+        for names, said in ((decayed - decays, "did, and do not here"), (decays - decayed, "did not, and do here")):
+            if names:
+                log.warning("weights that decayed otherwise: %s and %d others %s", min(names), len(names) - 1, said)
+    then, now = saved["param_groups"][0], updater.optimizer.param_groups[0]
+    for key in ("initial_lr", "betas", "eps", "momentum", "weight_decay"):
+        if key in then and key in now and then[key] != now[key]:
+            log.warning("its optimizer had %s %s, this run has %s", key, then[key], now[key])

@@ -1,0 +1,91 @@
+"""`--dry_run`: what a run would be, from its options and its text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from llm.config.options import KfacOptions, OptimizerOptions, OutputOptions
+from llm.optim.groups import hidden_matrices
+from llm.training.plan import Plan
+from llm.training.run_dir.formatting import quantity
+from llm.training.updaters.preconditioning import kfac_bytes
+
+_BYTES_OF_A_NUMBER = 4  # weights, gradients and what the optimizer keeps are fp32
+# Activations that GPT-2's block keeps for the backward pass: about 34 values a token and unit of width,
+# and the logits with their gradient. Source: Korthikanti et al., Reducing Activation Recomputation in
+# Large Transformer Models, 2022, section 4.1 (there in bytes at 16 bits).
+_VALUES_PER_UNIT = 17
+_VALUES_PER_LOGIT = 3
+
+
+def dry_run_lines(
+    config: PretrainedConfig,
+    plan: Plan,
+    optimizer: OptimizerOptions,
+    schedule: Callable[[int], float],
+    output: OutputOptions,
+    kfac: KfacOptions,
+) -> list[str]:
+    """What `--dry_run` prints beyond a run's own first lines; all estimates are marked `about`."""
+    num_parameters, num_kept = count_numbers(config, optimizer.optim)
+    kfac_memory, kfac_disk = kfac_bytes(config, kfac)
+    weights, kept = _BYTES_OF_A_NUMBER * num_parameters, _BYTES_OF_A_NUMBER * num_kept
+    width = getattr(config, "hidden_size", 0) or 0
+    layers = getattr(config, "num_hidden_layers", 0) or 0
+    tokens = plan.micro_batch * plan.block_size
+    activations = 4 * tokens * (_VALUES_PER_UNIT * width * layers + _VALUES_PER_LOGIT * int(config.vocab_size))
+    return [
+        f"tokens: {'at most ' if plan.document_mask else ''}{plan.tokens_per_step:,} an update, "
+        f"{plan.num_steps * plan.tokens_per_step:,} in all",
+        f"parameters: {num_parameters:,}",
+        f"memory of one device: about {quantity(2 * weights + kept)}B for weights, gradients "
+        f"and {optimizer.optim}, about {quantity(activations)}B for activations in fp32"
+        + f", about {quantity(kfac_memory)}B for K-FAC"
+        * kfac.kfac,
+        f"disk: {quantity(weights)}B for the finished model, "
+        f"about {quantity(weights + kept + kfac_disk)}B for each checkpoint ({_num_checkpoints(plan, output)} kept)",
+        f"learning rate: {_rates(optimizer.learning_rate, schedule, plan.num_steps)}",
+        *[f"learning rate of Muon: {_rates(optimizer.muon_learning_rate, schedule, plan.num_steps)}"]
+        * (optimizer.optim == "muon"),
+    ]
+
+
+def count_numbers(config: PretrainedConfig, optim: str) -> tuple[int, int]:
+    """Parameters of the model that the configuration describes, tied ones once, and what the optimizer keeps of them.
+
+    Nothing is allocated. Of an optimizer that is not known here two numbers a parameter are assumed.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    num_parameters = sum(sizes.values())
+    # Momentum alone: of all with SGD, of the hidden matrices with Muon.
+    with_one = {"sgd": sizes, "muon": hidden_matrices(model) if optim == "muon" else {}}.get(optim, {})
+    return num_parameters, 2 * num_parameters - sum(sizes[name] for name in with_one)
+
+
+def _rates(peak: float, schedule: Callable[[int], float], num_steps: int) -> str:
+    highest = max(schedule(step) for step in _some_steps(num_steps))
+    return (
+        f"{peak * schedule(0):.3g} at the first update, {peak * highest:.3g} at its peak, "
+        f"{peak * schedule(num_steps - 1):.3g} at the last, {peak * schedule(num_steps):.3g} beyond it"
+    )
+
+
+def _num_checkpoints(plan: Plan, output: OutputOptions) -> int:
+    """Checkpoints that lie on the disk at the end."""
+    if output.checkpointing_steps is None:
+        return 0
+    if output.checkpointing_steps == "epoch":
+        num_saved = int(plan.num_epochs or 0)
+    else:
+        num_saved = plan.num_steps // output.checkpointing_steps
+    return min(num_saved, output.save_total_limit or num_saved)
+
+
+def _some_steps(num_steps: int) -> range:
+    """At most about a thousand updates, spread over the run."""
+    return range(0, num_steps, max(1, num_steps // 1000))

@@ -1,0 +1,78 @@
+"""The console's lines, one a record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm.data.batches.blocks import Ledger
+from llm.data.batches.loader import Samples
+from llm.data.batches.mixture import Mixture
+from llm.data.shards.format import Streams
+
+# Below that share of the time nobody would train faster with faster data.
+_NOTABLE_WAIT = 0.01
+_LONG_PERPLEXITY = 1e6
+
+
+# How many documents begin inside a block is not known without reading where all of them start.
+APART = "; document mask: the first token of a document is read, but never predicted"
+
+
+def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seconds: float) -> str:
+    """Such as `step 120/2000 | loss 3.512 | lr 5.8e-04 | grad_norm 0.91 | 48.2k tok/s | eta 0:12:31`."""
+    parts = [
+        f"step {step}/{num_steps}",
+        f"loss {record['loss']:.3f}" if record["loss"] is not None else "loss not finite",
+        f"lr {record['lr']:.1e}",
+        f"grad_norm {record['grad_norm']:.2f}",
+        f"{quantity(record['tokens_per_second'])} tok/s",
+    ]
+    if "mfu" in record:
+        parts.append(f"mfu {record['mfu']:.1%}")
+    if record["data_wait"] > _NOTABLE_WAIT:
+        parts.append(f"data_wait {record['data_wait']:.1%}")
+    if record["num_skipped"]:
+        parts.append(f"skipped {record['num_skipped']}")
+    return " | ".join([*parts, f"eta {clock(eta_seconds)}"])
+
+
+def evaluation_line(step: int, record: dict[str, Any]) -> str:
+    """Such as `eval step 500 | loss 3.204 | ppl 24.63 | bits/byte 1.402`."""
+    perplexity = record["perplexity"]
+    # Of a run that went astray: two hundred digits would say no more.
+    shown = f"{perplexity:.2f}" if perplexity < _LONG_PERPLEXITY else f"{perplexity:.3g}"
+    return f"eval step {step} | loss {record['eval_loss']:.3f} | ppl {shown} | bits/byte {record['bits_per_byte']:.3f}"
+
+
+def ledger_line(ledger: Ledger, *, document_mask: bool = False) -> str:
+    """Such as `tokens: 1,003,854 to train on + 111,540 held out + 37 dropped = 1,115,431`."""
+    dropped = ledger.dropped_train + ledger.dropped_validation
+    masked = APART if document_mask else ""
+    return (
+        f"tokens: {ledger.train_tokens:,} to train on + {ledger.validation_tokens:,} held out "
+        f"+ {dropped:,} dropped = {ledger.total:,}{masked}"
+    )
+
+
+def mixture_lines(streams: Streams, blocks: Samples, num_samples: int) -> list[str]:
+    """Of each source such as `mixture: data/a | 70.00% | 1,003,854 tokens | read 1.43 times`; of one text none."""
+    if not isinstance(blocks, Mixture):
+        return []
+    return [
+        f"mixture: {source.name} | {float(share):.2%} | {len(source.text.tokens):,} tokens | read {epochs:.2f} times"
+        for source, share, epochs in zip(streams.sources, blocks.shares, blocks.num_epochs(num_samples), strict=True)
+    ]
+
+
+def quantity(value: float) -> str:
+    """Such as `950`, `48.2k`, `1.31M`, `5.2G`."""
+    for divisor, unit in ((1, ""), (1e3, "k"), (1e6, "M"), (1e9, "G")):
+        if value / divisor < 999.5:  # beyond, three digits would round to the next unit
+            return f"{value / divisor:.3g}{unit}"
+    return f"{value / 1e12:.3g}T"
+
+
+def clock(seconds: float) -> str:
+    """Such as `0:12:31`."""
+    minutes, second = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"

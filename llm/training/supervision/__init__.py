@@ -1,0 +1,1 @@
+"""Events from outside a run: stop signals, the walltime and stalled steps."""

@@ -1,0 +1,1 @@
+"""One weight update: the `Updater` protocol and its implementations."""

@@ -1,1 +1,0 @@
-"""Ranks that agree, gather and wait; the network."""

@@ -1,0 +1,36 @@
+"""A bar on a terminal, nothing elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+
+from llm.data.preparation import progress_bar as module
+from llm.data.preparation.progress_bar import text_bar
+from llm.data.preparation.tokenize import Counts
+
+
+def test_text_bar_when_no_terminal_then_lines_are_left_to_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    with text_bar() as watch:
+        assert watch is None
+    assert capsys.readouterr().err == ""
+
+
+def test_text_bar_when_on_a_terminal_then_megabytes_speed_tokens_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(module, "_DELAY_SECONDS", 0)
+    with text_bar() as watch:
+        assert watch is not None
+        for number in (1, 2):
+            # Half of the text was found tokenized; of the rest, a tenth takes two seconds.
+            num_bytes = 50_000_000 + 5_000_000 * number
+            time.sleep(0.15)  # It is drawn ten times a second.
+            watch(Counts(num_bytes, 50_000_000, 100_000_000, 14_000_000, 3, 2.0 * number))
+    lines = capsys.readouterr().err.split("\r")
+    shown = next(line for line in lines if "60.0M/100M" in line)
+    assert "14.0M tokens" in shown
+    assert "2.50MB/s" in shown and "<00:16" in shown

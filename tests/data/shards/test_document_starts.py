@@ -1,0 +1,142 @@
+"""Where documents start, asked of any stretch."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm.data.batches.blocks import Blocks
+from llm.data.batches.loader import batch_of
+from llm.data.shards.document_starts import JoinedStarts, Starts, StartsBehindToken, StartsInFiles, StartsOfPart
+from llm.data.shards.external_formats import open_files
+from llm.data.shards.format import STARTS_DTYPE
+from llm.data.shards.memmap import TokenFile, Tokens
+
+EOS = 9
+# Documents of one token, at the borders of shards, over several shards, and over many blocks.
+LENGTHS = (1, 1, 9, 11, 1, 43, 3, 7, 24, 1)
+ENDS = np.cumsum(LENGTHS)
+STARTS = [0, *ENDS[:-1].tolist()]
+NUM_TOKENS = int(ENDS[-1])
+SHARD = 10
+
+
+class Written:
+    """A shard of some ids and the starts in it, written into a folder."""
+
+    def __init__(self, folder: Path, number: int, ids: np.ndarray) -> None:
+        first = number * SHARD
+        inside = [start - first for start in STARTS if first <= start < first + len(ids)]
+        np.array(inside, STARTS_DTYPE).tofile(folder / f"{number}.starts")
+        ids.astype("<u2").tofile(folder / f"{number}.bin")
+        self.num_tokens = len(ids)
+        self.tokens = TokenFile(folder / f"{number}.bin", "<u2", len(ids))
+        self.starts = TokenFile(folder / f"{number}.starts", STARTS_DTYPE, len(inside))
+
+
+def _ids() -> np.ndarray:
+    ids = np.arange(NUM_TOKENS) % EOS
+    ids[ENDS - 1] = EOS
+    return ids
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Written]:
+    ids = _ids()
+    return [Written(tmp_path, i, ids[i * SHARD : (i + 1) * SHARD]) for i in range(-(-NUM_TOKENS // SHARD))]
+
+
+def _check(found: Starts, expected: list[int], num_tokens: int) -> None:
+    """Every stretch of a stream is answered as if all starts were known."""
+    for sent in (found, pickle.loads(pickle.dumps(found))):
+        for start in range(num_tokens + 1):
+            for stop in range(start, num_tokens + 1):
+                between = sent.between(start, stop)
+                assert between.dtype == np.int64
+                assert between.tolist() == [place for place in expected if start <= place < stop]
+
+
+def test_starts_in_files_when_asked_of_any_stretch_then_those_inside(shards: list[Written]) -> None:
+    found = StartsInFiles(shards)
+    _check(found, STARTS, NUM_TOKENS)
+    assert len(pickle.dumps(found)) < 3000
+
+
+def test_starts_behind_token_when_asked_of_any_stretch_then_the_same(shards: list[Written]) -> None:
+    _check(StartsBehindToken(_ids(), EOS), STARTS, NUM_TOKENS)
+    _check(StartsBehindToken(Tokens([shard.tokens for shard in shards]), EOS), STARTS, NUM_TOKENS)
+
+
+def test_joined_starts_when_parts_are_cut_anywhere_then_each_begins_a_document(shards: list[Written]) -> None:
+    whole = StartsInFiles(shards)
+    # The second part begins inside a document, the third is empty, the fourth is the very beginning again.
+    cuts = ((60, 90), (17, 40), (5, 5), (0, 12))
+    parts = [StartsOfPart(whole, first, stop - first) for first, stop in cuts]
+    expected, place = [], 0
+    for first, stop in cuts:
+        if stop > first:
+            expected += [place, *(place + start - first for start in STARTS if first < start < stop)]
+        place += stop - first
+    _check(JoinedStarts(parts), expected, place)
+    streams = [Tokens([shard.tokens for shard in shards]).part(first, stop) for first, stop in cuts]
+    joined = Tokens.joined(streams)
+    assert joined[:].tolist() == np.concatenate([_ids()[first:stop] for first, stop in cuts]).tolist()
+    assert pickle.loads(pickle.dumps(joined))[25:60].tolist() == joined[:].tolist()[25:60]
+    assert len(joined) == place
+
+
+@pytest.mark.parametrize("block_size", [2, 3, 8, 50])
+def test_blocks_when_documents_are_known_then_rows_hold_positions_inside_them(
+    shards: list[Written], block_size: int
+) -> None:
+    ids = _ids()
+    blocks = Blocks(Tokens([shard.tokens for shard in shards]), block_size, starts=StartsInFiles(shards))
+    plain = Blocks(ids, block_size)
+    assert len(blocks) == len(plain)
+    for number in range(len(blocks)):
+        row = blocks[number]
+        assert (row.shape, row.dtype) == ((2, block_size + 1), np.int64)
+        assert row[0].tolist() == plain[number].tolist()
+        first = number * block_size
+        begins = sorted({first, *(start for start in STARTS if first < start <= first + block_size)})
+        expected = [place - max(b for b in begins if b <= place) for place in range(first, first + block_size + 1)]
+        assert row[1].tolist() == expected
+
+
+def test_batch_when_a_target_begins_a_document_then_it_is_not_counted(shards: list[Written]) -> None:
+    blocks = Blocks(Tokens([shard.tokens for shard in shards]), 8, starts=StartsInFiles(shards))
+    batch = batch_of([blocks[number] for number in range(len(blocks))])
+    plain = batch_of([Blocks(_ids(), 8)[number] for number in range(len(blocks))])
+    assert plain.positions is None
+    assert batch.positions is not None
+    assert batch.ids.tolist() == plain.ids.tolist()
+    assert batch.ids.shape == batch.targets.shape == batch.positions.shape
+    places = np.arange(1, len(blocks) * 8 + 1).reshape(-1, 8)
+    begins = np.isin(places, STARTS)
+    assert begins.sum() == len([start for start in STARTS if 0 < start <= len(blocks) * 8])
+    assert (batch.targets.numpy() == np.where(begins, -100, plain.targets.numpy())).all()
+    # Documents that go on from block to block begin anew in each, since what is in front is not there.
+    assert (batch.positions[:, 0] == 0).all()
+
+
+def test_open_files_when_held_out_from_our_own_shards_then_their_starts_are_kept(tmp_path: Path) -> None:
+    from llm.data.shards.writer import Form, SplitWriter
+    from llm.tokenization.encoder import Piece
+
+    writer = SplitWriter(tmp_path, "train", Form(257, "hash", 16, 256, True))
+    for _ in range(12):
+        piece = Piece("train", "abcdef", True, True)
+        if not writer.skip(piece):
+            writer.add(piece, np.frombuffer(piece.text.encode(), np.uint8).astype(np.uint32))
+    writer.finish()
+    streams = open_files([str(tmp_path / "train_*.bin")], None, 25, 257)
+    assert streams.validation is not None and streams.validation.starts is not None
+    assert streams.train.starts is not None
+    assert streams.train.starts.between(0, 63).tolist() == list(range(0, 63, 7))
+    assert streams.validation.starts.between(0, 21).tolist() == [0, 7, 14]
+    for one, other in pairwise(streams.train.starts.between(0, 63).tolist()):
+        assert streams.train.tokens[other - 1 : other] == 256 and other - one == 7

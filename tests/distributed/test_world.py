@@ -1,0 +1,182 @@
+"""Ranks that agree: three real processes over gloo, as one process on a first node and two on a second.
+
+This file is also the program that each of them runs; see `rank_program`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llm.config.errors import Stopped, UsageError, UserError
+from llm.distributed.world import World, launched_size
+
+NODES = [0, 0, 1]  # local ranks: rank 0 is alone on its node
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+Answers = dict[str, list[Any]]
+
+
+def attempt(work: Callable[[], object]) -> object:
+    """What `work` gives, or what its mistake looks like."""
+    try:
+        return work()
+    except (UserError, Stopped) as error:
+        return [type(error).__name__, str(error), error.exit_code, error.is_echo]
+
+
+def rank_program(world: World, folder: Path) -> None:
+    """Asks everything once; writes each answer of this rank to a file as soon as it is there."""
+
+    def note(name: str, work: Callable[[], object]) -> None:
+        (folder / f"{name}.{world.rank}.json").write_text(json.dumps(attempt(work)))
+
+    def fail(error: BaseException, *, on: int = 0) -> str:
+        if world.rank == on:
+            raise error
+        return "done"
+
+    def take_turn() -> list[float]:
+        started = time.monotonic()
+        time.sleep(0.2)
+        return [started, time.monotonic()]
+
+    note("sum", lambda: world.sum_(torch.tensor([1.0, 10.0]) * (world.rank + 1)).tolist())
+    note("sum_whole", lambda: world.sum_(torch.tensor(2**40 + world.rank)).item())
+    note("share", lambda: world.share({"from": world.rank, "none": None}))
+    note("is_main", lambda: world.is_main)
+    note("on_main", lambda: world.on_main(lambda: f"of {world.rank}"))
+    note("on_main_user_error", lambda: world.on_main(lambda: fail(UserError("no text"))))
+    note("on_main_usage_error", lambda: world.on_main(lambda: fail(UsageError("no such\noption"))))
+    note("on_main_stop", lambda: world.on_main(lambda: fail(Stopped("SIGTERM"))))
+    note("after_errors", lambda: world.sum_(torch.ones(())).item())
+    seen = iter([None, None, 5])
+    note("wait", lambda: world.wait_on_main(lambda: next(seen), "a number", lambda: False))
+    note("wait_stopped", lambda: world.wait_on_main(lambda: None, "nothing", lambda: world.rank == 2))
+    note("wait_error", lambda: world.wait_on_main(lambda: fail(UserError("broke")), "nothing", lambda: False))
+    note("in_turn", lambda: world.in_turn("turn", take_turn))
+    world.barrier()
+    note("in_turn_own_error", lambda: world.in_turn("own", lambda: fail(UserError("full disk"), on=2)))
+    note("in_turn_stop", lambda: world.in_turn("stop", lambda: fail(Stopped("SIGTERM"), on=1)))
+    note("launched_size", launched_size)
+    note("in_turn_error", lambda: world.in_turn("wrong", lambda: fail(UsageError("line 2\nline 3"))))
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """Every answer by its name, in the order of the ranks; a rank that hung or died has given `None`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    path = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "WORLD_SIZE": str(len(NODES)), "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    started = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment)
+        for rank in range(len(NODES))
+    ]
+    for process, patience in zip(started, (60, 10, 10), strict=True):  # they end together, or one hangs
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    names = {file.name.split(".")[0] for file in folder.glob("*.json")}
+    found: Answers = {name: [None] * len(NODES) for name in names}
+    for name in names:
+        for rank in range(len(NODES)):
+            file = folder / f"{name}.{rank}.json"
+            if file.exists():
+                found[name][rank] = json.loads(file.read_text())
+    return found
+
+
+def test_sum_when_taken_then_is_that_of_all_ranks_on_each(answers: Answers) -> None:
+    assert answers["sum"] == [[6.0, 60.0]] * 3
+    assert answers["sum_whole"] == [3 * 2**40 + 3] * 3  # whole numbers stay exact
+
+
+def test_share_when_asked_then_gives_the_first_ranks_value(answers: Answers) -> None:
+    assert answers["share"] == [{"from": 0, "none": None}] * 3
+    assert answers["is_main"] == [True, False, False]
+    assert answers["launched_size"] == [3, 3, 3]
+
+
+def test_on_main_when_done_then_ran_on_the_first_rank_alone(answers: Answers) -> None:
+    assert answers["on_main"] == ["of 0"] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message", "code"),
+    [("user", "UserError", "no text", 1), ("usage", "UsageError", "no such\noption", 2)],
+)
+def test_on_main_when_it_fails_then_all_ranks_raise_and_the_others_echo(
+    answers: Answers, name: str, kind: str, message: str, code: int
+) -> None:
+    assert answers[f"on_main_{name}_error"] == [[kind, message, code, rank > 0] for rank in range(3)]
+    assert answers["after_errors"] == [3.0] * 3  # nobody is one collective ahead
+
+
+def test_work_when_it_is_stopped_on_one_rank_then_is_on_all_and_the_others_echo(answers: Answers) -> None:
+    for name, first in (("on_main_stop", 0), ("in_turn_stop", 1)):
+        assert answers[name] == [["Stopped", "SIGTERM", 75, rank != first] for rank in range(3)]
+
+
+def test_wait_on_main_when_something_is_seen_then_all_get_it(answers: Answers) -> None:
+    assert answers["wait"] == [5] * 3
+    assert answers["wait_error"] == [["UserError", "broke", 1, rank > 0] for rank in range(3)]
+
+
+def test_wait_on_main_when_another_rank_is_asked_to_stop_then_all_end(answers: Answers) -> None:
+    assert answers["wait_stopped"] == [None] * 3
+    assert ALONE.wait_on_main(lambda: None, "nothing", lambda: True) is None
+
+
+def test_in_turn_when_all_work_then_the_first_rank_does_before_each_node_and_that_before_its_ranks(
+    answers: Answers,
+) -> None:
+    (_, first_end), (second_start, second_end), (third_start, _) = answers["in_turn"]
+    assert first_end <= second_start
+    assert second_end <= third_start
+
+
+def test_in_turn_when_the_first_rank_fails_then_every_rank_says_so_and_none_hangs(answers: Answers) -> None:
+    first, *others = answers["in_turn_error"]
+    assert first == ["UsageError", "line 2\nline 3", 2, False]
+    assert others == [["UserError", "line 2\nline 3", 2, True]] * 2
+
+
+def test_in_turn_when_the_last_rank_fails_then_all_raise_and_the_others_echo(answers: Answers) -> None:
+    assert answers["in_turn_own_error"] == [["UserError", "full disk", 1, rank != 2] for rank in range(3)]
+
+
+def test_world_when_of_one_then_needs_no_process_group() -> None:
+    assert not dist.is_initialized()
+    tensor = torch.ones(2)
+    assert ALONE.sum_(tensor) is tensor
+    assert tensor.tolist() == [1, 1]
+    value = object()
+    assert ALONE.share(value) is value
+    assert ALONE.in_turn("anything", lambda: 7) == ALONE.on_main(lambda: 7) == 7
+    ALONE.barrier()
+    with pytest.raises(UserError) as mistake:
+        ALONE.on_main(lambda: (_ for _ in ()).throw(UserError("no text")))
+    assert not mistake.value.is_echo
+
+
+def test_launched_size_when_there_is_no_launcher_then_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert launched_size() == 1
+
+
+if __name__ == "__main__":
+    this_rank, place = int(sys.argv[1]), Path(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=this_rank, world_size=len(NODES))
+    rank_program(World(this_rank, len(NODES), NODES[this_rank], torch.device("cpu")), place)
+    dist.destroy_process_group()

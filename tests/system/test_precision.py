@@ -1,0 +1,43 @@
+"""Which devices multiply bf16 natively."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llm.system.precision import multiplies_bf16
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "mkldnn", "expected"),
+    [
+        (False, False, True, False),
+        (True, False, True, True),
+        (False, True, True, True),
+        (True, True, False, False),
+    ],
+)
+def test_bf16_when_on_a_cpu_then_needs_units_and_kernels_for_it(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, mkldnn: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+    assert multiplies_bf16(torch.device("cpu")) is expected
+
+
+def test_bf16_when_on_a_gpu_then_emulation_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def supported(including_emulation: bool = True) -> bool:
+        asked.append(including_emulation)
+        return True
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert multiplies_bf16(torch.device("cuda"))
+    assert asked == [False]
+
+
+def test_bf16_when_nobody_can_tell_then_no() -> None:
+    assert not multiplies_bf16(torch.device("mps"))
+    assert not multiplies_bf16(torch.device("meta"))

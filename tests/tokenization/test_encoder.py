@@ -1,0 +1,240 @@
+"""Ids are exactly the tokenizer's."""
+
+from __future__ import annotations
+
+import os
+import random
+import unicodedata
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from llm.config.errors import UserError
+from llm.tokenization import encoder as encoding
+from llm.tokenization.encoder import Encoder, Piece, encoding_threads, vocabulary_size
+from llm.tokenization.tiktoken_encoder import MergeEngine
+
+SHARED = Path(os.environ.get("LLM_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared/data")
+    return AutoTokenizer.from_pretrained(SHARED / "gpt2-tokenizer")
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_encoding_when_texts_are_odd_then_ids_of_the_tokenizer(gpt2) -> None:
+    draw = random.Random(0)
+    alphabet = "ab 1\n\r\t'.\u0301é€😀\u200d\u3000<|endoftext|>"
+    texts = ["".join(draw.choices(alphabet, k=draw.randint(1, 60))) for _ in range(300)]
+    texts += ["<|endoftext|>", "a" * 3000, " " * 3000, "\n" * 3000]
+    expected = gpt2(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    assert [ids.tolist() for ids in Encoder(gpt2).encode(texts)] == expected
+
+
+def _random_texts(number: int, seed: int) -> list[str]:
+    """Strings of any characters but surrogates, of runs, of marks, of special tokens, and mixtures of them."""
+    draw = random.Random(seed)
+    anything = [chr(point) for point in range(0x110000) if not 0xD800 <= point <= 0xDFFF]
+    assigned = [character for character in anything if unicodedata.category(character) not in ("Cn", "Co")]
+    marks = [character for character in assigned if unicodedata.category(character).startswith("M")]
+    spaces = [character for character in assigned if character.isspace()]
+    words = [
+        "the",
+        " of",
+        "'s",
+        "'LL",
+        "<|endoftext|>",
+        "<|endof",
+        "\ufdd0",
+        "12345",
+        " Ünïcode",
+        "\n\n",
+        "  ",
+        "don't",
+    ]
+    alphabets = (anything, assigned, marks, spaces, words, [chr(point) for point in range(256)])
+    found = []
+    for _ in range(number):
+        pieces: list[str] = []
+        for _ in range(draw.randint(1, 5)):
+            alphabet = draw.choice(alphabets)
+            if draw.random() < 0.2:
+                pieces += [draw.choice(alphabet) * draw.randint(2, 60)]
+            else:
+                pieces += draw.choices(alphabet, k=draw.randint(1, 12))
+        found.append("".join(pieces))
+    return found
+
+
+@pytest.fixture
+def at_once(monkeypatch) -> None:
+    """The faster engine is used for any text, however short."""
+    monkeypatch.setattr(encoding, "_WORTH_LENGTH", 0)
+
+
+def test_encoding_when_10000_random_strings_then_ids_of_the_tokenizer(gpt2, at_once) -> None:
+    texts = _random_texts(10_000, seed=1)
+    encoder = Encoder(gpt2)
+    found = encoder.encode(texts)
+    assert encoder._merges is not None
+    expected = gpt2(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    assert [ids.tolist() for ids in found] == expected
+    assert sum(ids is None for ids in encoder._merges.encode(texts)) < 3000
+
+
+@pytest.mark.parametrize("name", ["tinyshakespeare.txt", "wikitext2-valid.txt"])
+def test_encoding_when_shared_text_then_ids_of_the_tokenizer(gpt2, name: str, at_once) -> None:
+    text = (SHARED / name).read_text()
+    lines = text.splitlines(keepends=True)
+    encoder = Encoder(gpt2)
+    found = encoder.encode([text, *lines])
+    assert encoder._merges is not None
+    expected = gpt2([text, *lines], add_special_tokens=False, verbose=False)["input_ids"]
+    assert all(ids.tolist() == due for ids, due in zip(found, expected, strict=True))
+
+
+def test_encoding_when_a_run_has_no_end_then_ids_of_the_tokenizer(gpt2, at_once) -> None:
+    texts = ["x" + " " * 150_000 + "y", "\n" * 140_000, "a" * 150_000, "é" * 70_000, "." * 150_000]
+    expected = gpt2(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    assert [ids.tolist() for ids in Encoder(gpt2).encode(texts)] == expected
+
+
+def test_encoding_when_special_tokens_are_split_then_ids_of_the_tokenizer(gpt2, at_once, monkeypatch) -> None:
+    monkeypatch.setattr(gpt2, "split_special_tokens", True)
+    texts = ["a<|endoftext|>b", "a b c"]
+    encoder = Encoder(gpt2)
+    expected = gpt2(texts, add_special_tokens=False)["input_ids"]
+    assert 50256 not in expected[0]
+    assert [ids.tolist() for ids in encoder.encode(texts)] == expected
+    assert encoder._merges is not None
+
+
+def test_encoding_when_engines_differ_then_the_tokenizer_s_own(gpt2, at_once, monkeypatch, caplog) -> None:
+    true_encode = MergeEngine.encode
+    monkeypatch.setattr(MergeEngine, "encode", lambda engine, texts: [ids + 1 for ids in true_encode(engine, texts)])
+    monkeypatch.setattr(encoding, "ODD_TEXTS", ["plain"])
+    encoder = Encoder(gpt2)
+    assert encoder.encode(["some words"])[0].tolist() == gpt2("some words")["input_ids"]
+    assert encoder._merges is None
+    assert "gives other ids" in caplog.text
+
+
+def test_encoding_when_text_is_short_then_no_engine_is_made(gpt2) -> None:
+    encoder = Encoder(gpt2)
+    encoder.encode(["short"])
+    assert encoder._merges is None
+    encoder.encode(["long enough " * 100_000])
+    assert encoder._merges is not None
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_encode_batches_when_several_workers_then_order_kept(byte_tokenizer, at_once, num_workers: int) -> None:
+    given = [[Piece("train", f"{number} é \ufdd0" * (1 + number % 7), True, True)] * 3 for number in range(40)]
+    given[7] *= 0
+    with Encoder(byte_tokenizer, num_workers) as encoder:
+        found = list(encoder.encode_batches(iter(given)))
+        assert (encoder._workers is not None) == (num_workers > 1)
+    assert [batch for batch, _ in found] == given
+    for batch, ids in found:
+        assert [part.tolist() for part in ids] == [_ids(byte_tokenizer, piece.text) for piece in batch]
+        assert {part.dtype.name for part in ids} <= {"uint16", "uint32"}
+
+
+def test_encode_batches_when_results_wait_then_reads_no_further_ahead(byte_tokenizer, at_once) -> None:
+    read = []
+
+    def given():
+        for number in range(100):
+            read.append(number)
+            yield [Piece("train", str(number), True, True)]
+
+    with Encoder(byte_tokenizer, 2) as encoder:
+        made = encoder.encode_batches(given())
+        assert [next(made)[0][0].text for _ in range(5)] == list("01234")
+        assert len(read) <= 5 + 2 * 2 + 1
+
+
+def test_encode_batches_when_no_process_can_start_then_in_this_one_and_said(
+    byte_tokenizer, at_once, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr("sys.executable", "")
+    with Encoder(byte_tokenizer, 2) as encoder:
+        [(_, ids)] = encoder.encode_batches([[Piece("train", "some words", True, True)]])
+    assert ids[0].tolist() == _ids(byte_tokenizer, "some words")
+    assert "tokenizing in one process" in caplog.text
+
+
+def test_encoding_when_tokenizer_was_told_to_truncate_then_it_does_not(byte_tokenizer) -> None:
+    assert len(byte_tokenizer("a" * 50, truncation=True, max_length=5)["input_ids"]) == 5
+    encoder = Encoder(byte_tokenizer)
+    assert [len(ids) for ids in encoder.encode(["a" * 50, "b"])] == [50, 1]
+    assert encoder._backend is not None
+
+
+def test_encoding_when_engine_and_tokenizer_differ_then_the_tokenizer_counts(
+    byte_tokenizer,
+) -> None:
+    class Reversing:
+        is_fast = True
+        split_special_tokens = False
+        backend_tokenizer = byte_tokenizer.backend_tokenizer
+
+        def __len__(self) -> int:
+            return len(byte_tokenizer)
+
+        def get_vocab(self) -> dict[str, int]:
+            return byte_tokenizer.get_vocab()
+
+        def __call__(self, texts, **options):
+            found = byte_tokenizer(texts, **options)["input_ids"]
+            return {"input_ids": [ids[::-1] for ids in found]}
+
+    plain, reverse = Encoder(byte_tokenizer), Encoder(Reversing())
+    assert reverse.encode(["abc"])[0].tolist() == plain.encode(["abc"])[0].tolist()[::-1]
+
+
+def test_encoding_when_tokenizer_is_slow_then_its_call_is_used(byte_tokenizer) -> None:
+    class Slow:
+        is_fast = False
+
+        def __len__(self) -> int:
+            return 256
+
+        def get_vocab(self) -> dict[str, int]:
+            return {chr(i): i for i in range(256)}
+
+        def __call__(self, texts, **options):
+            assert options["add_special_tokens"] is False
+            return {"input_ids": [list(text.encode()) for text in texts]}
+
+    assert [ids.tolist() for ids in Encoder(Slow()).encode(["ab", "ä"])] == [[97, 98], [195, 164]]
+
+
+def test_encoding_when_id_is_beyond_the_vocabulary_then_refused(byte_tokenizer, monkeypatch) -> None:
+    encoder = Encoder(byte_tokenizer)
+    encoder.vocabulary_size = 10
+    with pytest.raises(UserError, match="has 10 tokens"):
+        encoder.encode(["hello"])
+
+
+def test_vocabulary_size_when_it_has_holes_then_beyond_the_largest_id(byte_tokenizer) -> None:
+    assert vocabulary_size(byte_tokenizer) == 257
+
+
+def test_encoding_threads_when_numbered_then_environment_says_so_meanwhile(monkeypatch) -> None:
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    with encoding_threads(3):
+        assert os.environ["RAYON_NUM_THREADS"] == "3"
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+    with encoding_threads(None):
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    assert "RAYON_NUM_THREADS" not in os.environ
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"

@@ -1,0 +1,379 @@
+"""Checkpoints of accelerate (run_clm, llm-pytorch) and of the Trainer go on here; nothing in them runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel, get_scheduler
+
+from llm.config.errors import UserError
+from llm.config.options import ModelOptions, OptimizerOptions, TrainingOptions
+from llm.data.batches.loader import Batch
+from llm.models.language_model import LanguageModel
+from llm.optim.registry import build_optimizer
+from llm.training.accelerator import start_machine
+from llm.training.checkpoints.external import ForeignCheckpoint
+from llm.training.checkpoints.resume import Start
+from llm.training.checkpoints.store import find_checkpoint, open_checkpoint
+from llm.training.updaters.synchronous import CentralUpdater
+
+RATE = 1e-3
+MARKS = {"run_clm": ["bias", "LayerNorm.weight"], "llm-pytorch": ["bias", "layer_norm.weight"]}
+
+
+def two_groups(model: torch.nn.Module, marks: list[str]) -> list[dict[str, Any]]:
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for n, p in named if not any(mark in n for mark in marks)], "weight_decay": 0.01},
+        {"params": [p for n, p in named if any(mark in n for mark in marks)], "weight_decay": 0.0},
+    ]
+
+
+def batch_of(number: int) -> Batch:
+    draw = torch.Generator().manual_seed(number)
+    ids = torch.randint(257, (4, 33), generator=draw)
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+
+class Plain:
+    """A loop as those programs have it: accelerate, torch's AdamW over two groups, a schedule."""
+
+    def __init__(self, model: GPT2LMHeadModel, groups: Any) -> None:
+        self.accelerator = Accelerator(cpu=True)
+        optimizer = torch.optim.AdamW(groups, lr=RATE)
+        schedule = get_scheduler("constant", optimizer)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
+
+    def update(self, batch: Batch) -> float:
+        logits = self.model(input_ids=batch.ids).logits
+        loss: Tensor = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+
+@pytest.fixture
+def plain(tiny_gpt2: GPT2LMHeadModel) -> Plain:
+    """Three updates of `tiny_gpt2`."""
+    loop = Plain(tiny_gpt2, two_groups(tiny_gpt2, MARKS["llm-pytorch"]))
+    for number in range(3):
+        loop.update(batch_of(number))
+    return loop
+
+
+@pytest.fixture
+def folder(plain: Plain, tmp_path: Path) -> Path:
+    """Its checkpoint."""
+    path = tmp_path / "checkpoints" / "step_3"
+    plain.accelerator.save_state(str(path))
+    return path
+
+
+@pytest.fixture
+def fresh(tiny_gpt2: GPT2LMHeadModel) -> Callable[..., CentralUpdater]:
+    """`fresh()` makes an updater of ours over other random weights."""
+
+    def make(**changes: Any) -> CentralUpdater:
+        machine = start_machine(TrainingOptions(use_cpu=True, mixed_precision="no"))
+        torch.manual_seed(99)
+        model = GPT2LMHeadModel(tiny_gpt2.config)
+        # The groups of ours and of theirs decay other weights: the comparison is without it.
+        chosen = {"learning_rate": RATE, "weight_decay": 0.01, **changes}
+        return CentralUpdater(
+            machine=machine,
+            model=machine.accelerator.prepare_model(LanguageModel(model)),
+            optimizer=build_optimizer(model, OptimizerOptions.model_validate(chosen)),
+            schedule=lambda step: 1.0,
+            max_grad_norm=0.0,
+            seed=5,
+        )
+
+    return make
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """What the package logged so far."""
+    monkeypatch.setattr(logging.getLogger("llm"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)
+
+
+def resume(path: Path, updater: CentralUpdater) -> int:
+    """Resumes as a run does; the finished updates."""
+    return Start(open_checkpoint(path), 7, ModelOptions()).resume(updater).step
+
+
+def weights_of(updater: CentralUpdater) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = updater.model.model.state_dict()  # type: ignore[union-attr, operator]
+    return state
+
+
+def assert_goes_on(plain: Plain, updater: CentralUpdater) -> None:
+    """One more update of both is the same."""
+    expected = plain.update(batch_of(3))
+    assert updater.update([batch_of(3)], 3).loss == pytest.approx(expected, rel=1e-6)
+    theirs = plain.accelerator.unwrap_model(plain.model).state_dict()
+    for name, tensor in weights_of(updater).items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("program", MARKS)
+def test_resume_when_accelerate_saved_it_then_the_next_update_is_that_of_a_loop_that_went_on(
+    program: str, safe: bool, tiny_gpt2: GPT2LMHeadModel, fresh: Callable[..., CentralUpdater], tmp_path: Path
+) -> None:
+    # Without decay: theirs also pulls at the norms' weights.
+    groups = [{**group, "weight_decay": 0.0} for group in two_groups(tiny_gpt2, MARKS[program])]
+    loop = Plain(tiny_gpt2, groups)
+    for number in range(3):
+        loop.update(batch_of(number))
+    loop.accelerator.save_state(str(tmp_path / "step_3"), safe_serialization=safe)
+    updater = fresh(weight_decay=0.0)
+    assert resume(tmp_path / "step_3", updater) == 3
+    assert_goes_on(loop, updater)
+
+
+def test_resume_when_moments_are_lost_then_the_next_update_is_another(
+    plain: Plain, folder: Path, fresh: Callable[..., CentralUpdater]
+) -> None:
+    # Otherwise the comparison above could not fail.
+    (folder / "optimizer.bin").unlink()
+    updater = fresh(weight_decay=0.0)
+    resume(folder, updater)
+    with pytest.raises(AssertionError):
+        assert_goes_on(plain, updater)
+
+
+def test_resume_when_the_trainer_saved_it_then_goes_on(
+    tiny_gpt2: GPT2LMHeadModel, fresh: Callable[..., CentralUpdater], tmp_path: Path, said: Callable[[], str]
+) -> None:
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    decayed = set(get_parameter_names(tiny_gpt2, [torch.nn.LayerNorm], ["bias", "layernorm", "rmsnorm"]))
+    named = list(tiny_gpt2.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if n in decayed], "weight_decay": 0.01},
+        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+    loop = Plain(tiny_gpt2, groups)
+    for number in range(3):
+        loop.update(batch_of(number))
+    path = tmp_path / "checkpoint-3"
+    tiny_gpt2.save_pretrained(path)
+    torch.save(loop.optimizer.optimizer.state_dict(), path / "optimizer.pt")
+    found = open_checkpoint(path)
+    assert isinstance(found, ForeignCheckpoint)
+    options = found.model_options(ModelOptions(config_name="gpt2", config_overrides="n_layer=1"))
+    assert (options.model_name_or_path, options.config_name, options.config_overrides) == (str(path), None, None)
+    updater = fresh()
+    updater.model.model.load_state_dict(GPT2LMHeadModel.from_pretrained(path).state_dict())
+    assert resume(path, updater) == 3
+    # The groups are the same here, and so is the decay.
+    assert "decayed otherwise" not in said()
+    assert_goes_on(loop, updater)
+
+
+def test_resume_when_this_run_has_muon_then_their_adamw_is_refused(
+    folder: Path, fresh: Callable[..., CentralUpdater]
+) -> None:
+    with pytest.raises(UserError, match=r"another model, --optim or --kfac \(it was AdamW\)"):
+        resume(folder, fresh(optim="muon"))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_weights_when_saved_under_wrappers_then_are_found(
+    prefix: str, plain: Plain, folder: Path, fresh: Callable[..., CentralUpdater]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in saved  # it is tied
+    save_file({prefix + name: tensor for name, tensor in saved.items()}, folder / "model.safetensors")
+    updater = fresh()
+    resume(folder, updater)
+    theirs = plain.accelerator.unwrap_model(plain.model).state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights_of(updater).items())
+
+
+def test_resume_when_done_then_says_what_is_not_in_it(
+    folder: Path, fresh: Callable[..., CentralUpdater], said: Callable[[], str]
+) -> None:
+    updater = fresh(adam_beta2=0.95, weight_decay=0.01)
+    (folder / "kfac.pt").touch()
+    resume(folder, updater)
+    lines = said()
+    assert f"resumed from step 3 ({folder}), which another program wrote: weights (model.safetensors) and" in lines
+    assert "the state of AdamW (optimizer.bin)" in lines
+    assert "not in it: the place in the text (this run goes on at update 3 of its own order" in lines
+    assert "the seed" in lines
+    assert "not read: kfac.pt, random_states_0.pkl, scheduler.bin; the learning rate" in lines
+    assert "its optimizer had betas (0.9, 0.999), this run has (0.9, 0.95)" in lines
+    assert "weight_decay" not in lines
+    # Theirs takes a norm for one by its name, which is another in GPT-2.
+    assert "decayed otherwise: transformer.h.0.ln_1.weight and 4 others did, and do not here" in lines
+
+
+def test_resume_when_there_is_only_a_model_then_says_that_the_optimizer_starts_anew(
+    folder: Path, fresh: Callable[..., CentralUpdater], said: Callable[[], str]
+) -> None:
+    for path in folder.iterdir():
+        if path.name != "model.safetensors":
+            path.unlink()
+    updater = fresh()
+    assert resume(folder, updater) == 3
+    assert "step_3 holds no optimizer: it starts anew" in said()
+    assert updater.state()[0] == {}
+
+
+def test_find_when_the_run_has_foreign_ones_then_a_bare_flag_takes_the_newest(folder: Path) -> None:
+    shutil.copytree(folder, folder.parent / "step_10")
+    for asked in (True, "latest"):
+        found = find_checkpoint(asked, folder.parent)
+        assert isinstance(found, ForeignCheckpoint)
+        assert found.step == 10
+    with pytest.raises(UserError, match="best: there is no such checkpoint"):
+        find_checkpoint("best", folder.parent)
+
+
+def test_find_when_only_a_model_is_left_then_a_bare_flag_takes_an_older_one(
+    folder: Path, said: Callable[[], str]
+) -> None:
+    torn = folder.parent / "step_10"
+    torn.mkdir()
+    shutil.copy(folder / "model.safetensors", torn)
+    found = find_checkpoint(True, folder.parent)
+    assert found is not None
+    assert found.step == 3
+    assert "step_10 is incomplete; taking an older one" in said()
+
+
+def test_epoch_when_it_is_named_then_its_optimizer_says_the_step(folder: Path) -> None:
+    path = folder.rename(folder.parent / "epoch_0")
+    assert open_checkpoint(path).step == 3
+    (path / "optimizer.bin").unlink()
+    with pytest.raises(UserError, match="does not say after how many updates"):
+        open_checkpoint(path)
+
+
+class Bomb:
+    """Unpickled by a careless reader, makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "pytorch_model.bin"])
+def test_file_when_it_would_run_a_program_then_is_refused_in_one_line(
+    name: str, folder: Path, fresh: Callable[..., CentralUpdater], tmp_path: Path
+) -> None:
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    torch.save({"state": Bomb(tmp_path / "went off")}, folder / name)
+    with pytest.raises(UserError, match=f"{name} is refused") as error:
+        resume(folder, fresh())
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "went off").exists()
+    torch.load(folder / name, weights_only=False)
+    assert (tmp_path / "went off").exists()  # otherwise it would be no bomb
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors"])
+def test_file_when_cut_then_is_refused_before_anything_is_built(name: str, folder: Path) -> None:
+    path = folder / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"{name} is (refused|damaged)") as error:
+        open_checkpoint(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds no table"),
+        ({"weights": torch.zeros(2)}, "holds no optimizer's state"),
+        ({"state": {0: {"exp_avg": "x"}}, "param_groups": [{"params": [0]}]}, "holds no optimizer's state"),
+        (
+            {"state": {0: {"square_avg": torch.zeros(2)}}, "param_groups": [{"params": [0]}]},
+            "neither AdamW's nor SGD's",
+        ),
+        (
+            {
+                "state": {0: dict.fromkeys(["step", "exp_avg", "exp_avg_sq"], torch.zeros(()))},
+                "param_groups": [{"params": [0]}],
+            },
+            "does not fit the parameters",
+        ),
+    ],
+    ids=["list", "other", "text", "rmsprop", "one parameter"],
+)
+def test_optimizer_when_it_is_none_of_this_model_then_is_refused(
+    content: Any, message: str, folder: Path, fresh: Callable[..., CentralUpdater]
+) -> None:
+    torch.save(content, folder / "optimizer.bin")
+    with pytest.raises(UserError, match=message):
+        resume(folder, fresh())
+
+
+def test_optimizer_when_the_run_has_another_then_is_refused(folder: Path, fresh: Callable[..., CentralUpdater]) -> None:
+    with pytest.raises(UserError, match=r"another model, --optim or --kfac \(it was AdamW\)"):
+        resume(folder, fresh(optim="sgd"))
+
+
+def test_weights_when_of_another_model_then_name_the_difference(
+    folder: Path, fresh: Callable[..., CentralUpdater], tiny_gpt2: GPT2LMHeadModel
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved = load_file(folder / "model.safetensors")
+    changes = [
+        ({**saved, "transformer.wte.weight": torch.zeros(9, 32)}, r"transformer.wte.weight is \[9, 32\] and would be"),
+        ({**saved, "transformer.h.2.ln_1.bias": torch.zeros(32)}, r"transformer.h.2.ln_1.bias is too much"),
+        ({n: t for n, t in saved.items() if n != "transformer.ln_f.bias"}, "transformer.ln_f.bias is missing"),
+    ]
+    for weights, message in changes:
+        save_file(weights, folder / "model.safetensors")
+        with pytest.raises(UserError, match=message + r".*--config_overrides"):
+            resume(folder, fresh())
+    # A mask that older versions saved is no difference.
+    save_file({**saved, "transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64).bool()}, folder / "model.safetensors")
+    assert resume(folder, fresh()) == 3
+
+
+def test_weights_when_in_shards_or_absent_then_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "step_4"
+    path.mkdir()
+    with pytest.raises(UserError, match=r"the weights are not there \(no model.safetensors\)"):
+        open_checkpoint(path)
+    (path / "pytorch_model_fsdp_0").mkdir()
+    with pytest.raises(UserError, match="the weights are in shards"):
+        open_checkpoint(path)
+
+
+def test_run_when_resumed_from_a_foreign_checkpoint_then_goes_on_from_its_step(
+    plain: Plain, folder: Path, tiny_options: list[str], train: Callable[..., Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    outcome = train(*tiny_options, "--output_dir", output, "--logging_steps", "1", "--resume_from_checkpoint", folder)
+    assert outcome.code == 0, outcome.err
+    assert "resumed from step 3" in outcome.out
+    assert "step 4/20 " in outcome.out
+    assert "step 3/20 " not in outcome.out
+    beyond = train(*tiny_options, "--max_train_steps", "2", "--resume_from_checkpoint", folder)
+    assert beyond.code == 1
+    assert "is at step 3, beyond the 2 of this run" in beyond.err

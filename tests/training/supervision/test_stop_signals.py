@@ -1,0 +1,168 @@
+"""The first signal, or the deadline, asks for a stop; the second signal stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import pytest
+
+from llm.config.errors import Stopped
+from llm.training.supervision.deadline import Deadline
+from llm.training.supervision.stop_signals import SIGNALS, listening
+
+
+@pytest.fixture(autouse=True)
+def caught() -> Iterator[list[int]]:
+    """Handlers of the test's own stand before, so that nothing kills the test; the signals they got."""
+    got: list[int] = []
+
+    def catch(number: int, _: FrameType | None) -> None:
+        got.append(number)
+
+    previous = {number: signal.signal(number, catch) for number in SIGNALS}
+    yield got
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+def run(program: str, *, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """A program that imports what the tests need."""
+    head = (
+        "import os, signal, sys, threading, time\n"
+        "from llm.training.supervision.stop_signals import listening\n"
+        "from llm.training.supervision.deadline import Deadline\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", head + program], capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_when_the_first_then_is_noted_with_its_name(number: int, caught: list[int]) -> None:
+    with listening() as stop:
+        assert not stop()
+        os.kill(os.getpid(), number)
+        assert stop()
+        assert stop.reason == signal.Signals(number).name
+    assert caught == []
+
+
+def test_signal_when_a_launcher_repeats_it_at_once_then_is_the_same_request(caught: list[int]) -> None:
+    with listening() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        assert stop.reason == "SIGTERM"
+    assert caught == []
+
+
+def test_signal_when_the_second_then_ends_a_process_whose_main_thread_hangs() -> None:
+    # A lock that nobody opens, taken in C: Python's own handlers never get their turn there.
+    result = run(
+        "import ctypes\n"
+        "libc = ctypes.CDLL(None)\n"
+        "mutex = ctypes.create_string_buffer(128)\n"
+        "libc.pthread_mutex_lock(mutex)\n"
+        "def send():\n"
+        "    time.sleep(0.5); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(2.5); os.kill(os.getpid(), signal.SIGINT)\n"
+        "with listening() as stop:\n"
+        "    threading.Thread(target=send, daemon=True).start()\n"
+        "    libc.pthread_mutex_lock(mutex)\n"
+    )
+    assert result.returncode == 128 + signal.SIGINT, result.stderr
+    assert result.stderr == "a second signal (SIGINT): ended at once\n"
+
+
+def test_handlers_when_the_block_ends_or_fails_then_are_the_old_ones(caught: list[int]) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    threads = threading.active_count()
+    with listening():
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    with pytest.raises(ZeroDivisionError), listening():
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert threading.active_count() == threads
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert caught == [signal.SIGUSR1]
+
+
+def test_block_when_interruptible_then_a_signal_is_raised_in_it_and_once() -> None:
+    with listening() as stop:
+        tidied: list[bool] = []
+
+        def work() -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(10)
+            finally:
+                os.kill(os.getpid(), signal.SIGUSR1)  # the launcher's echo comes into the tidying up
+                time.sleep(0.1)
+                tidied.append(True)
+
+        with pytest.raises(Stopped, match="SIGUSR1"), stop.at_once():
+            work()
+        assert tidied
+        with pytest.raises(Stopped), stop.at_once():
+            pytest.fail("begun although the stop was known")
+        os.kill(os.getpid(), signal.SIGTERM)  # outside of it, it is only noted
+        assert stop.reason == "SIGUSR1"
+
+
+def test_deadline_when_it_passes_then_is_a_reason_like_a_signal() -> None:
+    with listening(Deadline(max_time=time.time() + 0.3)) as stop:
+        assert not stop()
+        time.sleep(0.4)
+        assert stop()
+        assert stop.reason == "max_time"
+
+
+def test_deadline_when_the_main_thread_is_busy_then_interrupts_it_and_is_no_first_signal() -> None:
+    result = run(
+        "from llm.config.errors import Stopped\n"
+        "with listening(Deadline(max_time=time.time() + 0.5)) as stop:\n"
+        "    began = time.monotonic()\n"
+        "    try:\n"
+        "        with stop.at_once():\n"
+        "            time.sleep(30)\n"
+        "    except Stopped as stopped:\n"
+        "        print(stopped, time.monotonic() - began < 5)\n"
+        "    time.sleep(2.5)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0.5)\n"
+        "    print(stop.reason)\n"
+    )
+    assert result.stdout == "max_time True\nmax_time\n", result.stderr
+    assert result.returncode == 0
+
+
+def test_listening_when_not_in_the_main_thread_then_hears_the_deadline_alone() -> None:
+    found: list[object] = []
+
+    def work() -> None:
+        with listening(Deadline(max_time=0)) as stop:
+            found.append(stop())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+def test_signal_when_a_forked_process_gets_it_then_its_parent_hears_nothing() -> None:
+    with listening() as stop:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        os.waitpid(child, 0)
+        time.sleep(0.2)
+        assert not stop()

@@ -1,0 +1,383 @@
+"""One update against arithmetic done by hand, in float64, with another library.
+
+The model is the smallest language model there is: row i of one matrix holds the logits of the token
+after token i. The gradient of the mean cross entropy is then (softmax - one-hot) / tokens, summed over
+the tokens, which numpy computes from its formula.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llm.config.options import OptimizerOptions, TrainingOptions
+from llm.data.batches.loader import Batch
+from llm.distributed.world import World
+from llm.optim.registry import build_optimizer
+from llm.training.accelerator import Machine, start_machine
+from llm.training.updaters.synchronous import CentralUpdater, StepReport
+
+VOCABULARY = 11
+RATE = 0.5
+
+
+class Bigrams(nn.Module):
+    """Logits of the next token, one row a token; `poison` is added to the summed loss."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(3)
+        self.rows = nn.Parameter(torch.randn(VOCABULARY, VOCABULARY, generator=draw))
+        self.dropout, self.poison = dropout, 0.0
+
+    def forward(self, ids: Tensor, targets: Tensor, positions: None = None) -> tuple[Tensor, Tensor]:
+        logits = F.dropout(self.rows[ids], self.dropout)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return loss + self.poison * self.rows.sum(), (targets != -100).sum()
+
+
+class Deeper(Bigrams):
+    """The same with a matrix in a block behind it, as Muon wants one."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        torch.manual_seed(4)
+        self.blocks = nn.ModuleList([nn.Linear(VOCABULARY, VOCABULARY)])
+
+    def forward(self, ids: Tensor, targets: Tensor, positions: None = None) -> tuple[Tensor, Tensor]:
+        logits = self.blocks[0](F.dropout(self.rows[ids], self.dropout))
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return loss, (targets != -100).sum()
+
+
+def batches(*shapes: tuple[int, int], ignored: float = 0.0) -> list[Batch]:
+    """Random micro-batches; a growing share of the targets, up to `ignored`, does not count."""
+    draw = torch.Generator().manual_seed(11)
+    made = []
+    for number, shape in enumerate(shapes, 1):
+        ids = torch.randint(VOCABULARY, shape, generator=draw)
+        targets = torch.randint(VOCABULARY, shape, generator=draw)
+        share = ignored * number / len(shapes)
+        made.append(Batch(ids, targets.masked_fill(torch.rand(shape, generator=draw) < share, -100)))
+    return made
+
+
+def expected(rows: Tensor, micro_batches: Sequence[Batch]) -> tuple[float, NDArray[np.float64]]:
+    """Loss and gradient of the mean over all tokens that count: float64, from the formula."""
+    ids = np.concatenate([batch.ids.numpy().ravel() for batch in micro_batches])
+    targets = np.concatenate([batch.targets.numpy().ravel() for batch in micro_batches])
+    ids, targets = ids[targets != -100], targets[targets != -100]
+    logits = rows.detach().numpy().astype(np.float64)[ids]
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    loss = -np.log(probabilities[np.arange(len(ids)), targets]).mean()
+    probabilities[np.arange(len(ids)), targets] -= 1
+    gradient = np.zeros((VOCABULARY, VOCABULARY))
+    np.add.at(gradient, ids, probabilities / len(ids))
+    return float(loss), gradient
+
+
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    return start_machine(TrainingOptions(use_cpu=True, mixed_precision="no"))
+
+
+def updater_of(machine: Machine, model: nn.Module, *, max_grad_norm: float = 0.0, **options: Any) -> CentralUpdater:
+    """Plain gradient descent at RATE (no momentum) unless the options say otherwise."""
+    chosen = {"optim": "sgd", "adam_beta1": 0.0, "learning_rate": RATE, **options}
+    return CentralUpdater(
+        machine=machine,
+        model=model,
+        optimizer=build_optimizer(model, OptimizerOptions.model_validate(chosen)),
+        schedule=lambda step: 1 / (step + 1),
+        max_grad_norm=max_grad_norm,
+        seed=5,
+    )
+
+
+def gradient_of(model: Bigrams, before: Tensor, rate: float = RATE) -> NDArray[np.float64]:
+    """The gradient that a step of gradient descent took."""
+    return ((before - model.rows.detach()) / rate).numpy().astype(np.float64)
+
+
+SPLITS = {
+    "one": [(12, 6)],
+    "equal": [(3, 6)] * 4,
+    "unequal": [(1, 6), (7, 6), (4, 6)],
+}
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.9])
+@pytest.mark.parametrize("shapes", SPLITS.values(), ids=SPLITS)
+def test_gradient_when_micro_batches_hold_unequal_counts_is_that_of_the_token_mean(
+    machine: Machine, shapes: list[tuple[int, int]], ignored: float
+) -> None:
+    model, micro_batches = Bigrams(), batches(*shapes, ignored=ignored)
+    before = model.rows.detach().clone()
+    loss, gradient = expected(before, micro_batches)
+    report = updater_of(machine, model).update(micro_batches, 0)
+    assert report.loss == pytest.approx(loss, rel=1e-6)
+    assert float(report.grad_norm) == pytest.approx(np.linalg.norm(gradient), rel=1e-6)
+    # The difference of two float32 weights near 1 carries their rounding.
+    np.testing.assert_allclose(gradient_of(model, before), gradient, atol=1e-6)
+    assert (report.lr, report.skipped, report.stop) == (RATE, False, False)
+
+
+def test_gradient_when_a_means_mean_would_be_another_is_not_that_one(machine: Machine) -> None:
+    micro_batches = batches(*SPLITS["equal"], ignored=0.9)
+    rows = Bigrams().rows
+    mean_of_means = np.mean([expected(rows, [batch])[1] for batch in micro_batches], axis=0)
+    _, gradient = expected(rows, micro_batches)
+    # Otherwise the test above could not fail.
+    assert np.linalg.norm(mean_of_means - gradient) > 0.1 * np.linalg.norm(gradient)
+
+
+def test_gradient_when_one_micro_batch_holds_no_target_is_that_of_the_others(machine: Machine) -> None:
+    model, (one, other) = Bigrams(), batches((2, 6), (2, 6))
+    before = model.rows.detach().clone()
+    empty = Batch(other.ids, torch.full_like(other.targets, -100))
+    loss, gradient = expected(before, [one])
+    report = updater_of(machine, model).update([one, empty], 0)
+    assert report.loss == pytest.approx(loss, rel=1e-6)
+    np.testing.assert_allclose(gradient_of(model, before), gradient, atol=1e-6)
+
+
+def test_ranks_when_there_are_two_then_each_scales_by_the_count_of_both(machine: Machine) -> None:
+    mine, others = batches((2, 6), (3, 6), ignored=0.5)
+
+    class TwoRanks(World):
+        def sum_(self, tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                tensor += (others.targets != -100).sum()
+            return tensor
+
+    model = Bigrams()
+    before = model.rows.detach().clone()
+    two = Machine(machine.accelerator, TwoRanks(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
+    updater_of(two, model).update([mine], 0)
+    count = sum(int((batch.targets != -100).sum()) for batch in (mine, others))
+    share = int((mine.targets != -100).sum()) / count
+    # DDP's mean over two ranks halves it: what is left is this rank's share of the sum over both.
+    np.testing.assert_allclose(gradient_of(model, before) / 2, share * expected(before, [mine])[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("largest", [0.01, 1e3])
+def test_clipping_when_the_norm_is_beyond_then_only_the_length_changes(machine: Machine, largest: float) -> None:
+    model, micro_batches = Bigrams(), batches((4, 6), (2, 6))
+    before = model.rows.detach().clone()
+    _, gradient = expected(before, micro_batches)
+    norm = np.linalg.norm(gradient)
+    report = updater_of(machine, model, max_grad_norm=largest).update(micro_batches, 0)
+    assert float(report.grad_norm) == pytest.approx(norm, rel=1e-6)  # before clipping
+    taken = gradient_of(model, before)
+    np.testing.assert_allclose(taken, gradient * min(1.0, largest / norm), atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_update_when_the_gradient_is_not_finite_then_nothing_changes(machine: Machine, poison: float) -> None:
+    model, micro_batches = Bigrams(), batches((4, 6), (2, 6))
+    updater = updater_of(machine, model, optim="adamw", adam_beta1=0.9, weight_decay=0.1)
+    updater.update(micro_batches, 0)
+    before, state = model.rows.detach().clone(), updater.state()
+    state = ({name: tensor.clone() for name, tensor in state[0].items()}, state[1])
+    model.poison = poison
+    report = updater.update(micro_batches, 1)
+    assert report.skipped
+    assert torch.equal(model.rows, before)
+    assert all(torch.equal(tensor, state[0][name]) for name, tensor in updater.state()[0].items())
+    model.poison = 0.0
+    assert not updater.update(micro_batches, 2).skipped
+    assert torch.isfinite(model.rows).all()
+    assert not torch.equal(model.rows, before)
+
+
+def test_update_when_no_target_counts_at_all_then_is_skipped(machine: Machine) -> None:
+    model, (batch,) = Bigrams(), batches((2, 6))
+    before = model.rows.detach().clone()
+    nothing = Batch(batch.ids, torch.full_like(batch.targets, -100))
+    assert updater_of(machine, model).update([nothing], 0).skipped
+    assert torch.equal(model.rows, before)
+
+
+def test_update_when_some_were_made_then_what_is_there_is_searched_for_garbage_no_more(machine: Machine) -> None:
+    gc.unfreeze()
+    updater = updater_of(machine, Bigrams())
+    for step, settled in enumerate((False, False, True, True)):
+        updater.update(batches((2, 5)), step)
+        assert (gc.get_freeze_count() > 0) is settled
+    gc.unfreeze()
+
+
+def test_update_when_asked_to_stop_then_is_made_and_says_so(machine: Machine) -> None:
+    model, micro_batches = Bigrams(), batches((2, 6))
+    before = model.rows.detach().clone()
+    report = updater_of(machine, model).update(micro_batches, 0, should_stop=lambda: True)
+    assert report.stop
+    assert not report.abandoned
+    assert not torch.equal(model.rows, before)
+
+
+def test_update_when_the_stop_comes_between_micro_batches_then_is_abandoned(machine: Machine) -> None:
+    class Counting(Bigrams):
+        calls = 0
+
+        def forward(self, *given: Any) -> tuple[Tensor, Tensor]:
+            self.calls += 1
+            return super().forward(*given)
+
+    model, micro_batches = Counting(), batches((2, 6), (2, 6), (2, 6), (2, 6))
+    before = model.rows.detach().clone()
+    updater, asked = updater_of(machine, model), iter([False, True])
+    report = updater.update(micro_batches, 0, should_stop=lambda: next(asked, True))
+    assert report.stop
+    assert report.abandoned
+    assert not report.skipped
+    assert model.calls == 2  # the first, and the last, in which the ranks of several processes meet
+    assert torch.equal(model.rows, before)
+    # Nothing of it is left: the same update made later is the one that was never begun.
+    fresh = Bigrams()
+    updater.update(micro_batches, 0)
+    updater_of(machine, fresh).update(micro_batches, 0)
+    assert torch.equal(model.rows, fresh.rows)
+
+
+def test_learning_rate_when_the_step_moves_on_then_is_that_steps(machine: Machine) -> None:
+    model, micro_batches = Bigrams(), batches((2, 6))
+    updater = updater_of(machine, model)
+    before = model.rows.detach().clone()
+    _, gradient = expected(before, micro_batches)
+    assert updater.update(micro_batches, 3).lr == RATE / 4
+    np.testing.assert_allclose(gradient_of(model, before, RATE / 4), gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"optim": "adamw", "adam_beta1": 0.9}, {"optim": "sgd", "adam_beta1": 0.9}])
+def test_state_when_loaded_into_another_then_continues_bit_identical(machine: Machine, options: dict[str, Any]) -> None:
+    micro_batches = batches((4, 6), (3, 6), ignored=0.5)
+    whole = Bigrams(dropout=0.2)
+    first = updater_of(machine, whole, max_grad_norm=0.1, weight_decay=0.1, **options)
+    for step in range(3):
+        first.update(micro_batches, step)
+    tensors, numbers = first.state()
+    assert tensors
+    assert {name.split("/")[0] for name in tensors} == {"rows"}
+    assert all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors.values())
+
+    resumed = Bigrams(dropout=0.2)
+    resumed.load_state_dict({name: tensor.clone() for name, tensor in whole.state_dict().items()})
+    second = updater_of(machine, resumed, max_grad_norm=0.1, weight_decay=0.1, **options)
+    second.load({name: tensor.clone() for name, tensor in tensors.items()}, numbers)
+    torch.rand(17)  # what was drawn before a resume does not matter
+    for step in range(3, 6):
+        one, other = first.update(micro_batches, step), second.update(micro_batches, step)
+        assert one.loss == other.loss
+    assert torch.equal(whole.rows, resumed.rows)
+
+
+MUON = {"optim": "muon", "adam_beta1": 0.9, "muon_learning_rate": 0.1, "weight_decay": 0.1}
+
+
+def test_learning_rate_when_groups_have_peaks_of_their_own_then_share_the_schedule(machine: Machine) -> None:
+    model = Deeper()
+    updater = updater_of(machine, model, **MUON)
+    assert updater.update(batches((2, 6)), 3).lr == RATE / 4
+    rates = {name: group["lr"] for group in updater.optimizer.param_groups for name in group["param_names"]}
+    assert rates == {"blocks.0.weight": 0.1 / 4, "rows": RATE / 4, "blocks.0.bias": RATE / 4}
+
+
+def test_state_when_muon_is_loaded_into_another_then_continues_bit_identical(machine: Machine) -> None:
+    micro_batches = batches((4, 6), (3, 6), ignored=0.5)
+    whole, resumed = Deeper(dropout=0.2), Deeper(dropout=0.2)
+    first, second = (updater_of(machine, model, max_grad_norm=0.1, **MUON) for model in (whole, resumed))
+    for step in range(3):
+        first.update(micro_batches, step)
+    tensors, numbers = first.state()
+    moments = {f"{name}/{key}" for name in ("rows", "blocks.0.bias") for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert set(tensors) == {"blocks.0.weight/momentum_buffer", *moments}
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    resumed.load_state_dict({name: tensor.clone() for name, tensor in whole.state_dict().items()})
+    second.load({name: tensor.clone() for name, tensor in tensors.items()}, numbers)
+    for step in range(3, 6):
+        one, other = first.update(micro_batches, step), second.update(micro_batches, step)
+        assert one.loss == other.loss
+    assert all(torch.equal(one, two) for one, two in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_state_when_of_another_model_then_is_refused(machine: Machine) -> None:
+    updater = updater_of(machine, Bigrams(), optim="adamw")
+    with pytest.raises(KeyError, match="columns"):
+        updater.load({"columns/exp_avg": torch.zeros(1)}, updater.state()[1])
+
+
+@pytest.mark.parametrize(("saved", "asked"), [("adamw", "sgd"), ("sgd", "adamw"), ("adamw", "muon"), ("muon", "adamw")])
+def test_state_when_of_another_optimizer_then_is_refused(machine: Machine, saved: str, asked: str) -> None:
+    first = updater_of(machine, Deeper(), optim=saved, adam_beta1=0.9)
+    first.update(batches((2, 6)), 0)
+    with pytest.raises((KeyError, ValueError)):
+        updater_of(machine, Deeper(), optim=asked, adam_beta1=0.9).load(*first.state())
+
+
+# The loss scaler of fp16, which a CPU runs as well as a GPU does.
+
+
+def scaled(scale: float = 1024.0) -> Machine:
+    """A stand-in accelerator with a loss scaler, which the real one makes on CUDA devices only."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    accelerator = SimpleNamespace(
+        scaler=scaler,
+        backward=lambda loss: scaler.scale(loss).backward(),
+        no_sync=lambda _: nullcontext(),
+    )
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    return Machine(accelerator, world)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"optim": "adamw", "adam_beta1": 0.9}, MUON], ids=["adamw", "muon"])
+def test_scaler_when_the_step_is_good_then_the_update_is_the_unscaled_one(
+    machine: Machine, options: dict[str, Any]
+) -> None:
+    micro_batches = batches((4, 6), (2, 6), ignored=0.5)
+    plain, other = Deeper(), Deeper()
+    made: list[StepReport] = []
+    for chosen, model in ((machine, plain), (scaled(), other)):
+        updater = updater_of(chosen, model, max_grad_norm=0.1, **options)
+        made.append(updater.update(micro_batches, 0))
+    assert made[0].loss == made[1].loss
+    assert torch.equal(made[0].grad_norm, made[1].grad_norm)
+    # A power of two scales without rounding.
+    assert all(torch.equal(one, two) for one, two in zip(plain.parameters(), other.parameters(), strict=True))
+
+
+def test_scaler_when_the_gradient_overflows_then_halves_and_the_weights_stay() -> None:
+    model, micro_batches = Bigrams(), batches((4, 6))
+    before, machine = model.rows.detach().clone(), scaled()
+    updater = updater_of(machine, model, optim="adamw", adam_beta1=0.9)
+    for scale in (512.0, 256.0):
+        model.poison = float("inf")
+        assert updater.update(micro_batches, 0).skipped
+        assert torch.equal(model.rows, before)
+        assert updater.state()[1]["scaler"]["scale"] == scale
+    model.poison = 0.0
+    assert not updater.update(micro_batches, 0).skipped
+    assert updater.state()[1]["scaler"]["scale"] == 256.0
+    assert not torch.equal(model.rows, before)
+
+
+def test_scaler_when_resumed_then_keeps_its_scale() -> None:
+    model, micro_batches = Bigrams(), batches((4, 6))
+    first = updater_of(scaled(), model)
+    model.poison = float("inf")
+    first.update(micro_batches, 0)
+    second = updater_of(scaled(), Bigrams())
+    second.load(*first.state())
+    assert second.state()[1] == first.state()[1]
+    assert second.state()[1]["scaler"]["scale"] == 512.0
