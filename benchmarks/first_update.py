@@ -37,12 +37,12 @@ _RUN = (
     _AGE
     + """
 import llm.training.updaters.synchronous as central
-update = central.CentralUpdater.update
+update = central.SynchronousUpdater.update
 def first(*given, **named):
     update(*given, **named)
     print(json.dumps({"age": age(), "modules": [name for name in sys.modules if name != "__main__"]}), flush=True)
     os._exit(0)
-central.CentralUpdater.update = first
+central.SynchronousUpdater.update = first
 from llm.trainers.gpt import main
 sys.exit(main(sys.argv[1:]))
 """

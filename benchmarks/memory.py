@@ -74,7 +74,7 @@ def peak(size_name: str, way: str, dtype: str) -> dict[str, int]:
     size, half = SIZES[size_name], _DTYPES[dtype]
     tracker = MemTracker()
     # Of a GPT-2 it is known, and telling needs numbers.
-    plain_head = mock.patch.object(language_model, "has_plain_head", return_value=True)
+    plain_head = mock.patch.object(language_model, "has_linear_lm_head", return_value=True)
     with FakeTensorMode(), plain_head:
         model = GPT2LMHeadModel(
             GPT2Config(

@@ -47,7 +47,7 @@ KFAC_INTERVAL = 10
 
 @dataclass
 class StoredBlocks:
-    """The setting's blocks in their order, over and over, as `llm.data.batches.loader.Samples`."""
+    """The setting's blocks in their order, over and over, as `llm.data.batches.loader.BlockSource`."""
 
     setting: Setting
 
@@ -64,7 +64,7 @@ class StoredBlocks:
         """Nothing is left over of what has no end."""
         return 0
 
-    def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
+    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
         """int64 [block_size + 1]."""
         return self._blocks[sample % len(self._blocks)]
 
@@ -80,14 +80,14 @@ def run_ours(setting: Setting, gate: Gate, *words: str, keeps_memory: bool = Tru
     from llm.models.compile import is_compiled
     from llm.models.flops import flops_per_token
     from llm.system.allocator import return_freed_memory
-    from llm.training.accelerator import start_machine
+    from llm.training.accelerator import start_compute
     from llm.training.build import build_language_model, build_updater
     from llm.training.plan import plan_run, plan_schedule
     from llm.training.seeding import seed_weights
 
     given = [*trainer_words(setting), "--max_train_steps", "1000000", *words]
     options = read_options(Options, given, prog="benchmark", description="")
-    machine = start_machine(options.training)
+    machine = start_compute(options.training)
     if not keeps_memory:
         return_freed_memory()
     samples = StoredBlocks(setting)

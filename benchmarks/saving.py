@@ -79,22 +79,22 @@ def measure(folder: Path, config_name: str | None, tokenizer: str | None) -> dic
 
 def _train(folder: Path, config_name: str | None, tokenizer: str | None) -> None:
     from llm.trainers.gpt import main as trainer
-    from llm.training.checkpoints.async_saver import Saver
+    from llm.training.checkpoints.async_saver import AsyncSaver
 
     found: dict[str, list[float]] = {"stalls": [], "durable": []}
-    save, write = Saver.save, Saver._write
+    save, write = AsyncSaver.save, AsyncSaver._write
 
-    def timed_save(self: Saver, *given: Any, **named: Any) -> None:
+    def timed_save(self: AsyncSaver, *given: Any, **named: Any) -> None:
         save(self, *given, **named)
         found["stalls"].append(self.stalls[-1])
 
-    def timed_write(self: Saver, *given: Any, **named: Any) -> None:
+    def timed_write(self: AsyncSaver, *given: Any, **named: Any) -> None:
         started = time.monotonic()
         write(self, *given, **named)
         found["durable"].append(time.monotonic() - started)
         (folder / "stalls.json").write_text(json.dumps(found))
 
-    Saver.save, Saver._write = timed_save, timed_write  # type: ignore[method-assign]
+    AsyncSaver.save, AsyncSaver._write = timed_save, timed_write  # type: ignore[method-assign]
     model = ["--config_name", config_name] if config_name else ["--model_type", "gpt2"]
     model += ["--tokenizer_name", tokenizer] if tokenizer else []
     words = [*model, "--block_size", "64", "--per_device_train_batch_size", "1", "--save_minutes", "0.5", "--seed", "1"]

@@ -63,11 +63,11 @@ def main() -> None:
 def write_shards(folder: Path) -> None:
     """Random ids in documents of a thousand, through the writer that `llm.prepare` uses."""
     from llm.data.shards.format import FOLDER_MAGIC, MANIFEST, SPLITS, VERSION
-    from llm.data.shards.writer import Form, SplitWriter
+    from llm.data.shards.writer import ShardSpec, SplitWriter
     from llm.tokenization.encoder import Piece
 
     draw = np.random.default_rng(0)
-    form = Form(VOCABULARY_SIZE, "benchmark", NUM_TOKENS // NUM_SHARDS, None, eos_in_single_text=True)
+    form = ShardSpec(VOCABULARY_SIZE, "benchmark", NUM_TOKENS // NUM_SHARDS, None, eos_in_single_text=True)
     writers = {split: SplitWriter(folder, split, form) for split in SPLITS}
     for _ in range(NUM_TOKENS // _PIECE_TOKENS):
         ids = draw.integers(VOCABULARY_SIZE, size=_PIECE_TOKENS, dtype=np.uint32)
@@ -92,7 +92,7 @@ def write_shards(folder: Path) -> None:
 def read_blocks(folder: Path) -> dict[str, Any]:
     """Opens the folder and reads blocks in the order of an epoch."""
     from llm.data.batches.blocks import Blocks
-    from llm.data.batches.shuffle import shuffled
+    from llm.data.batches.shuffle import shuffled_index
     from llm.data.shards.format import open_folder
 
     process = psutil.Process()
@@ -105,7 +105,7 @@ def read_blocks(folder: Path) -> dict[str, Any]:
     most = 0
     for place in range(NUM_BLOCKS_READ):
         begun = time.perf_counter()
-        ids = blocks[shuffled(place, len(blocks), seed=0, epoch=0)]
+        ids = blocks[shuffled_index(place, len(blocks), seed=0, epoch=0)]
         seconds.append(time.perf_counter() - begun)
         if place % 100 == 0:
             most = max(most, process.memory_info().rss)

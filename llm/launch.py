@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from llm.clusters.allocation import Place, check_agents, find_place
+from llm.clusters.allocation import JobAllocation, check_agents, find_allocation
 from llm.clusters.job_chain import Chain, chain_number, judge
 from llm.clusters.sites import Scheduler, read_site
 from llm.clusters.trainer_command import check_chain, read_trainer
 from llm.config.durations import seconds_of
 from llm.config.errors import Stopped, UsageError, UserError
-from llm.config.exit_codes import outcome
+from llm.config.exit_codes import exit_code_of
 from llm.config.launch import DoctorOptions, JobOptions, MeetingOptions, NodeOptions, ScriptOptions
 from llm.config.option import Group
 from llm.config.reader import read_options
@@ -45,7 +45,7 @@ Starts a trainer (MODULE, llm.trainers.gpt if none is named) on one host or many
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Starts, prints or submits, and returns the exit code."""
-    return outcome(lambda: _launch(list(sys.argv[1:] if argv is None else argv)))
+    return exit_code_of(lambda: _launch(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _launch(argv: list[str]) -> int:
@@ -153,7 +153,7 @@ def _job(argv: list[str]) -> int:
     exit_code, is_over = judge(before, _status(trainer.run_dir), code, is_kept=trainer.is_kept)
     if queued and is_over:
         chain.withdraw(queued)
-    _say_how_it_stands(trainer.run_dir, exit_code)
+    _say_status_line(trainer.run_dir, exit_code)
     return exit_code
 
 
@@ -228,7 +228,7 @@ def _doctor(argv: list[str]) -> int:
     return 0 if code == 0 else UserError.exit_code
 
 
-def _examine(place: Place, options: DoctorOptions) -> int:
+def _examine(place: JobAllocation, options: DoctorOptions) -> int:
     """The doctor's agent on this host."""
     # Before torch reads it: else each address without a name is a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -260,8 +260,8 @@ def _read(table: type[T], argv: list[str], command: str, description: str) -> tu
         raise UsageError(f"{error}{hint}") from None
 
 
-def _place(options: MeetingOptions, *, is_step: bool) -> Place:
-    return find_place(
+def _place(options: MeetingOptions, *, is_step: bool) -> JobAllocation:
+    return find_allocation(
         hosts=options.hosts, hostfile=options.hostfile, rank=options.rank, job=options.job, is_step=is_step
     )
 
@@ -271,7 +271,7 @@ def _words(options: Group, *rows: str) -> list[str]:
     return [word for row in rows if (value := getattr(options, row)) is not None for word in (f"--{row}", str(value))]
 
 
-def _leave_home(place: Place) -> None:
+def _leave_home(place: JobAllocation) -> None:
     """PBS starts a job at home, where nobody wants to be, and not where it was submitted."""
     folder = os.environ.get("PBS_O_WORKDIR")
     if place.scheduler == "pbs" and folder and Path.cwd() == Path.home() and Path(folder).is_dir():
@@ -284,10 +284,10 @@ def _status(run_dir: Path | None) -> Mapping[str, object]:
     return read_run(run_dir, verify=False).status if run_dir is not None else {}
 
 
-def _say_how_it_stands(run_dir: Path | None, exit_code: int) -> None:
-    from llm.training.run_dir.inspect import how_it_stands, read_run
+def _say_status_line(run_dir: Path | None, exit_code: int) -> None:
+    from llm.training.run_dir.inspect import read_run, status_line
 
-    said = f"{run_dir}: {how_it_stands(read_run(run_dir, verify=False))}" if run_dir is not None else "nothing is kept"
+    said = f"{run_dir}: {status_line(read_run(run_dir, verify=False))}" if run_dir is not None else "nothing is kept"
     print(f"job: exit code {exit_code}; {said}", flush=True)
 
 

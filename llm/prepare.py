@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from tqdm import tqdm
 
 from llm.config.errors import UserError
-from llm.config.exit_codes import outcome
+from llm.config.exit_codes import exit_code_of
 from llm.config.prepare import PrepareOptions
 from llm.config.reader import read_options
 
@@ -38,7 +38,7 @@ _JOB_VERSION = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the shards, or verifies them, and returns the exit code."""
-    return outcome(lambda: _prepare(sys.argv[1:] if argv is None else argv))
+    return exit_code_of(lambda: _prepare(sys.argv[1:] if argv is None else argv))
 
 
 def _prepare(argv: Sequence[str]) -> int:
@@ -186,14 +186,14 @@ def _remove_left(folder: Path) -> None:
 
 
 def _write(folder: Path, options: PrepareOptions, corpus: Corpus, lock: Lock) -> None:
-    from llm.data.preparation.progress_bar import text_bar
+    from llm.data.preparation.progress_bar import text_progress_bar
     from llm.data.preparation.tokenize import write_shards
     from llm.tokenization.encoder import encoding_threads
     from llm.tokenization.load import is_character_level, tokenizer_hash
 
     with encoding_threads(options.preprocessing_num_workers):
         tokenizer = _tokenizer(folder, options, corpus)
-        with text_bar() as watch:
+        with text_progress_bar() as watch:
             write_shards(
                 corpus,
                 tokenizer,
@@ -261,7 +261,7 @@ def _first(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _sum_up(folder: Path, streams: Streams) -> None:
-    from llm.data.sources.documents import describe
+    from llm.data.sources.documents import format_skipped
 
     for name, stream in (("train", streams.train), ("validation", streams.validation)):
         if stream is None:
@@ -272,7 +272,7 @@ def _sum_up(folder: Path, streams: Streams) -> None:
             f"{name}: {stream.num_documents or 0:,} documents, {num_tokens:,} tokens,"
             f" {num_bytes / max(num_tokens, 1):.2f} bytes a token"
         )
-    print(f"skipped: {describe(Counter(dict(streams.skipped)))}")
+    print(f"skipped: {format_skipped(Counter(dict(streams.skipped)))}")
     print(f"train on it: python -m llm.trainers.gpt --train_dir {folder}")
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm.config.errors import UserError
-from llm.config.exit_codes import outcome
+from llm.config.exit_codes import exit_code_of
 from llm.config.reader import read_options
 from llm.config.runs import RunsOptions
-from llm.training.run_dir.inspect import PastRun, SavedCheckpoint, how_it_stands, is_run, read_run, resume_command
+from llm.training.run_dir.inspect import RunSummary, SavedCheckpoint, is_run, read_run, resume_command, status_line
 
 _SIZES = ((1, "B"), (1 << 10, "KiB"), (1 << 20, "MiB"), (1 << 30, "GiB"), (1 << 40, "TiB"))
 _AGES = ((1, "s"), (60, "min"), (3600, "h"), (86400, "d"))
@@ -20,7 +20,7 @@ _HEADER = ("step", "saved", "loss", "eval", "size", "age", "")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Lists the runs and returns the exit code."""
-    return outcome(lambda: _list(sys.argv[1:] if argv is None else argv))
+    return exit_code_of(lambda: _list(sys.argv[1:] if argv is None else argv))
 
 
 def _list(argv: Sequence[str]) -> int:
@@ -59,7 +59,7 @@ def _runs_below(path: Path) -> list[Path]:
     return [child for child in folders if is_run(child)]
 
 
-def _lines(runs: Sequence[PastRun]) -> list[str]:
+def _lines(runs: Sequence[RunSummary]) -> list[str]:
     """One line a run."""
     rows = []
     for run in runs:
@@ -71,15 +71,15 @@ def _lines(runs: Sequence[PastRun]) -> list[str]:
                 f"{len(run.good)} good" + (f", {num_damaged} damaged" if num_damaged else ""),
                 _size(sum(checkpoint.num_bytes for checkpoint in run.checkpoints)),
                 f"newest step {newest.step}, {_age(newest)} old" if newest else "no checkpoint",
-                how_it_stands(run),
+                status_line(run),
             )
         )
     return _aligned(rows, right=())
 
 
-def _details(run: PastRun, verified: bool) -> list[str]:
+def _details(run: RunSummary, verified: bool) -> list[str]:
     """All about one run."""
-    lines = [f"{run.path}: {how_it_stands(run)}"]
+    lines = [f"{run.path}: {status_line(run)}"]
     if run.num_steps is not None:
         lines[0] += f"; {run.num_steps} updates in all"
     if run.checkpoints:
@@ -105,9 +105,9 @@ def _details(run: PastRun, verified: bool) -> list[str]:
     return lines
 
 
-def _row(checkpoint: SavedCheckpoint, run: PastRun) -> tuple[str, ...]:
+def _row(checkpoint: SavedCheckpoint, run: RunSummary) -> tuple[str, ...]:
     marks = ["good"] if checkpoint.problem is None else [f"damaged: {checkpoint.problem}"]
-    if checkpoint.is_foreign:
+    if checkpoint.is_external:
         marks = ["another program's"]
     if run.good and checkpoint is run.good[-1]:
         marks.append("newest")

@@ -14,8 +14,8 @@ import torch
 from llm.bench import main
 from llm.config.errors import UserError
 from llm.system.garbage_collection import freeze_heap
-from llm.training.profiling.measure import Bench, Measurement, measured_flops
-from llm.training.profiling.phases import Clock, Phases
+from llm.training.profiling.measure import Measurement, StepBenchmark, measured_flops
+from llm.training.profiling.phases import DeviceTimer, StepTimer
 
 TINY = [
     *("--config_overrides", "n_layer=2,n_head=2,n_embd=32,vocab_size=97,n_positions=64", "--block_size", "32"),
@@ -89,7 +89,7 @@ def test_bench_when_no_text_is_named_then_the_vocabulary_is_that_of_the_run(
 def test_bench_when_sweeping_then_says_which_size_is_fastest(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Bench, "_fits", lambda _, size, before: size <= 8)  # a small machine
+    monkeypatch.setattr(StepBenchmark, "_fits", lambda _, size, before: size <= 8)  # a small machine
     file = tmp_path / "sweep.json"
     assert main([*TINY, "--sweep", "micro_batch", "--num_updates", "2", "--json_file", str(file)]) == 0
     updates = json.loads(file.read_text())["updates"]
@@ -134,7 +134,7 @@ def test_phases_when_watching_then_every_pass_is_counted_once() -> None:
     model.layer = layer
     model.forward = lambda rows: (layer(rows).square().sum(), torch.tensor(len(rows)))  # type: ignore[method-assign]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    phases = Phases(Clock(torch.device("cpu")))
+    phases = StepTimer(DeviceTimer(torch.device("cpu")))
     with phases.watching(model, optimizer):
         for _ in range(2):
             for _ in range(3):
@@ -164,15 +164,15 @@ def test_bench_when_the_global_batch_is_given_then_sweeps_its_divisors_alone(tmp
 def test_sweep_when_nothing_fits_then_one_line_and_when_something_did_then_it_counts(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure, room = Bench.measure, 2
+    measure, room = StepBenchmark.measure, 2
 
-    def measured(self: Bench, num_updates: int, micro_batch: int, *more: int | None) -> Measurement:
+    def measured(self: StepBenchmark, num_updates: int, micro_batch: int, *more: int | None) -> Measurement:
         if micro_batch > room:
             freeze_heap()  # as behind the updates that still fitted
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return measure(self, num_updates, micro_batch, *more)
 
-    monkeypatch.setattr(Bench, "measure", measured)
+    monkeypatch.setattr(StepBenchmark, "measure", measured)
     assert main([*TINY, "--sweep", "micro_batch", "--num_updates", "2"]) == 0
     assert "fastest: --per_device_train_batch_size" in capfd.readouterr().out
     room = 0
@@ -199,13 +199,13 @@ def test_bench_when_fp16_overflows_at_first_then_goes_on_until_the_scale_is_righ
             self.num_calls += 1
             return SimpleNamespace(skipped=self.num_calls < 4)
 
-    def bench(scale: float | None) -> Bench:
+    def bench(scale: float | None) -> StepBenchmark:
         scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
         accelerator = SimpleNamespace(scaler=scaler)
         machine: Any = SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu")), accelerator=accelerator)
         updater: Any = Updater()
         nothing: Any = None
-        return Bench(machine, updater, nothing, nothing, 0)
+        return StepBenchmark(machine, updater, nothing, nothing, 0)
 
     patient = bench(1024.0)
     patient._update([])

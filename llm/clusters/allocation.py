@@ -26,7 +26,7 @@ _FIRST_PORT, _NUM_PORTS = 20000, 20000
 
 
 @dataclass(frozen=True)
-class Starter:
+class ProcessLauncher:
     """What the program that started this process on several hosts says in its variables.
 
     Attributes:
@@ -41,7 +41,7 @@ class Starter:
 
 
 @dataclass(frozen=True)
-class Place:
+class JobAllocation:
     """The hosts of this job.
 
     Attributes:
@@ -57,7 +57,7 @@ class Place:
     scheduler: Literal["pbs", "slurm"] | None = None
     job: str | None = None
     rank: int | None = None
-    starter: Starter | None = None
+    starter: ProcessLauncher | None = None
     is_told: bool = False
 
     @property
@@ -71,7 +71,7 @@ class Place:
         return _FIRST_PORT + job_number(self.job or "") % _NUM_PORTS
 
 
-def find_place(
+def find_allocation(
     environment: Mapping[str, str] = os.environ,
     *,
     hosts: str | None = None,
@@ -79,7 +79,7 @@ def find_place(
     rank: int | None = None,
     job: str | None = None,
     is_step: bool = True,
-) -> Place:
+) -> JobAllocation:
     """The place that the variables of PBS, Slurm or an MPI describe; this host alone where there are none.
 
     PBS comes first: where a Slurm cluster plays PBS, the script was written for PBS.
@@ -113,7 +113,7 @@ def find_place(
     if rank is None and starter is not None and starter.size == len(found):
         rank = starter.rank
     named = environment.get("PBS_JOBID") or environment.get("SLURM_JOB_ID")
-    return Place(found, scheduler, job or named or None, rank, starter, bool(hosts or hostfile))
+    return JobAllocation(found, scheduler, job or named or None, rank, starter, bool(hosts or hostfile))
 
 
 def is_here(host: str) -> bool:
@@ -134,7 +134,7 @@ def job_number(job: str) -> int:
     return sum(int(number) for number in re.findall(r"^\D*(\d+)|\[(\d+)\]", job)[:2] for number in number if number)
 
 
-def check_agents(place: Place) -> None:
+def check_agents(place: JobAllocation) -> None:
     """Refuses a start in which not every host gets exactly one agent; each would wait for others that never come.
 
     Raises:
@@ -197,10 +197,10 @@ def _lines(source: str, name: str) -> list[str]:
     return found
 
 
-def _starter(environment: Mapping[str, str], scheduler: str | None) -> Starter | None:
+def _starter(environment: Mapping[str, str], scheduler: str | None) -> ProcessLauncher | None:
     kinds = (_SLURM_STARTER,) if scheduler == "slurm" else _STARTERS
     for rank, size, local_size in kinds:
         if environment.get(rank, "").isdigit() and environment.get(size, "").isdigit():
             local = environment.get(local_size, "")
-            return Starter(int(environment[rank]), int(environment[size]), int(local) if local.isdigit() else 1)
+            return ProcessLauncher(int(environment[rank]), int(environment[size]), int(local) if local.isdigit() else 1)
     return None

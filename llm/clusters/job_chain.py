@@ -9,8 +9,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llm.clusters.allocation import Place
-from llm.clusters.job_request import asked_by
+from llm.clusters.allocation import JobAllocation
+from llm.clusters.job_request import read_job_request
 from llm.clusters.scheduler import UnknownError, ask_scheduler
 from llm.config.errors import Stopped, UserError
 
@@ -33,7 +33,7 @@ class Chain:
         count: of all jobs that the run may take.
     """
 
-    place: Place
+    place: JobAllocation
     script: str | None
     number: int
     count: int
@@ -64,7 +64,7 @@ class Chain:
         if self.script is None:
             log.warning("chain: no --script says what the next job runs, so that none is queued")
             return None
-        asked = asked_by(self.place, environment)
+        asked = read_job_request(self.place, environment)
         if asked.is_followed:
             log.info("chain: the next job was queued when this one started first")
             return None

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llm.clusters.allocation import Place
+from llm.clusters.allocation import JobAllocation
 from llm.clusters.scheduler import UnknownError, ask_scheduler
 from llm.clusters.walltime import pbs_facts
 
@@ -31,7 +31,7 @@ _OF_PBS = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class JobRequest:
     """What the next job has to ask for, to get the same.
 
     Attributes:
@@ -45,7 +45,7 @@ class Asked:
     is_followed: bool = False
 
 
-def asked_by(place: Place, environment: Mapping[str, str]) -> Asked:
+def read_job_request(place: JobAllocation, environment: Mapping[str, str]) -> JobRequest:
     """What this job asked for; a scheduler that does not say it is a line in the log."""
     assert place.job is not None
     try:
@@ -54,17 +54,17 @@ def asked_by(place: Place, environment: Mapping[str, str]) -> Asked:
         log.warning(
             "chain: what this job asked for is not known (%s); the next one asks for what the script says", reason
         )
-        return Asked()
+        return JobRequest()
 
 
-def _slurm(job: str, environment: Mapping[str, str]) -> Asked:
+def _slurm(job: str, environment: Mapping[str, str]) -> JobRequest:
     options = [f"{option}={environment[name]}" for option, name in _OF_SLURM.items() if environment.get(name)]
     limit = ask_scheduler(["squeue", "-h", "-j", job, "-o", "%l"], environment).strip()
     options += [f"--time={limit}"] if re.fullmatch(r"[\d:-]+", limit) else []  # a partition may have none
-    return Asked(tuple(options))
+    return JobRequest(tuple(options))
 
 
-def _pbs(job: str, environment: Mapping[str, str]) -> Asked:
+def _pbs(job: str, environment: Mapping[str, str]) -> JobRequest:
     facts = pbs_facts(job, environment)
     options = [word for (flag, start), name in _OF_PBS.items() if name in facts for word in (flag, start + facts[name])]
     if environment.get("PBS_O_QUEUE"):  # the one that was named; qstat knows where its jobs are sent
@@ -72,7 +72,7 @@ def _pbs(job: str, environment: Mapping[str, str]) -> Asked:
     given = re.findall(r"(?:^|,)([A-Za-z_]\w*)=", facts.get("Variable_List", ""))
     runs = facts.get("run_count", "1")
     is_again = runs.isdigit() and int(runs) > 1
-    return Asked(
+    return JobRequest(
         tuple(options),
         tuple(name for name in given if not name.startswith("PBS_")),
         is_again and "beforeany:" in facts.get("depend", ""),

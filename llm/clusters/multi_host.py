@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from llm.clusters.allocation import Place
+from llm.clusters.allocation import JobAllocation
 from llm.clusters.mpi_launchers import find_launcher, mpiexec_line, shown, srun_line
 from llm.config.errors import UserError
 
@@ -26,7 +26,7 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def spread(
-    place: Place,
+    place: JobAllocation,
     words: Sequence[str],
     environment: Mapping[str, str],
     *,
@@ -127,6 +127,6 @@ def _surviving(child: subprocess.Popen[bytes], passes_signals_on: bool) -> Itera
             signal.signal(number, handler)
 
 
-def _is_alone(place: Place, environment: Mapping[str, str]) -> bool:
+def _is_alone(place: JobAllocation, environment: Mapping[str, str]) -> bool:
     """Whether nobody else signals the child: a scheduler that ends a batch job signals all its processes."""
     return place.scheduler is None or environment.get("PBS_ENVIRONMENT") == "PBS_INTERACTIVE"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llm.clusters.allocation import Place
+from llm.clusters.allocation import JobAllocation
 from llm.config.errors import UserError
 
 # How long an agent waits for its processes to save after a SIGTERM: less than the scheduler waits for it. PBS
@@ -25,7 +25,7 @@ _STARTERS_OWN = ("PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDI_", "PALS_RANKID", 
 
 
 def agent_command(
-    place: Place, words: Sequence[str], *, nproc: int, max_restarts: int, port: int | None = None
+    place: JobAllocation, words: Sequence[str], *, nproc: int, max_restarts: int, port: int | None = None
 ) -> list[str]:
     """The command that runs torchrun's agent on this host.
 
@@ -87,7 +87,7 @@ def run_agent(words: Sequence[str]) -> int:
 
 
 def agent_environment(
-    place: Place, environment: Mapping[str, str], *, nproc: int, num_cores: int, interface: str | None
+    place: JobAllocation, environment: Mapping[str, str], *, nproc: int, num_cores: int, interface: str | None
 ) -> dict[str, str]:
     """The variables of the agent and its processes.
 
@@ -116,7 +116,7 @@ def agent_environment(
     return kept
 
 
-def check_meeting(place: Place, *, port: int | None, interface: str | None) -> None:
+def check_meeting(place: JobAllocation, *, port: int | None, interface: str | None) -> None:
     """Refuses what costs minutes of waiting: an interface or a first host that nobody knows, a port that is taken.
 
     Raises:
@@ -149,7 +149,7 @@ def count_accelerators() -> int:
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
-def _meeting(place: Place) -> str:
+def _meeting(place: JobAllocation) -> str:
     settings = f"read_timeout={_MEETING_SECONDS},join_timeout={2 * _MEETING_SECONDS}"
     # Said, because the name in the scheduler's list may not be one that the first host knows itself by.
     return settings if place.rank is None else f"{settings},is_host={int(place.rank == 0)}"

@@ -13,7 +13,7 @@ NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|-inf|-nan", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Given:
+class ParsedFlag:
     """One flag as it was given, or plain words that belong to no flag.
 
     Attributes:
@@ -35,33 +35,33 @@ class Given:
         return self.word in ("", "--")
 
 
-def cut(argv: Sequence[str], flags: Mapping[str, Flag]) -> list[Given]:
+def cut(argv: Sequence[str], flags: Mapping[str, Flag]) -> list[ParsedFlag]:
     """The flags of a command line in order, each with its words.
 
     A flag takes one word; a tuple takes all up to the next flag; a switch takes a word only if that
     is a truth value; what may stand bare takes one if there is one. An unknown flag takes all, so
     that one misspelling is one mistake.
     """
-    given: list[Given] = []
+    given: list[ParsedFlag] = []
     known = (*flags, *BUILT_IN)
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         if word == "--":
-            given.append(Given("--", (), tuple(rest)))
+            given.append(ParsedFlag("--", (), tuple(rest)))
             break
         if not _is_flag(word):
-            given.append(Given("", (), (word,)))
+            given.append(ParsedFlag("", (), (word,)))
             continue
         spelling, equals, value = word.partition("=")
         names: tuple[str, ...] = ("help",) if spelling == "-h" else ()
         if spelling.startswith("--"):
             names = tuple(resolve(spelling[2:], known))
         if equals:
-            given.append(Given(spelling, names, (value,), joined=True))
+            given.append(ParsedFlag(spelling, names, (value,), joined=True))
         else:
             count = _count_words(names, rest, flags)
-            given.append(Given(spelling, names, tuple(rest[:count])))
+            given.append(ParsedFlag(spelling, names, tuple(rest[:count])))
             del rest[:count]
     return given
 

@@ -7,11 +7,11 @@ class UserError(Exception):
     """Something outside the program is wrong: a file, a folder, a name, a library, the machine.
 
     The message is one line (or a few, one a mistake); a command prints it after ``error: `` and exits
-    with ``exit_code``. An ``is_echo`` was met by another process of the run, which says it.
+    with ``exit_code``. An ``reported_elsewhere`` was met by another process of the run, which says it.
     """
 
     exit_code = 1
-    is_echo = False
+    reported_elsewhere = False
 
 
 class UsageError(UserError):
@@ -24,8 +24,8 @@ class Stopped(BaseException):
     """The run was asked to stop and does; the message is the reason, such as SIGTERM or walltime.
 
     Like KeyboardInterrupt it is no `Exception`, since it may be raised in the middle of a library that takes
-    every one of those for a broken file. An ``is_echo`` was met by another process of the run.
+    every one of those for a broken file. An ``reported_elsewhere`` was met by another process of the run.
     """
 
     exit_code = 75
-    is_echo = False
+    reported_elsewhere = False

@@ -13,7 +13,7 @@ EXIT_INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def outcome(command: Callable[[], int]) -> int:
+def exit_code_of(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit code.
 
     A `UserError` becomes ``error: ...`` lines and its own code; Ctrl-C says nothing and is 130; a
@@ -25,7 +25,7 @@ def outcome(command: Callable[[], int]) -> int:
         code = command()
         sys.stdout.flush()
     except UserError as error:
-        if not error.is_echo and os.environ.get("LOCAL_RANK", "0") == "0":
+        if not error.reported_elsewhere and os.environ.get("LOCAL_RANK", "0") == "0":
             for line in str(error).splitlines():
                 sys.stderr.write(f"error: {line}\n")
         return error.exit_code

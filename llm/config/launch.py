@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llm.config.durations import FORMS
-from llm.config.option import Group, row
+from llm.config.option import Group, option
 
 # One row a line, however long: the table is read down its columns.
 # fmt: off
@@ -12,19 +12,19 @@ from llm.config.option import Group, row
 class MeetingOptions(Group):
     """Which hosts there are, and where they meet."""
 
-    nproc: int | None = row(None, "processes on each host (default: one an accelerator; 1 without any)", ge=1, metavar="N")
-    hosts: str | None = row(None, "the hosts, with commas (default: those of PBS_NODEFILE, else Slurm's, else this one)", metavar="A,B,...")
-    hostfile: str | None = row(None, "file with a host a line, as --hosts", metavar="FILE")
-    rank: int | None = row(None, "number of this host among --hosts, from 0 (default: by its name, or as mpiexec or srun say)", ge=0, metavar="N")
-    job: str | None = row(None, "name under which the hosts meet (default: the scheduler's job)", metavar="ID")
-    port: int | None = row(None, "port on the first host where they meet (default: 20000 + the job's number mod 20000)", ge=1024, lt=65536, metavar="N")
-    interface: str | None = row(None, "network interface between the hosts (default: hsn0 where there is one, else the libraries' choice)", metavar="NAME")
+    nproc: int | None = option(None, "processes on each host (default: one an accelerator; 1 without any)", ge=1, metavar="N")
+    hosts: str | None = option(None, "the hosts, with commas (default: those of PBS_NODEFILE, else Slurm's, else this one)", metavar="A,B,...")
+    hostfile: str | None = option(None, "file with a host a line, as --hosts", metavar="FILE")
+    rank: int | None = option(None, "number of this host among --hosts, from 0 (default: by its name, or as mpiexec or srun say)", ge=0, metavar="N")
+    job: str | None = option(None, "name under which the hosts meet (default: the scheduler's job)", metavar="ID")
+    port: int | None = option(None, "port on the first host where they meet (default: 20000 + the job's number mod 20000)", ge=1024, lt=65536, metavar="N")
+    interface: str | None = option(None, "network interface between the hosts (default: hsn0 where there is one, else the libraries' choice)", metavar="NAME")
 
 
 class AgentOptions(MeetingOptions):
     """The hosts, and what runs on each."""
 
-    max_restarts: int = row(3, "times that a process that died is started again, from the newest checkpoint", ge=0, metavar="N")
+    max_restarts: int = option(3, "times that a process that died is started again, from the newest checkpoint", ge=0, metavar="N")
 
 
 class NodeOptions(AgentOptions):
@@ -34,31 +34,31 @@ class NodeOptions(AgentOptions):
 class JobOptions(AgentOptions):
     """The options of ``python -m llm.launch job``."""
 
-    chain: int = row(1, "jobs that the run may take in all; each queues the next one, until the run is done or failed", ge=1, metavar="K")
-    script: str | None = row(None, "the job script, which the next job of the chain runs again", metavar="FILE")
-    container: str | None = row(None, "what stands before python on each host, such as 'apptainer exec --nv gpt.sif'", metavar="COMMAND")
+    chain: int = option(1, "jobs that the run may take in all; each queues the next one, until the run is done or failed", ge=1, metavar="K")
+    script: str | None = option(None, "the job script, which the next job of the chain runs again", metavar="FILE")
+    container: str | None = option(None, "what stands before python on each host, such as 'apptainer exec --nv gpt.sif'", metavar="COMMAND")
 
 
 class DoctorOptions(MeetingOptions):
     """The options of ``python -m llm.launch doctor``."""
 
-    folder: str = row(".", "folder that all hosts should see", metavar="DIR")
-    seconds: float = row(60.0, "how long each step may take", gt=0, metavar="S")
-    use_cpu: bool = row(False, "leave accelerators alone")
-    inside: bool = row(False, "this is the agent of one host, such as the doctor starts on each")
+    folder: str = option(".", "folder that all hosts should see", metavar="DIR")
+    seconds: float = option(60.0, "how long each step may take", gt=0, metavar="S")
+    use_cpu: bool = option(False, "leave accelerators alone")
+    inside: bool = option(False, "this is the agent of one host, such as the doctor starts on each")
 
 
 class ScriptOptions(Group):
     """The options of ``python -m llm.launch pbs`` and ``slurm``."""
 
-    site: str = row("generic", "polaris, aurora, perlmutter, frontier, generic, or a TOML file like theirs", metavar="NAME")
-    nodes: int = row(2, "hosts", ge=1, metavar="N")
-    walltime: float | str = row("1:00:00", f"longest time of one job: {FORMS}", metavar="TIME")
-    account: str | None = row(None, "project that pays", metavar="NAME")
-    queue: str | None = row(None, "queue or partition (default: the site's)", metavar="NAME")
-    name: str = row("gpt", "name of the job", metavar="NAME")
-    chain: int = row(1, "jobs that the run may take in all; each queues the next one, until the run is done or failed", ge=1, metavar="K")
-    nproc: int | None = row(None, "processes on each host (default: one an accelerator; 1 without any)", ge=1, metavar="N")
-    setup: tuple[str, ...] | None = row(None, "shell lines that make python the right one (default: put .venv/bin in front of PATH)", metavar="LINE")
-    container: str | None = row(None, "what stands before python on each host, such as 'apptainer exec --nv gpt.sif' (default: the site's)", metavar="COMMAND")
-    submit: bool = row(False, "write the script to NAME.pbs or NAME.sbatch and submit it, instead of printing it")
+    site: str = option("generic", "polaris, aurora, perlmutter, frontier, generic, or a TOML file like theirs", metavar="NAME")
+    nodes: int = option(2, "hosts", ge=1, metavar="N")
+    walltime: float | str = option("1:00:00", f"longest time of one job: {FORMS}", metavar="TIME")
+    account: str | None = option(None, "project that pays", metavar="NAME")
+    queue: str | None = option(None, "queue or partition (default: the site's)", metavar="NAME")
+    name: str = option("gpt", "name of the job", metavar="NAME")
+    chain: int = option(1, "jobs that the run may take in all; each queues the next one, until the run is done or failed", ge=1, metavar="K")
+    nproc: int | None = option(None, "processes on each host (default: one an accelerator; 1 without any)", ge=1, metavar="N")
+    setup: tuple[str, ...] | None = option(None, "shell lines that make python the right one (default: put .venv/bin in front of PATH)", metavar="LINE")
+    container: str | None = option(None, "what stands before python on each host, such as 'apptainer exec --nv gpt.sif' (default: the site's)", metavar="COMMAND")
+    submit: bool = option(False, "write the script to NAME.pbs or NAME.sbatch and submit it, instead of printing it")

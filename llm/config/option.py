@@ -18,7 +18,7 @@ class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-def row(
+def option(
     default: Any,
     help: str,
     *,

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from llm.config.durations import FORMS, seconds_of
-from llm.config.option import Group, row
+from llm.config.option import Group, option
 from llm.config.weighted_dirs import weighted_folders
 
 # One row a line, however long: the table is read down its columns.
@@ -38,139 +38,139 @@ SchedulerName = Literal[
 class DataOptions(Group):
     """Where the text comes from and how it becomes blocks of tokens."""
 
-    dataset_name: str | None = row(None, "Hub dataset, local folder, or builtin:python (also used when no data is named)", metavar="NAME", replaces=("train_file", "validation_file", "train_dir", "validation_dir"))
-    dataset_config_name: str | None = row(None, "configuration of the Hub dataset", metavar="NAME")
-    train_file: tuple[str, ...] | None = row(None, "training text: txt, md, csv, tsv, json, jsonl or parquet, compressed ones too, or token files (.bin, .npy); several files and globs", metavar="FILE", replaces=("dataset_name", "dataset_config_name", "train_dir", "validation_dir"))
-    validation_file: tuple[str, ...] | None = row(None, "validation text, as --train_file", metavar="FILE")
-    validation_split_percentage: float = row(5, "share of the text held out when there is no validation data", ge=0, lt=100, metavar="PERCENT")
-    train_dir: tuple[str, ...] | None = row(None, "token shards: a folder of llm.prepare (its validation part and tokenizer included), of nanoGPT, llm.c, build-nanogpt, or of save_to_disk with input_ids; several are mixed by their weights, or by their sizes without any", metavar="DIR[=WEIGHT]", replaces=("dataset_name", "dataset_config_name", "train_file", "validation_file"))
-    validation_dir: str | None = row(None, "token shards for validation, as --train_dir", metavar="DIR")
-    text_column: str | None = row(None, "column that holds the text (default: the one called text)", metavar="NAME")
-    no_keep_linebreaks: bool = row(False, "drop the line breaks of txt and md files")
-    streaming: bool = row(False, "train on the text as it arrives, in that order, and write its shards behind; needs --max_train_steps")
-    block_size: int | None = row(None, "tokens a block (default: the smallest of 1024, the model's and the tokenizer's limit)", ge=2, metavar="N")
-    document_mask: bool = row(False, "keep attention, positions and loss inside a document, where a block holds several")
-    preprocessing_num_workers: int | None = row(None, "processes for tokenizing (default: all cores)", ge=1, metavar="N")
-    overwrite_cache: bool = row(False, "tokenize again although a cached copy exists")
-    dataloader_num_workers: int = row(0, "processes that read blocks ahead (0: the training process itself)", ge=0, metavar="N")
+    dataset_name: str | None = option(None, "Hub dataset, local folder, or builtin:python (also used when no data is named)", metavar="NAME", replaces=("train_file", "validation_file", "train_dir", "validation_dir"))
+    dataset_config_name: str | None = option(None, "configuration of the Hub dataset", metavar="NAME")
+    train_file: tuple[str, ...] | None = option(None, "training text: txt, md, csv, tsv, json, jsonl or parquet, compressed ones too, or token files (.bin, .npy); several files and globs", metavar="FILE", replaces=("dataset_name", "dataset_config_name", "train_dir", "validation_dir"))
+    validation_file: tuple[str, ...] | None = option(None, "validation text, as --train_file", metavar="FILE")
+    validation_split_percentage: float = option(5, "share of the text held out when there is no validation data", ge=0, lt=100, metavar="PERCENT")
+    train_dir: tuple[str, ...] | None = option(None, "token shards: a folder of llm.prepare (its validation part and tokenizer included), of nanoGPT, llm.c, build-nanogpt, or of save_to_disk with input_ids; several are mixed by their weights, or by their sizes without any", metavar="DIR[=WEIGHT]", replaces=("dataset_name", "dataset_config_name", "train_file", "validation_file"))
+    validation_dir: str | None = option(None, "token shards for validation, as --train_dir", metavar="DIR")
+    text_column: str | None = option(None, "column that holds the text (default: the one called text)", metavar="NAME")
+    no_keep_linebreaks: bool = option(False, "drop the line breaks of txt and md files")
+    streaming: bool = option(False, "train on the text as it arrives, in that order, and write its shards behind; needs --max_train_steps")
+    block_size: int | None = option(None, "tokens a block (default: the smallest of 1024, the model's and the tokenizer's limit)", ge=2, metavar="N")
+    document_mask: bool = option(False, "keep attention, positions and loss inside a document, where a block holds several")
+    preprocessing_num_workers: int | None = option(None, "processes for tokenizing (default: all cores)", ge=1, metavar="N")
+    overwrite_cache: bool = option(False, "tokenize again although a cached copy exists")
+    dataloader_num_workers: int = option(0, "processes that read blocks ahead (0: the training process itself)", ge=0, metavar="N")
 
 
 class TokenizerOptions(Group):
     """The tokenizer."""
 
-    tokenizer_name: str | None = row(None, "Hub name, folder, char, or train:bpe (default: the model's own; from scratch train:bpe)", metavar="NAME")
-    use_slow_tokenizer: bool = row(False, "use the slow tokenizer of a Hub name or folder")
-    vocab_size: int | None = row(None, "tokens of a tokenizer trained by train:bpe (default 8192)", ge=258, metavar="N")
+    tokenizer_name: str | None = option(None, "Hub name, folder, char, or train:bpe (default: the model's own; from scratch train:bpe)", metavar="NAME")
+    use_slow_tokenizer: bool = option(False, "use the slow tokenizer of a Hub name or folder")
+    vocab_size: int | None = option(None, "tokens of a tokenizer trained by train:bpe (default 8192)", ge=258, metavar="N")
 
 
 class ModelOptions(Group):
     """The model: loaded with its weights, or built from scratch."""
 
-    model_name_or_path: str | None = row(None, "Hub name or folder whose weights are trained further", metavar="NAME")
-    config_name: str | None = row(None, "Hub name or folder whose configuration is built from scratch", metavar="NAME")
-    model_type: str | None = row(None, "architecture built from scratch, such as gpt2 (the default), gpt_neo or llama", metavar="TYPE")
-    config_overrides: str | None = row(None, "changes of the configuration, such as n_layer=4,n_embd=128", metavar="K=V,...")
-    trust_remote_code: bool = row(False, "run code that a Hub repository brings along")
-    low_cpu_mem_usage: bool = row(False, "accepted; weights are always loaded without a second copy in memory")
-    attn_implementation: str | None = row(None, "attention of transformers: eager, sdpa, flash_attention_2, ...", metavar="NAME")
-    dropout: float | None = row(None, "every dropout rate of the model (default: as its configuration says)", ge=0, lt=1, metavar="P")
-    gradient_checkpointing: bool = row(False, "recompute activations in the backward pass: less memory, about a third slower")
+    model_name_or_path: str | None = option(None, "Hub name or folder whose weights are trained further", metavar="NAME")
+    config_name: str | None = option(None, "Hub name or folder whose configuration is built from scratch", metavar="NAME")
+    model_type: str | None = option(None, "architecture built from scratch, such as gpt2 (the default), gpt_neo or llama", metavar="TYPE")
+    config_overrides: str | None = option(None, "changes of the configuration, such as n_layer=4,n_embd=128", metavar="K=V,...")
+    trust_remote_code: bool = option(False, "run code that a Hub repository brings along")
+    low_cpu_mem_usage: bool = option(False, "accepted; weights are always loaded without a second copy in memory")
+    attn_implementation: str | None = option(None, "attention of transformers: eager, sdpa, flash_attention_2, ...", metavar="NAME")
+    dropout: float | None = option(None, "every dropout rate of the model (default: as its configuration says)", ge=0, lt=1, metavar="P")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a third slower")
 
 
 class TrainingOptions(Group):
     """How long and how much at a time."""
 
-    num_train_epochs: int = row(3, "times that the training text is read", ge=1, metavar="N")
-    max_train_steps: int | None = row(None, "updates of the weights; overrides --num_train_epochs", ge=1, metavar="N")
-    per_device_train_batch_size: int = row(8, "blocks of one forward and backward pass on one device", ge=1, metavar="N")
-    gradient_accumulation_steps: int = row(1, "forward and backward passes of one update", ge=1, metavar="N")
-    global_batch_size: int | None = row(None, "blocks of one update over all devices; --gradient_accumulation_steps is computed from it", ge=1, metavar="N")
-    seed: int | None = row(None, "seed of all randomness (default: drawn, and recorded)", ge=0, lt=2**63, metavar="N")
-    mixed_precision: Literal["auto", "no", "bf16", "fp16", "fp8"] = row("auto", "arithmetic of the forward and backward pass: auto is what accelerate launch says, else the checkpoint's, else bf16 where the device multiplies it natively, else no (fp8 is refused)")
-    use_cpu: bool = row(False, "use no accelerator")
-    torch_compile: bool | Literal["auto", "blocks", "cudagraphs", "max-autotune"] = row("auto", "compile the training (true), also as CUDA graphs (cudagraphs, without accumulation) or with kernels chosen by trying (max-autotune), each layer alone (blocks), or nothing (false); auto: true for runs of 2,000 updates or more on CUDA, of 10,000 on a CPU, up to 50 million parameters", metavar="auto|true|false|...")
-    max_skipped_updates: int = row(3, "updates in a row with a gradient that is not finite that end the run; one alone is skipped", ge=1, metavar="N")
-    max_time: float | str | None = row(None, f"save and stop that long after the start of the process: {FORMS}; a job's walltime is found by itself", metavar="TIME")
-    full_determinism: bool = row(False, "only deterministic kernels, and no TF32: the same bits on every run of a CUDA device, slower")
+    num_train_epochs: int = option(3, "times that the training text is read", ge=1, metavar="N")
+    max_train_steps: int | None = option(None, "updates of the weights; overrides --num_train_epochs", ge=1, metavar="N")
+    per_device_train_batch_size: int = option(8, "blocks of one forward and backward pass on one device", ge=1, metavar="N")
+    gradient_accumulation_steps: int = option(1, "forward and backward passes of one update", ge=1, metavar="N")
+    global_batch_size: int | None = option(None, "blocks of one update over all devices; --gradient_accumulation_steps is computed from it", ge=1, metavar="N")
+    seed: int | None = option(None, "seed of all randomness (default: drawn, and recorded)", ge=0, lt=2**63, metavar="N")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16", "fp8"] = option("auto", "arithmetic of the forward and backward pass: auto is what accelerate launch says, else the checkpoint's, else bf16 where the device multiplies it natively, else no (fp8 is refused)")
+    use_cpu: bool = option(False, "use no accelerator")
+    torch_compile: bool | Literal["auto", "blocks", "cudagraphs", "max-autotune"] = option("auto", "compile the training (true), also as CUDA graphs (cudagraphs, without accumulation) or with kernels chosen by trying (max-autotune), each layer alone (blocks), or nothing (false); auto: true for runs of 2,000 updates or more on CUDA, of 10,000 on a CPU, up to 50 million parameters", metavar="auto|true|false|...")
+    max_skipped_updates: int = option(3, "updates in a row with a gradient that is not finite that end the run; one alone is skipped", ge=1, metavar="N")
+    max_time: float | str | None = option(None, f"save and stop that long after the start of the process: {FORMS}; a job's walltime is found by itself", metavar="TIME")
+    full_determinism: bool = option(False, "only deterministic kernels, and no TF32: the same bits on every run of a CUDA device, slower")
 
 
 class OptimizerOptions(Group):
     """The optimizer."""
 
-    optim: Literal["adamw", "sgd", "muon"] = row("adamw", "optimizer; muon is Muon for the matrices inside the blocks and AdamW for all else")
-    learning_rate: float = row(5e-5, "highest learning rate", ge=0, metavar="LR")
-    muon_learning_rate: float = row(0.02, "highest learning rate of Muon's matrices; it follows the same schedule", ge=0, metavar="LR")
-    muon_momentum: float = row(0.95, "momentum of Muon's matrices", ge=0, lt=1, metavar="X")
-    weight_decay: float = row(0.0, "weight decay of matrices (never of biases and norms)", ge=0, metavar="X")
-    adam_beta1: float = row(0.9, "decay of the first moment", ge=0, lt=1, metavar="X")
-    adam_beta2: float = row(0.999, "decay of the second moment", ge=0, lt=1, metavar="X")
-    adam_epsilon: float = row(1e-8, "added to the root of the second moment", gt=0, metavar="X")
-    max_grad_norm: float = row(1.0, "largest norm of the gradient, clipped beyond (0: no clipping)", ge=0, metavar="X")
+    optim: Literal["adamw", "sgd", "muon"] = option("adamw", "optimizer; muon is Muon for the matrices inside the blocks and AdamW for all else")
+    learning_rate: float = option(5e-5, "highest learning rate", ge=0, metavar="LR")
+    muon_learning_rate: float = option(0.02, "highest learning rate of Muon's matrices; it follows the same schedule", ge=0, metavar="LR")
+    muon_momentum: float = option(0.95, "momentum of Muon's matrices", ge=0, lt=1, metavar="X")
+    weight_decay: float = option(0.0, "weight decay of matrices (never of biases and norms)", ge=0, metavar="X")
+    adam_beta1: float = option(0.9, "decay of the first moment", ge=0, lt=1, metavar="X")
+    adam_beta2: float = option(0.999, "decay of the second moment", ge=0, lt=1, metavar="X")
+    adam_epsilon: float = option(1e-8, "added to the root of the second moment", gt=0, metavar="X")
+    max_grad_norm: float = option(1.0, "largest norm of the gradient, clipped beyond (0: no clipping)", ge=0, metavar="X")
 
 
 class ScheduleOptions(Group):
     """The learning rate as a function of the update number."""
 
-    lr_scheduler_type: SchedulerName = row("linear", "shape of the schedule (reduce_lr_on_plateau and greedy are refused)")
-    lr_scheduler_kwargs: dict[str, float | int | str | bool | None] = row({}, "further arguments of the schedule, as JSON", metavar="JSON")
-    num_warmup_steps: int = row(0, "updates over which the rate rises to its peak", ge=0, metavar="N")
-    min_lr_ratio: float | None = row(None, "floor of the cosine schedule, as a share of its peak", ge=0, le=1, metavar="X")
+    lr_scheduler_type: SchedulerName = option("linear", "shape of the schedule (reduce_lr_on_plateau and greedy are refused)")
+    lr_scheduler_kwargs: dict[str, float | int | str | bool | None] = option({}, "further arguments of the schedule, as JSON", metavar="JSON")
+    num_warmup_steps: int = option(0, "updates over which the rate rises to its peak", ge=0, metavar="N")
+    min_lr_ratio: float | None = option(None, "floor of the cosine schedule, as a share of its peak", ge=0, le=1, metavar="X")
 
 
 class EvaluationOptions(Group):
     """Evaluation and samples during training."""
 
-    per_device_eval_batch_size: int = row(8, "blocks of one forward pass of an evaluation on one device", ge=1, metavar="N")
-    eval_steps: int | None = row(None, "updates between evaluations (default: every epoch); there is always one at the end", ge=1, metavar="N")
-    max_eval_batches: int | None = row(None, "batches of an evaluation, over all devices (default: the whole validation text)", ge=1, metavar="N")
-    sample_steps: int | None = row(None, "updates between samples; three more at the end", ge=1, metavar="N")
-    sample_prompt: str | None = row(None, "text that samples continue (default: the tokenizer's first token)", metavar="TEXT")
+    per_device_eval_batch_size: int = option(8, "blocks of one forward pass of an evaluation on one device", ge=1, metavar="N")
+    eval_steps: int | None = option(None, "updates between evaluations (default: every epoch); there is always one at the end", ge=1, metavar="N")
+    max_eval_batches: int | None = option(None, "batches of an evaluation, over all devices (default: the whole validation text)", ge=1, metavar="N")
+    sample_steps: int | None = option(None, "updates between samples; three more at the end", ge=1, metavar="N")
+    sample_prompt: str | None = option(None, "text that samples continue (default: the tokenizer's first token)", metavar="TEXT")
 
 
 class OutputOptions(Group):
     """What is kept, and where."""
 
-    output_dir: str | None = row(None, "folder of the run (default: nothing is kept)", metavar="DIR")
-    overwrite_output_dir: bool = row(False, "remove what an earlier run wrote there, and nothing else")
-    checkpointing_steps: int | Literal["epoch"] | None = row(None, "updates between checkpoints, or epoch", metavar="N|epoch")
-    save_minutes: float = row(1, "minutes between saves by the clock, of which the newest two are kept (0: none); more where saving would cost more than 2 % of the time", ge=0, metavar="MIN")
-    save_total_limit: int | None = row(None, "checkpoints of --checkpointing_steps that are kept (default: all); the newest and the best always are", ge=1, metavar="N")
-    resume_from_checkpoint: bool | str = row(False, "continue from a checkpoint: the newest good one (bare), latest, best, or a path", metavar="PATH")
-    logging_steps: int = row(10, "updates between records", ge=1, metavar="N")
-    run_name: str | None = row(None, "name of the run in trackers and in the model card (default: the output folder's)", metavar="NAME")
-    dry_run: bool = row(False, "print tokens, steps, parameters, memory, disk and learning rates, and stop")
+    output_dir: str | None = option(None, "folder of the run (default: nothing is kept)", metavar="DIR")
+    overwrite_output_dir: bool = option(False, "remove what an earlier run wrote there, and nothing else")
+    checkpointing_steps: int | Literal["epoch"] | None = option(None, "updates between checkpoints, or epoch", metavar="N|epoch")
+    save_minutes: float = option(1, "minutes between saves by the clock, of which the newest two are kept (0: none); more where saving would cost more than 2 % of the time", ge=0, metavar="MIN")
+    save_total_limit: int | None = option(None, "checkpoints of --checkpointing_steps that are kept (default: all); the newest and the best always are", ge=1, metavar="N")
+    resume_from_checkpoint: bool | str = option(False, "continue from a checkpoint: the newest good one (bare), latest, best, or a path", metavar="PATH")
+    logging_steps: int = option(10, "updates between records", ge=1, metavar="N")
+    run_name: str | None = option(None, "name of the run in trackers and in the model card (default: the output folder's)", metavar="NAME")
+    dry_run: bool = option(False, "print tokens, steps, parameters, memory, disk and learning rates, and stop")
 
 
 class TrackingOptions(Group):
     """Experiment trackers beside metrics.jsonl and TensorBoard, which every kept run writes."""
 
-    with_tracking: bool = row(False, "send the records to the trackers of --report_to")
-    report_to: str = row("all", "trackers: all (every installed one), tensorboard, wandb, trackio, comet_ml, mlflow, ...; several with commas", metavar="NAME")
+    with_tracking: bool = option(False, "send the records to the trackers of --report_to")
+    report_to: str = option("all", "trackers: all (every installed one), tensorboard, wandb, trackio, comet_ml, mlflow, ...; several with commas", metavar="NAME")
 
 
 class HubOptions(Group):
     """The HuggingFace Hub."""
 
-    push_to_hub: bool = row(False, "upload the finished folder")
-    hub_model_id: str | None = row(None, "repository, such as me/my-gpt (default: the output folder's name)", metavar="ID")
-    hub_token: str | None = row(None, "access token (default: HF_TOKEN, or the one of hf auth login); never logged or stored", metavar="TOKEN", secret=True)
+    push_to_hub: bool = option(False, "upload the finished folder")
+    hub_model_id: str | None = option(None, "repository, such as me/my-gpt (default: the output folder's name)", metavar="ID")
+    hub_token: str | None = option(None, "access token (default: HF_TOKEN, or the one of hf auth login); never logged or stored", metavar="TOKEN", secret=True)
 
 
 class KfacOptions(Group):
     """K-FAC preconditioning."""
 
-    kfac: bool = row(False, "divide the gradients of linear layers by their curvature, before any --optim")
-    kfac_factor_update_steps: int = row(10, "updates between two looks at the curvature (its Kronecker factors)", ge=1, metavar="N")
-    kfac_inv_update_steps: int = row(10, "updates between refreshes of the factors' inverses; below it also 1, 2, 4, 8, ...", ge=1, metavar="N")
-    kfac_spread: bool = row(False, "refresh the layers one after the other, over the updates from one refresh to the next, so that all take about as long")
-    kfac_damping: float | None = row(None, "damping, relative to the mean curvature of each layer (default 0.1; with --kfac_compat absolute, 0.001)", gt=0, metavar="X")
-    kfac_factor_decay: float = row(0.95, "decay of the factors' running average", gt=0, le=1, metavar="X")
-    kfac_kl_clip: float | None = row(None, "bound of the KL-clip (default: none, each layer keeps its gradient's norm; with --kfac_compat 0.001)", gt=0, metavar="X")
-    kfac_method: Literal["eigen", "inverse"] = row("eigen", "by eigenbases, or by inverses: each factor is damped alone, about half the cost")
-    kfac_factor_tokens: int | None = row(None, "tokens of an update, over all devices, that the factors are made of (default: all)", ge=1, metavar="N")
-    kfac_skip_layers: tuple[str, ...] | None = row(None, "layers to leave out: regular expressions found in their names or classes", metavar="REGEX")
-    kfac_compat: bool = row(False, "kfac-pytorch's formulas and its defaults of --kfac_damping and --kfac_kl_clip")
-    kfac_backend: Literal["llm", "kfac-pytorch"] = row("llm", "whose K-FAC: this package's, or an installed kfac-pytorch")
+    kfac: bool = option(False, "divide the gradients of linear layers by their curvature, before any --optim")
+    kfac_factor_update_steps: int = option(10, "updates between two looks at the curvature (its Kronecker factors)", ge=1, metavar="N")
+    kfac_inv_update_steps: int = option(10, "updates between refreshes of the factors' inverses; below it also 1, 2, 4, 8, ...", ge=1, metavar="N")
+    kfac_spread: bool = option(False, "refresh the layers one after the other, over the updates from one refresh to the next, so that all take about as long")
+    kfac_damping: float | None = option(None, "damping, relative to the mean curvature of each layer (default 0.1; with --kfac_compat absolute, 0.001)", gt=0, metavar="X")
+    kfac_factor_decay: float = option(0.95, "decay of the factors' running average", gt=0, le=1, metavar="X")
+    kfac_kl_clip: float | None = option(None, "bound of the KL-clip (default: none, each layer keeps its gradient's norm; with --kfac_compat 0.001)", gt=0, metavar="X")
+    kfac_method: Literal["eigen", "inverse"] = option("eigen", "by eigenbases, or by inverses: each factor is damped alone, about half the cost")
+    kfac_factor_tokens: int | None = option(None, "tokens of an update, over all devices, that the factors are made of (default: all)", ge=1, metavar="N")
+    kfac_skip_layers: tuple[str, ...] | None = option(None, "layers to leave out: regular expressions found in their names or classes", metavar="REGEX")
+    kfac_compat: bool = option(False, "kfac-pytorch's formulas and its defaults of --kfac_damping and --kfac_kl_clip")
+    kfac_backend: Literal["llm", "kfac-pytorch"] = option("llm", "whose K-FAC: this package's, or an installed kfac-pytorch")
 
 
 class Options(Group):

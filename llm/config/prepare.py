@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from llm.config.option import Group, row
+from llm.config.option import Group, option
 from llm.config.options import DataOptions, TokenizerOptions
 
 # One row a line, however long: the table is read down its columns.
@@ -22,20 +22,20 @@ def _same(table: type[Group], name: str) -> Any:
 class PrepareOptions(Group):
     """Text to token shards."""
 
-    output_dir: str = row(..., "folder of the shards, which the trainer takes as --train_dir", metavar="DIR")
-    dataset_name: str | None = row(None, "Hub dataset (streamed), local folder, or builtin:python", metavar="NAME")
+    output_dir: str = option(..., "folder of the shards, which the trainer takes as --train_dir", metavar="DIR")
+    dataset_name: str | None = option(None, "Hub dataset (streamed), local folder, or builtin:python", metavar="NAME")
     dataset_config_name: str | None = _same(DataOptions, "dataset_config_name")
-    train_file: tuple[str, ...] | None = row(None, "text: txt, md, csv, tsv, json, jsonl or parquet, compressed ones too; several files and globs", metavar="FILE", replaces=("dataset_name", "dataset_config_name"))
+    train_file: tuple[str, ...] | None = option(None, "text: txt, md, csv, tsv, json, jsonl or parquet, compressed ones too; several files and globs", metavar="FILE", replaces=("dataset_name", "dataset_config_name"))
     validation_file: tuple[str, ...] | None = _same(DataOptions, "validation_file")
     validation_split_percentage: float = _same(DataOptions, "validation_split_percentage")
     text_column: str | None = _same(DataOptions, "text_column")
     no_keep_linebreaks: bool = _same(DataOptions, "no_keep_linebreaks")
-    tokenizer_name: str | None = row(None, "Hub name or folder of the tokenizer, or char", metavar="NAME")
-    train_tokenizer: Literal["bpe"] | None = row(None, "train the tokenizer on the text instead: bpe is byte-level")
-    vocab_size: int | None = row(None, "tokens of --train_tokenizer (default 8192)", ge=258, metavar="N")
-    shard_size: int = row(100_000_000, "tokens of a shard; the last one has fewer", ge=1, metavar="N")
+    tokenizer_name: str | None = option(None, "Hub name or folder of the tokenizer, or char", metavar="NAME")
+    train_tokenizer: Literal["bpe"] | None = option(None, "train the tokenizer on the text instead: bpe is byte-level")
+    vocab_size: int | None = option(None, "tokens of --train_tokenizer (default 8192)", ge=258, metavar="N")
+    shard_size: int = option(100_000_000, "tokens of a shard; the last one has fewer", ge=1, metavar="N")
     preprocessing_num_workers: int | None = _same(DataOptions, "preprocessing_num_workers")
-    verify: bool = row(False, "read the finished shards of --output_dir and compare every byte with what was written; prepares nothing")
+    verify: bool = option(False, "read the finished shards of --output_dir and compare every byte with what was written; prepares nothing")
 
     @model_validator(mode="after")
     def _refuse_what_cannot_work(self) -> PrepareOptions:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from llm.config.abbreviations import BUILT_IN, nearest
-from llm.config.argv import Given, cut
+from llm.config.argv import ParsedFlag, cut
 from llm.config.errors import UsageError
 from llm.config.flags import Flag, flags_of, groups_of
 from llm.config.option import Group
@@ -98,7 +98,7 @@ def version_line() -> str:
         return f"llm-trainers {llm.__version__}"
 
 
-def _answer_questions(table: type[Group], given: Sequence[Given], *, prog: str, description: str) -> None:
+def _answer_questions(table: type[Group], given: Sequence[ParsedFlag], *, prog: str, description: str) -> None:
     asked = {name for each in given if len(each.names) == 1 for name in each.names}
     if "help" in asked:
         from llm.config.help import help_text
@@ -114,7 +114,7 @@ def _answer_questions(table: type[Group], given: Sequence[Given], *, prog: str, 
 # The command line
 
 
-def _read_flags(flags: Mapping[str, Flag], given: Sequence[Given], mistakes: _Mistakes) -> _Layer:
+def _read_flags(flags: Mapping[str, Flag], given: Sequence[ParsedFlag], mistakes: _Mistakes) -> _Layer:
     layer = _Layer()
     plain: list[str] = []
     for each in given:
@@ -130,7 +130,7 @@ def _read_flags(flags: Mapping[str, Flag], given: Sequence[Given], mistakes: _Mi
     return layer
 
 
-def _add_unclear_flag(given: Given, flags: Mapping[str, Flag], mistakes: _Mistakes) -> None:
+def _add_unclear_flag(given: ParsedFlag, flags: Mapping[str, Flag], mistakes: _Mistakes) -> None:
     if given.names:
         candidates = ", ".join(f"--{name}" for name in given.names)
         mistakes.add(f"{given.word}: may mean {candidates}; write it out", *given.names)
@@ -172,7 +172,9 @@ def _read_plain_words(flags: Mapping[str, Flag], plain: list[str], layer: _Layer
 # The TOML file
 
 
-def _read_file(table: type[Group], flags: Mapping[str, Flag], given: Sequence[Given], mistakes: _Mistakes) -> _Layer:
+def _read_file(
+    table: type[Group], flags: Mapping[str, Flag], given: Sequence[ParsedFlag], mistakes: _Mistakes
+) -> _Layer:
     layer = _Layer()
     names = [each.values[0] for each in given if each.names == ("config",) and each.values]
     if not names:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from llm.config.option import Group, row
+from llm.config.option import Group, option
 
 
 class RunsOptions(Group):
     """The checkpoints of runs, and how their last starts ended."""
 
-    runs: tuple[str, ...] = row(
+    runs: tuple[str, ...] = option(
         (".",), "folders of runs, or folders that hold runs (default: this one)", positional=True, metavar="OUTPUT_DIR"
     )
-    verify: bool = row(False, "read every byte of every checkpoint; exit code 1 if one is damaged")
+    verify: bool = option(False, "read every byte of every checkpoint; exit code 1 if one is damaged")

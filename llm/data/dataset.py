@@ -19,12 +19,12 @@ from llm.config.errors import UserError
 from llm.config.options import Options
 from llm.config.weighted_dirs import weighted_folders
 from llm.data.batches.blocks import Blocks, Ledger, cut_blocks, ledger
-from llm.data.batches.loader import Batch, Samples
+from llm.data.batches.loader import Batch, BlockSource
 from llm.data.batches.mixture import mixed
 from llm.data.preparation.cache import tokenize
-from llm.data.preparation.progress_bar import text_bar
-from llm.data.shards.document_starts import StartsBehindToken
-from llm.data.shards.external_formats import is_token_file, open_files, open_foreign_folder
+from llm.data.preparation.progress_bar import text_progress_bar
+from llm.data.shards.document_starts import StartsAfterEos
+from llm.data.shards.external_formats import is_token_file, open_external_folder, open_files
 from llm.data.shards.format import OtherTokenizerError, Stream, Streams, is_folder_of_shards, open_folder
 from llm.data.sources.corpus import open_corpus
 from llm.data.sources.files import named_folder
@@ -48,7 +48,7 @@ _CHUNK_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
-class Text:
+class TokenizedDataset:
     """The tokenizer and the tokenized text of a run.
 
     Attributes:
@@ -87,7 +87,7 @@ class Text:
         """What a checkpoint must share with the run that continues it."""
         return {"data_hash": self.streams.data_hash, "tokenizer_hash": self.tokenizer_hash}
 
-    def cut(self, block_size: int, *, document_mask: bool) -> tuple[Samples, Blocks | None]:
+    def cut(self, block_size: int, *, document_mask: bool) -> tuple[BlockSource, Blocks | None]:
         """The blocks for training, and those for validation, None if there are none.
 
         Raises:
@@ -111,10 +111,10 @@ class Text:
         """What is known of the tokens only after the training."""
         return []
 
-    def as_they_arrive(
+    def wait_for_batches(
         self,
         batches: Iterator[list[Batch]],
-        blocks: Samples,
+        blocks: BlockSource,
         plan: Plan,
         *,
         first_step: int,
@@ -132,7 +132,7 @@ class Text:
         Raises:
             UserError: on a rank whose node found other files.
         """
-        if world.share(self.identity()) != self.identity():
+        if world.broadcast(self.identity()) != self.identity():
             raise UserError(
                 f"rank {world.rank} has another text or tokenizer than rank 0: give every node the same files, or one "
                 "HF_HOME that all can see"
@@ -150,10 +150,10 @@ def _lookup(table: npt.NDArray[np.int32], ids: npt.NDArray[Any]) -> npt.NDArray[
     return found
 
 
-def prepare_text(options: Options, world: World) -> Text:
+def prepare_dataset(options: Options, world: World) -> TokenizedDataset:
     """Opens the corpus, loads or trains the tokenizer, and tokenizes what no cache holds yet; or opens shards.
 
-    Meant for `World.in_turn`: rank 0 fills the caches, the others find them full. So `--overwrite_cache` is
+    Meant for `World.main_first`: rank 0 fills the caches, the others find them full. So `--overwrite_cache` is
     rank 0's alone.
 
     Raises:
@@ -172,7 +172,7 @@ def prepare_text(options: Options, world: World) -> Text:
         cache_dir=cache_dir,
     )
     identity = tokenizer_hash(tokenizer)
-    with text_bar() as watch:
+    with text_progress_bar() as watch:
         streams = tokenize(
             corpus,
             tokenizer,
@@ -182,10 +182,10 @@ def prepare_text(options: Options, world: World) -> Text:
             eos_in_single_text=not is_character_level(tokenizer),
             watch=watch,
         )
-    return Text(corpus.name, tokenizer, identity, streams)
+    return TokenizedDataset(corpus.name, tokenizer, identity, streams)
 
 
-def _open_tokens(options: Options) -> Text:
+def _open_tokens(options: Options) -> TokenizedDataset:
     """Opens what is tokenized already: folders of shards, or token files, of ours or of other programs."""
     data = options.data
     named = weighted_folders(data.train_dir or ())
@@ -193,7 +193,7 @@ def _open_tokens(options: Options) -> Text:
     tokenizer = _tokenizer_of_tokens(options, folders)
     # Nothing of --train_dir is held out where other validation tokens are named.
     share = 0 if data.validation_dir is not None else data.validation_split_percentage
-    opener = _Opener(tokenizer, tokenizer_hash(tokenizer), vocabulary_size(tokenizer), data.document_mask)
+    opener = _TokenReader(tokenizer, tokenizer_hash(tokenizer), vocabulary_size(tokenizer), data.document_mask)
     if not folders:
         files = data.train_file or ()
         if not all(map(is_token_file, (*files, *(data.validation_file or ())))):
@@ -212,11 +212,11 @@ def _open_tokens(options: Options) -> Text:
         "tokens of %s: %s for training, %s for validation",
         *(streams.name, f"{len(streams.train.tokens):,}", f"{len(validation.tokens) if validation else 0:,}"),
     )
-    return Text(streams.name, tokenizer, opener.identity, streams)
+    return TokenizedDataset(streams.name, tokenizer, opener.identity, streams)
 
 
 @dataclass(frozen=True)
-class _Opener:
+class _TokenReader:
     """Opens tokens of one tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -228,7 +228,7 @@ class _Opener:
         """A folder's tokens, of ours or of another program's."""
         if is_folder_of_shards(folder):
             return self.checked(open_folder(folder, tokenizer_hash=self.identity))
-        return self.checked(open_foreign_folder(folder, percentage, self.size))
+        return self.checked(open_external_folder(folder, percentage, self.size))
 
     def folders(self, folders: Sequence[Path], percentage: float) -> list[Streams]:
         """The tokens of folders that are to be mixed.
@@ -274,7 +274,7 @@ class _Opener:
                 " end-of-text token to find them by; leave it out, or make shards with llm.prepare"
             )
         log.info("document mask: in %s a document ends with %s", streams.name, self.tokenizer.eos_token)
-        train, *held_out = [replace(part, starts=part.starts or StartsBehindToken(part.tokens, eos)) for part in parts]
+        train, *held_out = [replace(part, starts=part.starts or StartsAfterEos(part.tokens, eos)) for part in parts]
         return replace(streams, train=train, validation=held_out[0] if held_out else None)
 
 
@@ -309,7 +309,7 @@ def _tokenizer_of_tokens(options: Options, folders: Sequence[Path]) -> PreTraine
     return load_tokenizer(named, options.model, texts=no_text, corpus_fingerprint="tokens", cache_dir=Path())
 
 
-def meet_the_hub(options: Options, world: World) -> None:
+def detect_hub(options: Options, world: World) -> None:
     """Asks once whether the Hub is there, if something is to be had or left there; otherwise goes offline.
 
     Libraries that are not told so retry for half a minute a name. With nothing on the Hub there is nothing
@@ -324,7 +324,7 @@ def meet_the_hub(options: Options, world: World) -> None:
     )
     on_the_hub = [name for name in names if name and not Path(name).exists()]
     wanted = bool(on_the_hub) or options.hub.push_to_hub
-    if not world.on_main(lambda: wanted and hub_is_reachable()):
+    if not world.run_on_main(lambda: wanted and hub_is_reachable()):
         if on_the_hub:
             log.info("the Hub cannot be reached: %s must be on this machine", " and ".join(on_the_hub))
         go_offline()

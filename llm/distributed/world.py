@@ -48,13 +48,13 @@ class World:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Adds the tensor up over all ranks, in place; the tensor lives on `device`."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's value (anything small that pickles), on every rank."""
         if self.size == 1:
             return value
@@ -68,7 +68,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def on_main(self, work: Callable[[], T], *, meanwhile: Callable[[], None] | None = None) -> T:
+    def run_on_main(self, work: Callable[[], T], *, meanwhile: Callable[[], None] | None = None) -> T:
         """Runs `work` on rank 0, however long it takes, and gives its (small) result to all.
 
         Args:
@@ -84,9 +84,9 @@ class World:
         key = f"llm/on_main/{next(_calls)}"
         if not self.is_main:
             _wait_for([key], "what rank 0 does", self.rank, meanwhile=meanwhile)
-            heard = cast(tuple[T, UserError | Stopped | None], self.share(None))
+            heard = cast(tuple[T, UserError | Stopped | None], self.broadcast(None))
             if heard[1] is not None:
-                heard[1].is_echo = True
+                heard[1].reported_elsewhere = True
                 raise heard[1]
             return heard[0]
         outcome: tuple[T | None, UserError | Stopped | None] = (None, None)
@@ -101,9 +101,9 @@ class World:
             raise
         finally:
             _store().set(key, "")
-            self.share(outcome)
+            self.broadcast(outcome)
 
-    def wait_on_main(self, look: Callable[[], T | None], what: str, should_stop: Callable[[], bool]) -> T | None:
+    def poll_on_main(self, look: Callable[[], T | None], what: str, should_stop: Callable[[], bool]) -> T | None:
         """Rank 0 looks until it sees something, which all get; None once any rank was asked to stop before that.
 
         Args:
@@ -133,9 +133,9 @@ class World:
             if should_stop():
                 _store().set(wish, "")
 
-        return self.on_main(wait, meanwhile=pass_on)
+        return self.run_on_main(wait, meanwhile=pass_on)
 
-    def in_turn(self, name: str, work: Callable[[], T]) -> T:
+    def main_first(self, name: str, work: Callable[[], T]) -> T:
         """Runs `work` on every rank: rank 0 first, then one process a node, then the others; returns when all have.
 
         Meant for work that leaves a cache on disk: rank 0 does it, a node that cannot see the cache does
@@ -160,7 +160,7 @@ class World:
             _wait_for([f"{turn}/{rank}" for rank in range(self.size)], name, self.rank, error_key)
             return result
         except BaseException as error:
-            if not getattr(error, "is_echo", False):
+            if not getattr(error, "reported_elsewhere", False):
                 known = isinstance(error, (UserError, Stopped))
                 text = str(error) if known else f"rank {self.rank} failed: {type(error).__name__}: {error}"
                 _store().set(error_key, f"{getattr(error, 'exit_code', 1)} {text}")
@@ -187,10 +187,10 @@ def _wait_for(
             code, message = store.get(error_key).decode().split(" ", 1)
             if int(code) == Stopped.exit_code:
                 stopped = Stopped(message)
-                stopped.is_echo = True
+                stopped.reported_elsewhere = True
                 raise stopped
             mistake = UserError(message)
-            mistake.exit_code, mistake.is_echo = int(code), True
+            mistake.exit_code, mistake.reported_elsewhere = int(code), True
             raise mistake
         if meanwhile is not None:
             meanwhile()

@@ -27,7 +27,7 @@ def assign(layers: Sequence[Layer], num_ranks: int) -> list[int]:
     return owners
 
 
-def delays(layers: Sequence[Layer]) -> list[float]:
+def refresh_offsets(layers: Sequence[Layer]) -> list[float]:
     """When each layer is refreshed, as a share of the interval, so that every update has about the same to do.
 
     Neighbours in time have different owners, since both are given out in the same order; the delays do not know how

@@ -21,7 +21,7 @@ from llm.kfac.layers import Layer
 from llm.kfac.packed_symmetric import add_product, add_to_last_row
 
 
-class Gate:
+class CaptureSwitch:
     """Whether this update's passes are captured, and which update it is; shared by all layers."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Capture:
     def __init__(
         self,
         layer: Layer,
-        gate: Gate,
+        gate: CaptureSwitch,
         room: Callable[[], tuple[Tensor, Tensor]],
         *,
         row_weight: Callable[[int], float],
@@ -107,7 +107,7 @@ class Capture:
 class _Hook:
     """The forward hook of one layer. That of a copied model, which is not ours to train, captures nothing."""
 
-    def __init__(self, gate: Gate, key: int) -> None:
+    def __init__(self, gate: CaptureSwitch, key: int) -> None:
         self.gate, self.key = gate, key
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
@@ -116,8 +116,8 @@ class _Hook:
         inputs = args[0] if args else next(iter(kwargs.values()))
         return _Tap.apply(output, inputs, self.key)  # type: ignore[no-untyped-call]
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[Gate, int]]:
-        return _Hook, (Gate(), -1)
+    def __reduce__(self) -> tuple[type[_Hook], tuple[CaptureSwitch, int]]:
+        return _Hook, (CaptureSwitch(), -1)
 
 
 _CAPTURES: WeakValueDictionary[int, Capture] = WeakValueDictionary()

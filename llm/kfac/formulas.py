@@ -60,7 +60,7 @@ class Formulas:
         return mean * math.sqrt(damping)
 
 
-class AnchorFormulas(Formulas):
+class KfacPytorchFormulas(Formulas):
     """Those of kfac-pytorch: factors start as the identity, the loss is a mean, the damping is absolute.
 
     There a factor is the mean over backward passes and ranks of mean a a^T and mean g g^T, where g is the gradient of

@@ -15,7 +15,7 @@ from llm.kfac.layers import Layer
 from llm.kfac.packed_symmetric import folded_eye, folded_shape, folded_trace
 
 
-class Sums:
+class FactorSums:
     """Room for what the layers of a group capture: one vector, which is there while it is needed.
 
     Captures hold it and it holds none, so that a preconditioner that nobody holds is gone at once.
@@ -55,7 +55,7 @@ class Sums:
         self._packed = None
 
 
-class Group:
+class LayerGroup:
     """A stack of layers.
 
     Args:
@@ -89,7 +89,7 @@ class Group:
         self.layers, self.delays, self.owner, self.is_mine = layers, delays, owner, is_mine
         self.formulas, self.curvature, self.factor_dtype = formulas, curvature, factor_dtype
         self.dim_a, self.dim_g = self.layers[0].dim_a, self.layers[0].dim_g
-        self._sums = Sums(len(layers), (self.dim_a, self.dim_g), dtype=factor_dtype, device=self.device)
+        self._sums = FactorSums(len(layers), (self.dim_a, self.dim_g), dtype=factor_dtype, device=self.device)
         self.captures = [new_capture(layer, partial(self._sums.of, number)) for number, layer in enumerate(layers)]
         self.state: State = self.empty_state() if is_mine else {}
         if is_mine:

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llm.kfac.assignment import Ranks, assign, delays
-from llm.kfac.capture import Capture, Gate
+from llm.kfac.assignment import Ranks, assign, refresh_offsets
+from llm.kfac.capture import Capture, CaptureSwitch
 from llm.kfac.decompositions import Eigen, Inverse
-from llm.kfac.formulas import AnchorFormulas, Count, Formulas
-from llm.kfac.layer_groups import Group
+from llm.kfac.formulas import Count, Formulas, KfacPytorchFormulas
+from llm.kfac.layer_groups import LayerGroup
 from llm.kfac.layers import Layer, device_of, find_layers
 from llm.kfac.packed_symmetric import share_of_product
 from llm.kfac.schedule import Number, is_due, is_refresh_due, steady_value, value_at
@@ -92,7 +92,7 @@ class KFACPreconditioner:
     ) -> None:
         formulas = Formulas()
         if compat is not None:
-            formulas, rescale = AnchorFormulas(), None
+            formulas, rescale = KfacPytorchFormulas(), None
             factor_update_steps, damping, kl_clip, lr = as_anchor(factor_update_steps, damping, kl_clip, lr)
         check(locals())
         self._factor_steps, self._inv_steps, self._damping = factor_update_steps, inv_update_steps, damping
@@ -102,7 +102,7 @@ class KFACPreconditioner:
         self._layers, self._skipped = find_layers(model, skip_layers, max_factor_dim)
         self._device, self._factor_dtype = device_of(self._layers), factor_dtype
         self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._ranks, self._gate = Ranks(process_group), Gate()
+        self._ranks, self._gate = Ranks(process_group), CaptureSwitch()
         self._curvature = Eigen(formulas, inv_dtype, power) if method == "eigen" else Inverse(formulas, inv_dtype)
         shares = accumulation_steps * self._ranks.size
         max_rows = None if factor_tokens is None else math.ceil(factor_tokens / shares)
@@ -220,15 +220,17 @@ class KFACPreconditioner:
             for capture in group.captures:
                 capture.close()
 
-    def _make_groups(self, new_capture: Callable[[Layer, Callable[[], tuple[Tensor, Tensor]]], Capture]) -> list[Group]:
+    def _make_groups(
+        self, new_capture: Callable[[Layer, Callable[[], tuple[Tensor, Tensor]]], Capture]
+    ) -> list[LayerGroup]:
         """The layers by owner and shape, in the order of the owners."""
         owners = [0] * len(self._layers) if self._replicate else assign(self._layers, self._ranks.size)
-        waits = delays(self._layers) if self._spread else [0.0] * len(self._layers)
+        waits = refresh_offsets(self._layers) if self._spread else [0.0] * len(self._layers)
         stacks: dict[tuple[int, int, int], list[tuple[Layer, float]]] = {}
         for owner, layer, delay in zip(owners, self._layers, waits, strict=True):
             stacks.setdefault((owner, layer.dim_g, layer.dim_a), []).append((layer, delay))
         return [
-            Group(
+            LayerGroup(
                 *zip(*members, strict=True),
                 owner=owner,
                 is_mine=self._replicate or owner == self._ranks.rank,
@@ -240,7 +242,7 @@ class KFACPreconditioner:
             for (owner, _, _), members in sorted(stacks.items(), key=lambda item: item[0])
         ]
 
-    def _mine(self) -> list[Group]:
+    def _mine(self) -> list[LayerGroup]:
         return [group for group in self._groups if group.is_mine]
 
     def _move_on(self, step: int) -> None:
@@ -308,7 +310,7 @@ class KFACPreconditioner:
             for group, part in zip(groups, parts, strict=True):
                 group.write(part)
 
-    def _by_owner(self) -> list[tuple[int, list[Group]]]:
+    def _by_owner(self) -> list[tuple[int, list[LayerGroup]]]:
         return [(owner, list(groups)) for owner, groups in groupby(self._groups, key=lambda group: group.owner)]
 
 

@@ -45,7 +45,7 @@ def use_causal_attention(model: PreTrainedModel) -> bool:
     return True
 
 
-def spelled(implementation: str | None) -> str:
+def public_name(implementation: str | None) -> str:
     """The `--attn_implementation` that computes the same."""
     return "sdpa" if implementation in (NAME, None) else str(implementation)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llm.config.errors import UserError
 from llm.hub.names import first_line
-from llm.models.attention import spelled
+from llm.models.attention import public_name
 from llm.models.config import context_limit
 from llm.models.language_model import forward_apart, uses_flash
 
@@ -80,7 +80,7 @@ def _difference(model: PreTrainedModel, ids: Tensor, rows: list[list[int]]) -> f
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> UserError:
-    config, attention = model.config, spelled(model.config._attn_implementation)
+    config, attention = model.config, public_name(model.config._attn_implementation)
     return UserError(
         f"--document_mask: {config.model_type} with --attn_implementation {attention} does not keep "
         f"documents apart ({reason}); leave it out, or choose another attention or architecture, such as gpt2 or llama"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
-from llm.models.lm_head import has_plain_head
-from llm.models.loss import IGNORED, chunked_loss, loss_of_logits, pays
+from llm.models.lm_head import has_linear_lm_head
+from llm.models.loss import IGNORED, chunked_loss, chunking_is_faster, loss_of_logits
 
 __all__ = ["IGNORED", "LanguageModel", "forward_apart", "uses_flash"]
 
@@ -72,7 +72,7 @@ class LanguageModel(nn.Module):
             return self._loss(ids, targets, positions)
         if self._is_chunked is None:
             self._is_chunked = self._may_be_chunked()
-        with told_apart(positions):
+        with document_context(positions):
             if self.training:
                 if self.is_compiled:
                     # If they are CUDA graphs: nobody reads the outputs of the one before any more.
@@ -96,9 +96,9 @@ class LanguageModel(nn.Module):
 
     def _may_be_chunked(self) -> bool:
         head: Any = self.model.get_output_embeddings()
-        if head is None or not pays(head.weight.shape[0]):
+        if head is None or not chunking_is_faster(head.weight.shape[0]):
             return False
-        if has_plain_head(self.model):
+        if has_linear_lm_head(self.model):
             return True
         if self.training:
             log.info("loss: %s does more than a linear head; its logits are kept whole", self.model.config.model_type)
@@ -110,7 +110,7 @@ def forward_apart(model: nn.Module, ids: Tensor, positions: Tensor | None) -> An
 
     Not every model can: `require_document_mask` tries it. The logits of a flash model are one single row.
     """
-    with told_apart(positions):
+    with document_context(positions):
         return _forward(model, ids, positions)
 
 
@@ -128,7 +128,7 @@ def uses_flash(model: Any) -> bool:
 
 
 @contextmanager
-def told_apart(positions: Tensor | None) -> Iterator[None]:
+def document_context(positions: Tensor | None) -> Iterator[None]:
     """Tells transformers which tokens of a row belong together (all, without positions), and that none is padding.
 
     Without an attention mask it looks for rows whose positions start anew, and for the padding token at the rows' ends,

@@ -15,7 +15,7 @@ _TOLERANCE = 5e-2
 
 
 @torch.no_grad()
-def has_plain_head(model: PreTrainedModel) -> bool:
+def has_linear_lm_head(model: PreTrainedModel) -> bool:
     """Compares the two on a few tokens, where the model is; no random number of the training is drawn.
 
     The head's output is replaced by large numbers on the way: they must come out as they are, which a soft cap, a

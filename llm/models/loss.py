@@ -24,7 +24,7 @@ _FP16_ROOM = 32_752.0
 _COLUMNS = 64
 
 
-def pays(vocabulary: int) -> bool:
+def chunking_is_faster(vocabulary: int) -> bool:
     """Whether `chunked_loss` is at least as fast as whole logits."""
     return vocabulary >= _LARGE
 

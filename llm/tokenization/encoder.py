@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from llm.config.errors import UserError
 from llm.data.sources.validation_split import Split
 from llm.system.worker_pool import Workers, usable_cores
-from llm.tokenization.split_patterns import ODD_TEXTS, UnsuitableError
-from llm.tokenization.tiktoken_encoder import MergeEngine, encode_packed, unpacked
+from llm.tokenization.split_patterns import EDGE_CASES, UnsuitableError
+from llm.tokenization.tiktoken_encoder import TiktokenEncoder, encode_packed, unpacked
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Encoder:
         self.vocabulary_size = vocabulary_size(tokenizer)
         self._tokenizer = tokenizer
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
-        self._merges: MergeEngine | None = None
+        self._merges: TiktokenEncoder | None = None
         self._is_tried = self._backend is None
         self._is_merges_tried = self._backend is None
         self._num_workers = usable_cores() if num_workers is None else num_workers
@@ -162,7 +162,7 @@ class Encoder:
         """
         if self._is_tried and (self._is_merges_tried or sum(map(len, texts)) < _WORTH_LENGTH):
             return
-        sample = [*ODD_TEXTS, *(text[:_SAMPLE_LENGTH] for text in texts[:16])]
+        sample = [*EDGE_CASES, *(text[:_SAMPLE_LENGTH] for text in texts[:16])]
         expected = self._from_tokenizer(sample)
         if not self._is_tried:
             self._is_tried = True
@@ -182,7 +182,7 @@ class Encoder:
     def _try_merges(self, sample: list[str], expected: list[NDArray[np.uint32]]) -> None:
         assert self._backend is not None
         try:
-            merges = MergeEngine(
+            merges = TiktokenEncoder(
                 self._backend, split_special_tokens=self._tokenizer.split_special_tokens, workers=self._workers
             )
         except UnsuitableError as reason:

@@ -38,7 +38,7 @@ class Vocabulary(NamedTuple):
     ids: NDArray[np.uint32]
 
 
-class MergeEngine:
+class TiktokenEncoder:
     """Texts to ids by tiktoken. It can be pickled, and costs a process that uses it few imports.
 
     Args:
@@ -122,7 +122,7 @@ class MergeEngine:
         return any(text[start : start + _WHITE_SPACE_LENGTH].isspace() for start in starts)
 
 
-def encode_packed(engine: MergeEngine, texts: list[str], dtype: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
+def encode_packed(engine: TiktokenEncoder, texts: list[str], dtype: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """What `engine.encode` gives, as two arrays, for the way between processes.
 
     Args:

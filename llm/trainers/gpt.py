@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from llm.config.exit_codes import outcome
+from llm.config.exit_codes import exit_code_of
 from llm.config.options import Options
 from llm.config.reader import read_options
 from llm.config.toml import command_line
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 usage, 75 stopped by a signal with everything saved.
     """
-    return outcome(lambda: _train(list(sys.argv[1:] if argv is None else argv)))
+    return exit_code_of(lambda: _train(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _train(argv: list[str]) -> int:

@@ -36,7 +36,7 @@ Chooser = Literal["option", "launcher", "device", "checkpoint"]
 
 
 @dataclass
-class Machine:
+class Compute:
     """What a run computes on.
 
     Attributes:
@@ -54,7 +54,7 @@ class Machine:
         """Arithmetic of the forward and backward pass: no (fp32), bf16 or fp16."""
         return str(self.accelerator.mixed_precision)
 
-    def keep_precision(self, precision: str | None) -> None:
+    def use_checkpoint_precision(self, precision: str | None) -> None:
         """Goes on in the arithmetic of a checkpoint, unless one was asked for here; before a model is prepared.
 
         Raises:
@@ -76,7 +76,7 @@ class Machine:
 
     def agree_on_precision(self) -> None:
         """Nodes of several kinds compute as the first one chose."""
-        if self.chosen_by == "device" and (first := self.world.share(self.precision)) != self.precision:
+        if self.chosen_by == "device" and (first := self.world.broadcast(self.precision)) != self.precision:
             self._change_precision(first)
 
     def _change_precision(self, precision: str) -> None:
@@ -114,7 +114,7 @@ class Machine:
         return _named(self.precision) + reasons.get(self.chosen_by, "")
 
 
-def start_machine(options: TrainingOptions) -> Machine:
+def start_compute(options: TrainingOptions) -> Compute:
     """Chooses the device, joins the other processes, and fixes the arithmetic.
 
     Without an accelerator several processes form a world over gloo by themselves.
@@ -154,13 +154,13 @@ def start_machine(options: TrainingOptions) -> Machine:
         # Products of fp32 matrices in TF32, eight times as fast and three digits shorter.
         torch.set_float32_matmul_precision("highest" if options.full_determinism else "high")
     # Each node has one process of that number; no variable says it under every launcher.
-    num_nodes = int(world.sum_(torch.tensor(int(world.local_rank == 0), device=world.device)))
-    machine = Machine(accelerator, replace(world, num_nodes=num_nodes), chosen_by)
+    num_nodes = int(world.all_reduce_sum(torch.tensor(int(world.local_rank == 0), device=world.device)))
+    machine = Compute(accelerator, replace(world, num_nodes=num_nodes), chosen_by)
     machine.agree_on_precision()
     return machine
 
 
-def leave_as_found() -> None:
+def restore_process() -> None:
     """Undoes what a run, also a failed one, has set in its process, which in a notebook goes on."""
     thaw_heap()
     return_freed_memory()

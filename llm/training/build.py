@@ -17,11 +17,11 @@ from llm.models.compile import compile_training
 from llm.models.document_mask import require_document_mask
 from llm.models.language_model import LanguageModel
 from llm.optim.registry import build_optimizer
-from llm.training.accelerator import Machine
+from llm.training.accelerator import Compute
 from llm.training.plan import Plan
-from llm.training.updaters.kfac_pytorch import KfacPytorch
-from llm.training.updaters.preconditioning import Kfac, Preconditioning, Unchanged
-from llm.training.updaters.synchronous import CentralUpdater
+from llm.training.updaters.kfac_pytorch import KfacPytorchPreconditioner
+from llm.training.updaters.preconditioning import KfacPreconditioner, NoPreconditioner, Preconditioner
+from llm.training.updaters.synchronous import SynchronousUpdater
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def build_language_model(
     named: ModelOptions,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
-    machine: Machine,
+    machine: Compute,
     plan: Plan,
 ) -> LanguageModel:
     """The module that is trained, on the CPU; random weights are drawn from torch's global generator.
@@ -68,18 +68,18 @@ def build_language_model(
 
 def build_updater(
     options: Options,
-    machine: Machine,
+    machine: Compute,
     language_model: LanguageModel,
     schedule: Callable[[int], float],
     plan: Plan,
-) -> CentralUpdater:
+) -> SynchronousUpdater:
     """What makes the updates of a plan; the model goes to its device."""
     # On the device before the optimizer and the preconditioner see it.
     wrapped = machine.accelerator.prepare_model(language_model)
     if options.optimizer.optim != "muon":
         _name_useless(options.optimizer, "muon_", "--optim muon")
     optimizer = build_optimizer(language_model.model, options.optimizer)
-    return CentralUpdater(
+    return SynchronousUpdater(
         machine=machine,
         model=wrapped,
         optimizer=optimizer,
@@ -91,22 +91,24 @@ def build_updater(
 
 
 def _preconditioning(
-    options: Options, model: PreTrainedModel, optimizer: torch.optim.Optimizer, machine: Machine, plan: Plan
-) -> Preconditioning:
+    options: Options, model: PreTrainedModel, optimizer: torch.optim.Optimizer, machine: Compute, plan: Plan
+) -> Preconditioner:
     kfac = options.kfac
     if not kfac.kfac:
         _name_useless(kfac, "kfac_", "--kfac")
-        return Unchanged()
+        return NoPreconditioner()
     main = next(group for group in optimizer.param_groups if group["initial_lr"] == optimizer.defaults["lr"])
 
     def rate() -> float:
         return float(main["lr"])
 
-    made: Preconditioning
+    made: Preconditioner
     if kfac.kfac_backend == "kfac-pytorch":
-        made = KfacPytorch(model, kfac, rate=rate, accumulation=plan.accumulation, scaler=machine.accelerator.scaler)
+        made = KfacPytorchPreconditioner(
+            model, kfac, rate=rate, accumulation=plan.accumulation, scaler=machine.accelerator.scaler
+        )
     else:
-        made = Kfac(model, kfac, rate=rate, accumulation=plan.accumulation)
+        made = KfacPreconditioner(model, kfac, rate=rate, accumulation=plan.accumulation)
     for line in made.lines(plan.tokens_per_step):
         log.info("%s", line)
     if options.optimizer.optim == "muon":

@@ -21,7 +21,7 @@ from llm.report.card import RunFacts, model_card
 from llm.report.curves import draw_curves
 from llm.training.callbacks.actions import Actions, Gathered
 from llm.training.export import export_model
-from llm.training.run_dir.folder import RunFolder
+from llm.training.run_dir.folder import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def finish(actions: Actions, *, command: str) -> None:
         log.info("%s", line)
     gathered = actions.gather_last()
     with actions.watchdog.phase("the finished model and its papers"):
-        actions.world.on_main(lambda: _finish(actions, gathered, command) if actions.folder else None)
+        actions.world.run_on_main(lambda: _finish(actions, gathered, command) if actions.folder else None)
 
 
 def _finish(actions: Actions, gathered: Gathered | None, command: str) -> None:
@@ -59,7 +59,7 @@ def _finish(actions: Actions, gathered: Gathered | None, command: str) -> None:
     assert folder is not None
     actions.save_now(gathered, "end")  # the checkpoint of the last update must be durable before the run is `done`
     folder.require_ours()
-    probe = batch_of([actions.blocks.of_sample(0, actions.plan.seed)])
+    probe = batch_of([actions.blocks.block(0, actions.plan.seed)])
     export_model(
         folder.path,
         actions.model,
@@ -167,7 +167,7 @@ def _name(options: Options) -> str:
     return options.output.run_name or Path(str(options.output.output_dir)).resolve().name
 
 
-def _what_next(folder: RunFolder) -> list[str]:
+def _what_next(folder: RunDirectory) -> list[str]:
     place = shlex.quote(str(folder.path))
     return [
         f"done: {folder.path} loads with AutoModelForCausalLM.from_pretrained({str(folder.path)!r}); next:",

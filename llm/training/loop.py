@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llm.data.batches.loader import Batch
-from llm.training.state import Progress
-from llm.training.triggers import Due
+from llm.training.state import TrainState
+from llm.training.triggers import Trigger
 from llm.training.updaters.synchronous import StepReport
 
 
@@ -32,14 +32,14 @@ class Updater(Protocol):
 class Event:
     """Something that happens after certain updates; `act` gets the newest report."""
 
-    due: Due
+    due: Trigger
     act: Callable[[StepReport], None]
 
 
 def run_updates(
     updater: Updater,
     batches: Iterator[list[Batch]],
-    progress: Progress,
+    progress: TrainState,
     events: Sequence[Event],
     *,
     num_steps: int,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llm.config.errors import UsageError, UserError
 from llm.config.options import Options, TrainingOptions
-from llm.data.batches.loader import Samples
+from llm.data.batches.loader import BlockSource
 from llm.optim.schedules import build_schedule
 
 _DEFAULT_BLOCK_SIZE = 1024
@@ -89,7 +89,7 @@ def choose_block_size(asked: int | None, model_limit: int, default_limit: int) -
 
 
 def plan_run(
-    options: TrainingOptions, blocks: Samples, *, num_ranks: int, seed: int, document_mask: bool = False
+    options: TrainingOptions, blocks: BlockSource, *, num_ranks: int, seed: int, document_mask: bool = False
 ) -> Plan:
     """Cuts the training blocks into updates.
 

@@ -12,17 +12,17 @@ from transformers import PretrainedConfig
 
 from llm.config.errors import Stopped
 from llm.config.options import Options
-from llm.data.batches.loader import Batch, Samples, training_batches
-from llm.data.dataset import meet_the_hub
-from llm.data.streaming.dataset import opened_text
+from llm.data.batches.loader import Batch, BlockSource, training_batches
+from llm.data.dataset import detect_hub
+from llm.data.streaming.dataset import open_dataset
 from llm.distributed.world import World
 from llm.hub.connection import come_online
 from llm.hub.push import check_hub_access
 from llm.models.build import context_limit, load_config, read_config
-from llm.training.accelerator import Machine, leave_as_found, start_machine
+from llm.training.accelerator import Compute, restore_process, start_compute
 from llm.training.build import build_language_model, build_updater
 from llm.training.callbacks.actions import Actions
-from llm.training.checkpoints.async_saver import Saver
+from llm.training.checkpoints.async_saver import AsyncSaver
 from llm.training.checkpoints.resume import Start, as_restarted, choose_start
 from llm.training.checkpoints.store import set_aside
 from llm.training.disk import require_room
@@ -30,15 +30,15 @@ from llm.training.estimates import dry_run_lines
 from llm.training.finalize import finish
 from llm.training.loop import Event, run_updates
 from llm.training.plan import Plan, check_training, choose_block_size, plan_run, plan_schedule, resolved
-from llm.training.run_dir.console import Bar, start_journal, stop_journal
-from llm.training.run_dir.folder import RunFolder, claimed
+from llm.training.run_dir.console import ProgressBar, setup_logging, teardown_logging
+from llm.training.run_dir.folder import RunDirectory, claimed
 from llm.training.run_dir.formatting import mixture_lines
 from llm.training.run_dir.trackers import Tracking, choose_trackers
 from llm.training.seeding import seed_weights
 from llm.training.supervision.deadline import find_deadline
 from llm.training.supervision.stop_signals import StopRequest, listening
 from llm.training.supervision.watchdog import Watchdog, watching
-from llm.training.triggers import Due, all_of, any_of, at_end, before, every, every_epoch
+from llm.training.triggers import Trigger, all_of, any_of, at_end, before, every, every_epoch
 from llm.training.updaters.preconditioning import kfac_bytes
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,10 @@ def train(options: Options, *, command: str, started: float | None = None) -> in
         UserError: something outside the program is wrong; one line says what.
     """
     started = time.time() if started is None else started
-    machine = start_machine(options.training)
+    machine = start_compute(options.training)
     world = machine.world
-    start_journal(is_main=world.is_main, rank=world.rank)
-    folder = RunFolder(Path(options.output.output_dir)) if options.output.output_dir else None
+    setup_logging(is_main=world.is_main, rank=world.rank)
+    folder = RunDirectory(Path(options.output.output_dir)) if options.output.output_dir else None
     try:
         with ExitStack() as stack:
             deadline = find_deadline(options.training, world, started=started)
@@ -84,16 +84,16 @@ def train(options: Options, *, command: str, started: float | None = None) -> in
         return EXIT_STOPPED
     finally:
         # The process as it was found: a notebook, or the next run in it, may need the Hub, and a failed run's memory.
-        leave_as_found()
+        restore_process()
         come_online()
-        stop_journal()
+        teardown_logging()
 
 
 def _run(
     options: Options,
     command: str,
-    machine: Machine,
-    folder: RunFolder | None,
+    machine: Compute,
+    folder: RunDirectory | None,
     stack: ExitStack,
     stop: StopRequest,
     watchdog: Watchdog,
@@ -105,18 +105,18 @@ def _run(
     for line in stop.deadline.lines():
         log.info("%s", line)
     trackers = choose_trackers(options.tracking)
-    meet_the_hub(options, world)
+    detect_hub(options, world)
     _check_push(options, folder, world)
-    start = world.on_main(stop.interrupting(lambda: choose_start(options, folder)))
+    start = world.run_on_main(stop.interrupting(lambda: choose_start(options, folder)))
     options = start.with_its_batch(options)
-    machine.keep_precision(start.precision)
+    machine.use_checkpoint_precision(start.precision)
     # Before the text is read: names, overrides and a block beyond the model are known from one small file.
     limit = context_limit(read_config(start.model))
     choose_block_size(options.data.block_size, limit, limit)
     check_training(options, num_ranks=world.size)
     kfac_bytes(read_config(start.model), options.kfac)  # refuses a model with nothing for it
     with watchdog.phase("the text"):
-        text = stack.enter_context(opened_text(options, world, start.checkpoint, stop))
+        text = stack.enter_context(open_dataset(options, world, start.checkpoint, stop))
     config = load_config(start.model, text.tokenizer)
     block_size = choose_block_size(options.data.block_size, limit, context_limit(config, text.tokenizer))
     masked = options.data.document_mask
@@ -132,7 +132,7 @@ def _run(
         return EXIT_DONE
 
     if folder is not None:
-        world.on_main(lambda: _require_room(folder, config, options, start))
+        world.run_on_main(lambda: _require_room(folder, config, options, start))
     seed_weights(start.seed)
     with watchdog.phase("the model"), stop.at_once():
         language_model = build_language_model(options, start.model, config, text.tokenizer, machine, plan)
@@ -150,7 +150,7 @@ def _run(
         *(tracking, saver, stop, watchdog),
     )
     tracking.start(trackers, options, first_step=progress.step)
-    with closing(actions), Bar(progress.step, plan.num_steps, is_main=world.is_main) as bar:
+    with closing(actions), ProgressBar(progress.step, plan.num_steps, is_main=world.is_main) as bar:
         try:
             if _make_updates(options, actions, bar):
                 finish(actions, command=command)
@@ -161,11 +161,11 @@ def _run(
     return EXIT_STOPPED
 
 
-def _make_updates(options: Options, actions: Actions, bar: Bar) -> bool:
+def _make_updates(options: Options, actions: Actions, bar: ProgressBar) -> bool:
     """The updates that are left; whether all were made."""
     plan, progress = actions.plan, actions.progress
     _make_up_for_what_was_cut(options, actions)
-    batches = actions.text.as_they_arrive(
+    batches = actions.text.wait_for_batches(
         _batches(options, plan, actions.world, actions.blocks, progress.step),
         actions.blocks,
         plan,
@@ -186,7 +186,7 @@ def _make_updates(options: Options, actions: Actions, bar: Bar) -> bool:
         )
 
 
-def _require_room(folder: RunFolder, config: PretrainedConfig, options: Options, start: Start) -> None:
+def _require_room(folder: RunDirectory, config: PretrainedConfig, options: Options, start: Start) -> None:
     kept = options.optimizer.optim, options.kfac
     require_room(folder.checkpoints, config, *kept, is_fresh=start.checkpoint is None)
 
@@ -196,7 +196,7 @@ def _say(*lines: str) -> None:
         log.info("%s", line)
 
 
-def _batches(options: Options, plan: Plan, world: World, blocks: Samples, first_step: int) -> Iterator[list[Batch]]:
+def _batches(options: Options, plan: Plan, world: World, blocks: BlockSource, first_step: int) -> Iterator[list[Batch]]:
     """This rank's micro-batches, one list an update."""
     return training_batches(
         blocks,
@@ -212,17 +212,17 @@ def _batches(options: Options, plan: Plan, world: World, blocks: Samples, first_
     )
 
 
-def _check_push(options: Options, folder: RunFolder | None, world: World) -> None:
+def _check_push(options: Options, folder: RunDirectory | None, world: World) -> None:
     if options.hub.push_to_hub and folder is not None and not options.output.dry_run:
-        world.on_main(lambda: check_hub_access(options.hub.hub_model_id, folder.path, options.hub.hub_token))
+        world.run_on_main(lambda: check_hub_access(options.hub.hub_model_id, folder.path, options.hub.hub_token))
 
 
-def _evaluating(options: Options, plan: Plan) -> Due:
+def _evaluating(options: Options, plan: Plan) -> Trigger:
     each = options.evaluation.eval_steps
     return any_of(every(each) if each else every_epoch(plan.num_blocks, plan.global_batch), at_end(plan.num_steps))
 
 
-def _sampling(options: Options, plan: Plan) -> Due:
+def _sampling(options: Options, plan: Plan) -> Trigger:
     return all_of(every(options.evaluation.sample_steps), before(plan.num_steps))
 
 
@@ -251,9 +251,9 @@ def _events(options: Options, plan: Plan, actions: Actions) -> list[Event]:
     ]
 
 
-def _saver(options: Options, plan: Plan, folder: RunFolder | None) -> Saver | None:
+def _saver(options: Options, plan: Plan, folder: RunDirectory | None) -> AsyncSaver | None:
     if folder is None:
         return None
     each = options.output.checkpointing_steps
     regular = every_epoch(plan.num_blocks, plan.global_batch) if each == "epoch" else every(each)
-    return Saver(options.output, folder.path, folder.checkpoints, regular=regular, last=at_end(plan.num_steps))
+    return AsyncSaver(options.output, folder.path, folder.checkpoints, regular=regular, last=at_end(plan.num_steps))

@@ -7,7 +7,7 @@ import torch
 _MASK = (1 << 64) - 1
 
 
-def mixed(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """A well-spread 63-bit number that depends on all the given ones and their order.
 
     Source: the finaliser of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number
@@ -24,7 +24,7 @@ def mixed(*numbers: int) -> int:
 
 def seed_weights(seed: int) -> None:
     """Seeds what draws a model's first weights: the same on every rank."""
-    torch.manual_seed(mixed(seed, 0))
+    torch.manual_seed(derive_seed(seed, 0))
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int, device: torch.device) -> None:
@@ -33,7 +33,7 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int, device: 
     On the CPU and the device alone: `torch.manual_seed` also tells every kind of accelerator that is not there, and
     writes down the stack for each, 4 ms of an update of 90.
     """
-    number = mixed(seed, 1, step, micro_batch, rank)
+    number = derive_seed(seed, 1, step, micro_batch, rank)
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(number)

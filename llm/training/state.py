@@ -10,7 +10,7 @@ from llm.training.updaters.synchronous import StepReport
 
 
 @dataclass
-class Window:
+class LossWindow:
     """Sums over the updates since the last record; the loss over those where it was finite."""
 
     loss: float = 0.0
@@ -21,7 +21,7 @@ class Window:
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Counters of the whole run.
 
     Attributes:
@@ -46,7 +46,7 @@ class Progress:
     eval_loss: float | None = None
     eval_step: int | None = None
     best_eval_loss: float | None = None
-    window: Window = field(default_factory=Window)
+    window: LossWindow = field(default_factory=LossWindow)
 
     def add(self, report: StepReport, *, num_tokens: int, seconds: float, data_seconds: float = 0.0) -> None:
         """Counts one update that took `seconds`, of which it waited `data_seconds` for its blocks."""
@@ -75,6 +75,6 @@ class Progress:
         return asdict(self)
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> Progress:
+    def of(cls, state: dict[str, Any]) -> TrainState:
         """Takes back what `state` gave."""
-        return cls(**{**state, "window": Window(**state["window"])})
+        return cls(**{**state, "window": LossWindow(**state["window"])})

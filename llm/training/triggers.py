@@ -7,25 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-Due = Callable[[int], bool]
+Trigger = Callable[[int], bool]
 
 
-def every(num_steps: int | None) -> Due:
+def every(num_steps: int | None) -> Trigger:
     """True after every `num_steps` updates; never when None."""
     return lambda step: num_steps is not None and step % num_steps == 0
 
 
-def at_end(last_step: int) -> Due:
+def at_end(last_step: int) -> Trigger:
     """True after the last update."""
     return lambda step: step == last_step
 
 
-def before(last_step: int) -> Due:
+def before(last_step: int) -> Trigger:
     """True until the last update, which has its own."""
     return lambda step: step < last_step
 
 
-def every_epoch(num_blocks: int | None, global_batch: int) -> Due:
+def every_epoch(num_blocks: int | None, global_batch: int) -> Trigger:
     """True after the update in which the last block of an epoch was read.
 
     Updates run across the epochs' boundaries, so this is the first update at or beyond one. Never where the
@@ -40,11 +40,11 @@ def every_epoch(num_blocks: int | None, global_batch: int) -> Due:
     return due
 
 
-def any_of(*dues: Due) -> Due:
+def any_of(*dues: Trigger) -> Trigger:
     """True when one of them is."""
     return lambda step: any(due(step) for due in dues)
 
 
-def all_of(*dues: Due) -> Due:
+def all_of(*dues: Trigger) -> Trigger:
     """True when all of them are."""
     return lambda step: all(due(step) for due in dues)

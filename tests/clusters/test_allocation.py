@@ -7,53 +7,53 @@ from pathlib import Path
 
 import pytest
 
-from llm.clusters.allocation import Place, Starter, check_agents, find_place, job_number
+from llm.clusters.allocation import JobAllocation, ProcessLauncher, check_agents, find_allocation, job_number
 from llm.config.errors import UserError
 
 
 def test_place_when_there_are_no_variables_then_is_this_host_alone() -> None:
-    place = find_place({})
-    assert place == Place((socket.gethostname(),), rank=0)
+    place = find_allocation({})
+    assert place == JobAllocation((socket.gethostname(),), rank=0)
     check_agents(place)
 
 
 def test_place_when_pbs_repeats_hosts_then_each_is_there_once(tmp_path: Path) -> None:
     (tmp_path / "nodes").write_text("n1.x\nn1.x\nn2.x\nn2.x\n")
-    place = find_place({"PBS_JOBID": "123.server", "PBS_NODEFILE": str(tmp_path / "nodes")})
+    place = find_allocation({"PBS_JOBID": "123.server", "PBS_NODEFILE": str(tmp_path / "nodes")})
     assert place.hosts == ("n1.x", "n2.x")
     assert (place.scheduler, place.job, place.port) == ("pbs", "123.server", 20123)
 
 
 def test_place_when_the_node_file_cannot_be_read_then_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"PBS_NODEFILE .*missing: cannot be read"):
-        find_place({"PBS_NODEFILE": str(tmp_path / "missing")})
+        find_allocation({"PBS_NODEFILE": str(tmp_path / "missing")})
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(UserError, match="holds no hosts"):
-        find_place({"PBS_NODEFILE": str(tmp_path / "empty")})
+        find_allocation({"PBS_NODEFILE": str(tmp_path / "empty")})
 
 
 def test_place_when_slurm_plays_pbs_then_is_a_pbs_job(tmp_path: Path) -> None:
     (tmp_path / "nodes").write_text("n1\nn2\n")
     both = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "m[1-2]", "PBS_NODEFILE": str(tmp_path / "nodes")}
-    place = find_place(both)
+    place = find_allocation(both)
     assert (place.scheduler, place.job, place.hosts) == ("pbs", "7", ("n1", "n2"))
 
 
 def test_place_when_a_step_has_fewer_hosts_then_only_an_agent_takes_its_list() -> None:
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_STEP_NODELIST": "n[1-2]"}
-    assert find_place(variables).hosts == ("n1", "n2")
-    assert len(find_place(variables, is_step=False).hosts) == 4
+    assert find_allocation(variables).hosts == ("n1", "n2")
+    assert len(find_allocation(variables, is_step=False).hosts) == 4
 
 
 def test_place_when_named_on_the_command_line_then_that_wins(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("# two\na slots=4\nb:8\n")
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-4]"}
-    assert find_place(variables, hosts="a, b").hosts == ("a", "b")
-    assert find_place(variables, hostfile=str(tmp_path / "mine")).hosts == ("a", "b")
+    assert find_allocation(variables, hosts="a, b").hosts == ("a", "b")
+    assert find_allocation(variables, hostfile=str(tmp_path / "mine")).hosts == ("a", "b")
     with pytest.raises(UserError, match="give one of them"):
-        find_place({}, hosts="a", hostfile="b")
+        find_allocation({}, hosts="a", hostfile="b")
     with pytest.raises(UserError, match="must be names of hosts"):
-        find_place({}, hosts="a,,b")
+        find_allocation({}, hosts="a,,b")
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_place_when_named_on_the_command_line_then_that_wins(tmp_path: Path) -> 
     ],
 )
 def test_place_when_one_host_is_named_then_knows_whether_it_is_this_one(host: str, *, is_elsewhere: bool) -> None:
-    assert find_place({}, hosts=host).is_elsewhere == is_elsewhere
+    assert find_allocation({}, hosts=host).is_elsewhere == is_elsewhere
     # A scheduler may know this host by a name of which it has not heard itself.
-    assert not Place((host,), "pbs", "7", rank=0).is_elsewhere
+    assert not JobAllocation((host,), "pbs", "7", rank=0).is_elsewhere
 
 
 @pytest.mark.parametrize(
@@ -83,27 +83,36 @@ def test_place_when_one_host_is_named_then_knows_whether_it_is_this_one(host: st
     ids=["Open MPI", "hydra", "PALS", "srun"],
 )
 def test_rank_when_the_name_says_nothing_then_is_the_starters(variables: dict[str, str]) -> None:
-    place = find_place(variables, hosts="a,b")
+    place = find_allocation(variables, hosts="a,b")
     assert place.rank == 1
     check_agents(place)
 
 
 def test_rank_when_the_name_is_in_the_list_then_is_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "b.login")
-    assert find_place({"PMI_RANK": "0", "PMI_SIZE": "2"}, hosts="a.fast,b.fast").rank == 1
+    assert find_allocation({"PMI_RANK": "0", "PMI_SIZE": "2"}, hosts="a.fast,b.fast").rank == 1
 
 
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        (Place(("a", "b"), "pbs"), "2 hosts, and `launch node` runs on this one alone"),
-        (Place(("a", "b"), "pbs", starter=Starter(0, 8, 4)), "8 of these were started, 4 here, for 2 hosts"),
-        (Place(("a", "b"), "pbs", starter=Starter(0, 2, 2)), "2 of these were started, 2 here, for 2 hosts"),
-        (Place(("a",), "pbs", starter=Starter(0, 4, 4)), "4 of these were started, 4 here, for 1 host:"),
-        (Place(("here",), starter=Starter(0, 4, 1)), "nothing says on which hosts; give --hosts"),
+        (JobAllocation(("a", "b"), "pbs"), "2 hosts, and `launch node` runs on this one alone"),
+        (
+            JobAllocation(("a", "b"), "pbs", starter=ProcessLauncher(0, 8, 4)),
+            "8 of these were started, 4 here, for 2 hosts",
+        ),
+        (
+            JobAllocation(("a", "b"), "pbs", starter=ProcessLauncher(0, 2, 2)),
+            "2 of these were started, 2 here, for 2 hosts",
+        ),
+        (
+            JobAllocation(("a",), "pbs", starter=ProcessLauncher(0, 4, 4)),
+            "4 of these were started, 4 here, for 1 host:",
+        ),
+        (JobAllocation(("here",), starter=ProcessLauncher(0, 4, 1)), "nothing says on which hosts; give --hosts"),
     ],
 )
-def test_agents_when_not_one_a_host_then_are_refused(place: Place, said: str) -> None:
+def test_agents_when_not_one_a_host_then_are_refused(place: JobAllocation, said: str) -> None:
     with pytest.raises(UserError, match=said):
         check_agents(place)
 
@@ -114,4 +123,4 @@ def test_agents_when_not_one_a_host_then_are_refused(place: Place, said: str) ->
 )
 def test_job_when_named_then_its_number_gives_the_port(job: str, number: int) -> None:
     assert job_number(job) == number
-    assert Place(("a",), job=job).port == 20000 + number % 20000
+    assert JobAllocation(("a",), job=job).port == 20000 + number % 20000

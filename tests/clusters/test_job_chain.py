@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import llm.launch
-from llm.clusters.allocation import Place
+from llm.clusters.allocation import JobAllocation
 from llm.clusters.job_chain import Chain, chain_number
 
 # What a job of two hosts runs instead of mpiexec: it leaves the state that the test wants.
@@ -125,7 +125,7 @@ def test_job_when_qsub_refuses_then_trains_all_the_same(job: Path, caplog: pytes
 def test_job_when_of_slurm_then_the_next_one_hangs_on_it_by_sbatch(
     job: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chain = Chain(Place(("a",), "slurm", "11"), "job.sbatch", 1, 2)
+    chain = Chain(JobAllocation(("a",), "slurm", "11"), "job.sbatch", 1, 2)
     monkeypatch.setenv("SLURM_NTASKS", "4")
     assert chain.queue_next() == "12"
     assert asked(job) == ["sbatch --parsable --dependency=afterany:11 --export=ALL job.sbatch number=2 end=none"]
@@ -147,7 +147,7 @@ def test_next_job_of_pbs_when_queued_then_asks_for_what_this_one_did(
     stand_in(job / "bin", "qstat", _QSTAT.format(runs=1, depend=""))
     for name, value in {"PBS_O_QUEUE": "prod", "CONFIG": "my.toml", "HF_HOME": "/data/x"}.items():
         monkeypatch.setenv(name, value)
-    assert Chain(Place(("a",), "pbs", "11.server"), "job.pbs", 1, 2).queue_next() == "12.server"
+    assert Chain(JobAllocation(("a",), "pbs", "11.server"), "job.pbs", 1, 2).queue_next() == "12.server"
     options = "-l select=16:system=polaris -l walltime=03:00:00 -A me -q prod"
     named = "CONFIG,HF_HOME,LLM_CHAIN_JOB"
     assert asked(job) == [f"qsub -W depend=afterany:11.server -v {named} {options} job.pbs number=2 end=none"]
@@ -160,7 +160,7 @@ def test_next_job_of_slurm_when_queued_then_asks_for_what_this_one_did(
     given = {"JOB_NUM_NODES": "4", "JOB_ACCOUNT": "me", "JOB_PARTITION": "gpu", "GPUS_PER_NODE": "a100:4"}
     for name, value in given.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert Chain(Place(("a",), "slurm", "11"), "job.sbatch", 1, 2).queue_next() == "12"
+    assert Chain(JobAllocation(("a",), "slurm", "11"), "job.sbatch", 1, 2).queue_next() == "12"
     options = "--nodes=4 --account=me --partition=gpu --gpus-per-node=a100:4 --time=6:00:00"
     assert asked(job)[0].startswith(f"sbatch --parsable --dependency=afterany:11 --export=ALL {options} job.sbatch ")
 
@@ -172,13 +172,13 @@ def test_next_job_when_the_scheduler_refuses_the_options_then_asks_for_what_the_
     stand_in(job / "bin", "sbatch", refusing)
     stand_in(job / "bin", "squeue", "#!/bin/sh\necho UNLIMITED\n")
     monkeypatch.setenv("SLURM_JOB_PARTITION", "inner")
-    assert Chain(Place(("a",), "slurm", "11"), "job.sbatch", 1, 2).queue_next() == "12"
+    assert Chain(JobAllocation(("a",), "slurm", "11"), "job.sbatch", 1, 2).queue_next() == "12"
     assert len(asked(job)) == 2
     assert "the next job asks for what the script says" in caplog.text
 
 
 def test_job_of_pbs_when_run_again_then_queues_no_second_follower(job: Path) -> None:
-    chain = Chain(Place(("a",), "pbs", "11.server"), "job.pbs", 1, 2)
+    chain = Chain(JobAllocation(("a",), "pbs", "11.server"), "job.pbs", 1, 2)
     stand_in(job / "bin", "qstat", _QSTAT.format(runs=2, depend="beforeany:12.server@server"))
     assert chain.queue_next() is None
     assert asked(job) == []
@@ -188,9 +188,9 @@ def test_job_of_pbs_when_run_again_then_queues_no_second_follower(job: Path) -> 
 
 
 def test_job_when_interactive_or_in_no_job_then_queues_nothing(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Chain(Place(("a",)), "job", 1, 2).queue_next() is None
+    assert Chain(JobAllocation(("a",)), "job", 1, 2).queue_next() is None
     monkeypatch.setenv("PBS_ENVIRONMENT", "PBS_INTERACTIVE")
-    assert Chain(Place(("a",), "pbs", "11"), "job", 1, 2).queue_next() is None
+    assert Chain(JobAllocation(("a",), "pbs", "11"), "job", 1, 2).queue_next() is None
     assert asked(job) == []
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import llm.clusters.multi_host
-from llm.clusters.allocation import Place
+from llm.clusters.allocation import JobAllocation
 from llm.clusters.multi_host import spread
 from llm.config.errors import UserError
 
@@ -23,7 +23,7 @@ def test_program_when_it_neither_ends_nor_hears_then_is_killed(tmp_path: Path, m
     monkeypatch.setattr(llm.clusters.multi_host, "_GRACE_SECONDS", 0.2)
     began = time.monotonic()
     with pytest.raises(UserError, match="deaf did not end within 2 s"):
-        spread(Place(("a",)), [], os.environ, limit_seconds=2)
+        spread(JobAllocation(("a",)), [], os.environ, limit_seconds=2)
     assert time.monotonic() - began < 20
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)

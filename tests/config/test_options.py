@@ -9,7 +9,7 @@ from pydantic import create_model
 
 from llm.config.abbreviations import BUILT_IN, LLM_PYTORCH, RUN_CLM, nearest, resolve
 from llm.config.flags import flags_of
-from llm.config.option import Group, row
+from llm.config.option import Group, option
 from llm.config.options import Options
 from llm.config.reader import read_options
 
@@ -88,13 +88,13 @@ def test_options_when_listed_then_each_row_has_help_and_the_table_stays_readable
 
 
 def test_flags_of_when_two_groups_share_a_name_then_it_refuses() -> None:
-    one = create_model("One", __base__=Group, seed=(int, row(1, "a seed")))
-    two = create_model("Two", __base__=Group, seed=(int, row(1, "a seed")))
+    one = create_model("One", __base__=Group, seed=(int, option(1, "a seed")))
+    two = create_model("Two", __base__=Group, seed=(int, option(1, "a seed")))
     both = create_model("Both", __base__=Group, one=(one, one()), two=(two, two()))
     with pytest.raises(TypeError, match="seed"):
         flags_of(both)
     with pytest.raises(TypeError, match="config"):
-        flags_of(create_model("Reserved", __base__=Group, config=(int, row(1, "x"))))
+        flags_of(create_model("Reserved", __base__=Group, config=(int, option(1, "x"))))
 
 
 def test_resolve_when_a_prefix_was_unique_in_an_old_program_then_it_keeps_that_meaning() -> None:

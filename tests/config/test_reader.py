@@ -14,7 +14,7 @@ from pydantic import model_validator
 import llm
 from llm.config.errors import UsageError
 from llm.config.flags import flags_of
-from llm.config.option import Group, row
+from llm.config.option import Group, option
 from llm.config.options import Options
 from llm.config.reader import read_options
 
@@ -39,10 +39,10 @@ def mistakes(*argv: str) -> list[str]:
 class Sampling(Group):
     """A command without groups."""
 
-    model: str = row(..., "folder of the model", positional=True)
-    prompt: tuple[str, ...] | None = row(None, "texts to continue", positional=True)
-    top_k: int | None = row(None, "candidates", ge=1)
-    greedy: bool = row(False, "take the likeliest token")
+    model: str = option(..., "folder of the model", positional=True)
+    prompt: tuple[str, ...] | None = option(None, "texts to continue", positional=True)
+    top_k: int | None = option(None, "candidates", ge=1)
+    greedy: bool = option(False, "take the likeliest token")
 
     @model_validator(mode="after")
     def _refuse(self) -> Sampling:

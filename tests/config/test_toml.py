@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llm.config.flags import Flag, flags_of
-from llm.config.option import Group, row
+from llm.config.option import Group, option
 from llm.config.options import Options
 from llm.config.reader import read_options
 from llm.config.toml import command_line, to_toml
@@ -36,8 +36,8 @@ VALUES: dict[Any, list[Any]] = {
 class Flat(Group):
     """A command without groups."""
 
-    checkpoint: str | None = row(None, "folder")
-    num_samples: int = row(3, "how many")
+    checkpoint: str | None = option(None, "folder")
+    num_samples: int = option(3, "how many")
 
 
 def candidates(flag: Flag) -> list[Any]:

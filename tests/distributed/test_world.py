@@ -31,7 +31,7 @@ def attempt(work: Callable[[], object]) -> object:
     try:
         return work()
     except (UserError, Stopped) as error:
-        return [type(error).__name__, str(error), error.exit_code, error.is_echo]
+        return [type(error).__name__, str(error), error.exit_code, error.reported_elsewhere]
 
 
 def rank_program(world: World, folder: Path) -> None:
@@ -50,25 +50,25 @@ def rank_program(world: World, folder: Path) -> None:
         time.sleep(0.2)
         return [started, time.monotonic()]
 
-    note("sum", lambda: world.sum_(torch.tensor([1.0, 10.0]) * (world.rank + 1)).tolist())
-    note("sum_whole", lambda: world.sum_(torch.tensor(2**40 + world.rank)).item())
-    note("share", lambda: world.share({"from": world.rank, "none": None}))
+    note("sum", lambda: world.all_reduce_sum(torch.tensor([1.0, 10.0]) * (world.rank + 1)).tolist())
+    note("sum_whole", lambda: world.all_reduce_sum(torch.tensor(2**40 + world.rank)).item())
+    note("share", lambda: world.broadcast({"from": world.rank, "none": None}))
     note("is_main", lambda: world.is_main)
-    note("on_main", lambda: world.on_main(lambda: f"of {world.rank}"))
-    note("on_main_user_error", lambda: world.on_main(lambda: fail(UserError("no text"))))
-    note("on_main_usage_error", lambda: world.on_main(lambda: fail(UsageError("no such\noption"))))
-    note("on_main_stop", lambda: world.on_main(lambda: fail(Stopped("SIGTERM"))))
-    note("after_errors", lambda: world.sum_(torch.ones(())).item())
+    note("on_main", lambda: world.run_on_main(lambda: f"of {world.rank}"))
+    note("on_main_user_error", lambda: world.run_on_main(lambda: fail(UserError("no text"))))
+    note("on_main_usage_error", lambda: world.run_on_main(lambda: fail(UsageError("no such\noption"))))
+    note("on_main_stop", lambda: world.run_on_main(lambda: fail(Stopped("SIGTERM"))))
+    note("after_errors", lambda: world.all_reduce_sum(torch.ones(())).item())
     seen = iter([None, None, 5])
-    note("wait", lambda: world.wait_on_main(lambda: next(seen), "a number", lambda: False))
-    note("wait_stopped", lambda: world.wait_on_main(lambda: None, "nothing", lambda: world.rank == 2))
-    note("wait_error", lambda: world.wait_on_main(lambda: fail(UserError("broke")), "nothing", lambda: False))
-    note("in_turn", lambda: world.in_turn("turn", take_turn))
+    note("wait", lambda: world.poll_on_main(lambda: next(seen), "a number", lambda: False))
+    note("wait_stopped", lambda: world.poll_on_main(lambda: None, "nothing", lambda: world.rank == 2))
+    note("wait_error", lambda: world.poll_on_main(lambda: fail(UserError("broke")), "nothing", lambda: False))
+    note("in_turn", lambda: world.main_first("turn", take_turn))
     world.barrier()
-    note("in_turn_own_error", lambda: world.in_turn("own", lambda: fail(UserError("full disk"), on=2)))
-    note("in_turn_stop", lambda: world.in_turn("stop", lambda: fail(Stopped("SIGTERM"), on=1)))
+    note("in_turn_own_error", lambda: world.main_first("own", lambda: fail(UserError("full disk"), on=2)))
+    note("in_turn_stop", lambda: world.main_first("stop", lambda: fail(Stopped("SIGTERM"), on=1)))
     note("launched_size", launched_size)
-    note("in_turn_error", lambda: world.in_turn("wrong", lambda: fail(UsageError("line 2\nline 3"))))
+    note("in_turn_error", lambda: world.main_first("wrong", lambda: fail(UsageError("line 2\nline 3"))))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_wait_on_main_when_something_is_seen_then_all_get_it(answers: Answers) -
 
 def test_wait_on_main_when_another_rank_is_asked_to_stop_then_all_end(answers: Answers) -> None:
     assert answers["wait_stopped"] == [None] * 3
-    assert ALONE.wait_on_main(lambda: None, "nothing", lambda: True) is None
+    assert ALONE.poll_on_main(lambda: None, "nothing", lambda: True) is None
 
 
 def test_in_turn_when_all_work_then_the_first_rank_does_before_each_node_and_that_before_its_ranks(
@@ -159,15 +159,15 @@ def test_in_turn_when_the_last_rank_fails_then_all_raise_and_the_others_echo(ans
 def test_world_when_of_one_then_needs_no_process_group() -> None:
     assert not dist.is_initialized()
     tensor = torch.ones(2)
-    assert ALONE.sum_(tensor) is tensor
+    assert ALONE.all_reduce_sum(tensor) is tensor
     assert tensor.tolist() == [1, 1]
     value = object()
-    assert ALONE.share(value) is value
-    assert ALONE.in_turn("anything", lambda: 7) == ALONE.on_main(lambda: 7) == 7
+    assert ALONE.broadcast(value) is value
+    assert ALONE.main_first("anything", lambda: 7) == ALONE.run_on_main(lambda: 7) == 7
     ALONE.barrier()
     with pytest.raises(UserError) as mistake:
-        ALONE.on_main(lambda: (_ for _ in ()).throw(UserError("no text")))
-    assert not mistake.value.is_echo
+        ALONE.run_on_main(lambda: (_ for _ in ()).throw(UserError("no text")))
+    assert not mistake.value.reported_elsewhere
 
 
 def test_launched_size_when_there_is_no_launcher_then_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

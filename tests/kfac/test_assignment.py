@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llm.kfac import KFACPreconditioner
-from llm.kfac.assignment import assign, delays
+from llm.kfac.assignment import assign, refresh_offsets
 from llm.kfac.layers import Layer
 from tests.kfac.models import Mlp, data, linear, loss_sum
 
@@ -209,13 +209,13 @@ def test_delays_when_layers_differ_then_every_update_has_about_the_same_to_do() 
     sizes = [4, 9, 5, 9, 3, 9, 9, 8, 5]
     layers = [Layer(str(n), nn.Identity(), size, size, False, False) for n, size in enumerate(sizes)]
     work = [0] * 5
-    for size, delay in zip(sizes, delays(layers), strict=True):
+    for size, delay in zip(sizes, refresh_offsets(layers), strict=True):
         work[int(5 * delay)] += size**3
     assert sum(work) == sum(size**3 for size in sizes)
     assert max(work) <= sum(work) / 5 + 9**3
     assert min(work) > 0
     # A smaller one is later, and equal ones are in the order of the model, as a stack of them wants.
-    waits = delays(layers)
+    waits = refresh_offsets(layers)
     assert [waits[n] for n in (1, 3, 5, 6, 7, 2, 8, 0, 4)] == sorted(waits)
 
 

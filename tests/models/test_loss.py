@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from benchmarks.loss import allocated
 from llm.models import loss
 from llm.models.language_model import LanguageModel
-from llm.models.lm_head import has_plain_head
+from llm.models.lm_head import has_linear_lm_head
 from llm.models.loss import chunked_loss, loss_of_logits
 
 ROWS, WIDTH, VOCABULARY = 37, 24, 131
@@ -166,7 +166,7 @@ def test_has_plain_head_when_tried_then_tells_and_leaves_everything_as_it_was(
 ) -> None:
     model = model_of(model_type, **more).train()
     state = torch.get_rng_state()
-    assert has_plain_head(model) is expected
+    assert has_linear_lm_head(model) is expected
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert not model.get_output_embeddings()._forward_hooks
@@ -266,4 +266,4 @@ def test_chunked_loss_when_a_token_is_frequent_then_its_fp16_gradient_stays_fini
 
 @pytest.mark.parametrize("length", [1, 3, 7])
 def test_has_plain_head_when_a_model_reads_few_tokens_then_tells_all_the_same(length: int) -> None:
-    assert has_plain_head(model_of("gpt2", n_positions=length))
+    assert has_linear_lm_head(model_of("gpt2", n_positions=length))

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from llm.config.errors import UserError
 from llm.tokenization import encoder as encoding
 from llm.tokenization.encoder import Encoder, Piece, encoding_threads, vocabulary_size
-from llm.tokenization.tiktoken_encoder import MergeEngine
+from llm.tokenization.tiktoken_encoder import TiktokenEncoder
 
 SHARED = Path(os.environ.get("LLM_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
@@ -117,9 +117,11 @@ def test_encoding_when_special_tokens_are_split_then_ids_of_the_tokenizer(gpt2, 
 
 
 def test_encoding_when_engines_differ_then_the_tokenizer_s_own(gpt2, at_once, monkeypatch, caplog) -> None:
-    true_encode = MergeEngine.encode
-    monkeypatch.setattr(MergeEngine, "encode", lambda engine, texts: [ids + 1 for ids in true_encode(engine, texts)])
-    monkeypatch.setattr(encoding, "ODD_TEXTS", ["plain"])
+    true_encode = TiktokenEncoder.encode
+    monkeypatch.setattr(
+        TiktokenEncoder, "encode", lambda engine, texts: [ids + 1 for ids in true_encode(engine, texts)]
+    )
+    monkeypatch.setattr(encoding, "EDGE_CASES", ["plain"])
     encoder = Encoder(gpt2)
     assert encoder.encode(["some words"])[0].tolist() == gpt2("some words")["input_ids"]
     assert encoder._merges is None

@@ -8,8 +8,8 @@ import random
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from llm.tokenization.split_patterns import ODD_TEXTS, UnsuitableError, differing_characters, read_pattern
-from llm.tokenization.tiktoken_encoder import MergeEngine, byte_alphabet, read_vocabulary
+from llm.tokenization.split_patterns import EDGE_CASES, UnsuitableError, differing_characters, read_pattern
+from llm.tokenization.tiktoken_encoder import TiktokenEncoder, byte_alphabet, read_vocabulary
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -52,7 +52,7 @@ def _changed(tokenizer: Tokenizer, **changes) -> Tokenizer:
 
 def _same(tokenizer: Tokenizer, texts: list[str]) -> int:
     """Checks the ids; says how many texts the engine encoded."""
-    found = MergeEngine(tokenizer, split_special_tokens=False).encode(texts)
+    found = TiktokenEncoder(tokenizer, split_special_tokens=False).encode(texts)
     for text, ids in zip(texts, found, strict=True):
         if ids is not None:
             assert ids.tolist() == tokenizer.encode(text, add_special_tokens=False).ids, repr(text)
@@ -62,7 +62,7 @@ def _same(tokenizer: Tokenizer, texts: list[str]) -> int:
 @pytest.mark.parametrize("make", [_gpt2_like, lambda: _trained(_split(LLAMA3))], ids=["gpt2", "llama3"])
 def test_engine_when_tokenizer_is_byte_level_then_same_ids(make) -> None:
     tokenizer = make()
-    texts = [*ODD_TEXTS, "the tea is hot, sir", "on tin\u00e9 rods 12345 1 22\n\n\n x"]
+    texts = [*EDGE_CASES, "the tea is hot, sir", "on tin\u00e9 rods 12345 1 22\n\n\n x"]
     # Ids of a trained tokenizer begin with the special token: they are not the ranks.
     assert tokenizer.token_to_id("<s>") == 0
     assert _same(tokenizer, texts) >= len(texts) - 1
@@ -70,7 +70,7 @@ def test_engine_when_tokenizer_is_byte_level_then_same_ids(make) -> None:
 
 def test_engine_when_words_come_before_merges_then_same_ids() -> None:
     tokenizer = _changed(_trained(_split(LLAMA3)), ignore_merges=True)
-    assert _same(tokenizer, ODD_TEXTS) >= len(ODD_TEXTS) - 1
+    assert _same(tokenizer, EDGE_CASES) >= len(EDGE_CASES) - 1
 
 
 def test_engine_when_added_tokens_overlap_or_strip_then_texts_with_them_are_left() -> None:
@@ -86,7 +86,7 @@ def test_engine_when_added_tokens_overlap_or_strip_then_texts_with_them_are_left
 
 def test_engine_when_pattern_leaves_characters_out_then_text_is_left() -> None:
     tokenizer = _trained(_split(r"\p{L}+"))
-    found = MergeEngine(tokenizer, split_special_tokens=False).encode(["words", "two words"])
+    found = TiktokenEncoder(tokenizer, split_special_tokens=False).encode(["words", "two words"])
     assert found[0] is None  # Encoded together with what is left out.
     assert found[1] is None
 
@@ -105,7 +105,7 @@ def test_engine_when_tokenizer_works_otherwise_then_unsuitable() -> None:
     }
     for reason, tokenizer in others.items():
         with pytest.raises(UnsuitableError, match=reason):
-            MergeEngine(tokenizer, split_special_tokens=False)
+            TiktokenEncoder(tokenizer, split_special_tokens=False)
 
 
 def _model(merges: list[tuple[str, str]], **changes) -> dict:

@@ -112,7 +112,7 @@ def test_block_size_when_beyond_the_model_then_is_refused_before_the_text_is_rea
 ) -> None:
     import llm.training.run
 
-    monkeypatch.setattr(llm.training.run, "opened_text", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(llm.training.run, "open_dataset", lambda *_: pytest.fail("the text was read"))
     line = one_line(train(*replaced(tiny_options, "--block_size", "65")), 1)
     assert "64 tokens" in line
 

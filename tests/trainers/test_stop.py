@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 import llm.training.build
 from llm.models.language_model import LanguageModel
-from llm.training.run_dir.inspect import how_it_stands, read_run
-from llm.training.updaters.synchronous import CentralUpdater
+from llm.training.run_dir.inspect import read_run, status_line
+from llm.training.updaters.synchronous import SynchronousUpdater
 from tests.conftest import FOREVER, Outcome
 
 Train = Callable[..., Outcome]
@@ -223,8 +223,8 @@ def test_signal_when_an_update_hangs_then_the_second_one_ends_the_run(
 ) -> None:
     program = started(
         *tiny_options, *LONG, "--output_dir", tmp_path / "run",
-        first="import time; from llm.training.updaters.synchronous import CentralUpdater\n"
-        "CentralUpdater.update = lambda *_, **__: print('hangs', flush=True) or time.sleep(1000)",
+        first="import time; from llm.training.updaters.synchronous import SynchronousUpdater\n"
+        "SynchronousUpdater.update = lambda *_, **__: print('hangs', flush=True) or time.sleep(1000)",
     )  # fmt: skip
     program.wait_for_line("hangs")
     program.process.send_signal(signal.SIGTERM)
@@ -235,7 +235,7 @@ def test_signal_when_an_update_hangs_then_the_second_one_ends_the_run(
     assert "a second signal (SIGTERM): ended at once" in program.out
     facts = status(tmp_path / "run")
     assert (facts["state"], facts["exit_code"]) == ("failed", 128 + signal.SIGTERM)
-    said = how_it_stands(read_run(tmp_path / "run", verify=False))
+    said = status_line(read_run(tmp_path / "run", verify=False))
     assert said == "failed: a second signal (SIGTERM): ended at once (exit code 143)"
 
 
@@ -263,13 +263,13 @@ def test_max_time_when_one_of_two_ranks_sees_it_first_then_both_stop_after_the_s
     script = tmp_path / "late.py"
     script.write_text(
         "import os, sys\n"
-        "from llm.training.updaters.synchronous import CentralUpdater\n"
+        "from llm.training.updaters.synchronous import SynchronousUpdater\n"
         "from llm.training.supervision.deadline import Deadline\n"
-        "from llm.training.checkpoints.async_saver import Saver\n"
+        "from llm.training.checkpoints.async_saver import AsyncSaver\n"
         "from llm.trainers.gpt import main\n"
-        "update, save, calls = CentralUpdater.update, Saver.save, []\n"
-        "CentralUpdater.update = lambda *given, **more: calls.append(1) or update(*given, **more)\n"
-        "Saver.save = lambda *given, **more: calls.append(1) or save(*given, **more)\n"
+        "update, save, calls = SynchronousUpdater.update, AsyncSaver.save, []\n"
+        "SynchronousUpdater.update = lambda *given, **more: calls.append(1) or update(*given, **more)\n"
+        "AsyncSaver.save = lambda *given, **more: calls.append(1) or save(*given, **more)\n"
         "Deadline.reason = lambda _: 'max_time' if len(calls) >= 21 - int(os.environ['RANK']) else None\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
@@ -392,9 +392,9 @@ def test_stop_when_nothing_was_trained_since_the_resume_then_nothing_is_written_
 def test_stop_when_the_weights_are_not_finite_then_does_not_say_that_they_were_saved(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = CentralUpdater.update
+    update = SynchronousUpdater.update
 
-    def ruined(self: CentralUpdater, *given: Any, **more: Any) -> Any:
+    def ruined(self: SynchronousUpdater, *given: Any, **more: Any) -> Any:
         report = update(self, *given, **more)
         if given[1] == 6:
             with torch.no_grad():
@@ -402,7 +402,7 @@ def test_stop_when_the_weights_are_not_finite_then_does_not_say_that_they_were_s
             os.kill(os.getpid(), signal.SIGTERM)
         return report
 
-    monkeypatch.setattr(CentralUpdater, "update", ruined)
+    monkeypatch.setattr(SynchronousUpdater, "update", ruined)
     outcome = train(*tiny_options, "--checkpointing_steps", "5", "--output_dir", tmp_path)
     assert outcome.code == 1
     assert re.search(r"^error: step \d is not saved: .* is not finite; the older checkpoints stay$", outcome.err, re.M)

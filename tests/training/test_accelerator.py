@@ -15,22 +15,22 @@ import llm.training.accelerator
 from llm.config.errors import UserError
 from llm.config.options import TrainingOptions
 from llm.system.garbage_collection import freeze_heap
-from llm.training.accelerator import Machine, start_machine
+from llm.training.accelerator import Compute, start_compute
 from tests.conftest import Outcome
 
-Start = Callable[..., Machine]
+Start = Callable[..., Compute]
 
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     """`start(asked, launcher=..., native=...)` starts this process's machine, on its CPU."""
 
-    def run(asked: str = "auto", *, launcher: str | None = None, native: bool = False) -> Machine:
+    def run(asked: str = "auto", *, launcher: str | None = None, native: bool = False) -> Compute:
         monkeypatch.setattr(llm.training.accelerator, "multiplies_bf16", lambda _: native)
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
         if launcher is not None:
             monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-        return start_machine(TrainingOptions.model_validate({"use_cpu": True, "mixed_precision": asked}))
+        return start_compute(TrainingOptions.model_validate({"use_cpu": True, "mixed_precision": asked}))
 
     return run
 
@@ -70,10 +70,10 @@ def test_precision_when_the_checkpoint_has_another_then_auto_keeps_the_checkpoin
     monkeypatch.setattr(logging.getLogger("llm"), "propagate", True)
     caplog.set_level(logging.INFO)
     machine = start(native=True)
-    machine.keep_precision(None)
-    machine.keep_precision("bf16")
+    machine.use_checkpoint_precision(None)
+    machine.use_checkpoint_precision("bf16")
     assert not caplog.messages
-    machine.keep_precision("no")
+    machine.use_checkpoint_precision("no")
     assert caplog.messages == [
         "arithmetic: fp32, as the checkpoint's, not bf16 as auto is here; --mixed_precision changes it"
     ]
@@ -82,7 +82,7 @@ def test_precision_when_the_checkpoint_has_another_then_auto_keeps_the_checkpoin
     with machine.accelerator.autocast():
         assert (one @ one).dtype == torch.float32
     with pytest.raises(UserError, match="fp16 needs an accelerator"):
-        start().keep_precision("fp16")
+        start().use_checkpoint_precision("fp16")
 
 
 @pytest.mark.parametrize(("asked", "launcher"), [("bf16", None), ("auto", "bf16")])
@@ -95,7 +95,7 @@ def test_precision_when_another_than_the_checkpoints_is_asked_for_then_stands_an
 ) -> None:
     monkeypatch.setattr(logging.getLogger("llm"), "propagate", True)
     machine = start(asked, launcher=launcher)
-    machine.keep_precision("no")
+    machine.use_checkpoint_precision("no")
     assert machine.precision == "bf16"
     assert caplog.messages[0].startswith("the checkpoint was made in fp32, this run goes on in bf16")
 

@@ -11,7 +11,7 @@ import torch
 
 from llm.data.batches.loader import Batch
 from llm.training.loop import Event, run_updates
-from llm.training.state import Progress
+from llm.training.state import TrainState
 from llm.training.triggers import every
 from llm.training.updaters.synchronous import StepReport
 
@@ -34,7 +34,7 @@ class Scripted:
         return StepReport(loss=1.0, grad_norm=torch.tensor(1.0), lr=1e-3, skipped=False, **facts)
 
 
-def run(updater: Scripted, progress: Progress, **changes: Any) -> tuple[bool, list[int]]:
+def run(updater: Scripted, progress: TrainState, **changes: Any) -> tuple[bool, list[int]]:
     """Whether all 5 updates were made, and after which ones the event came."""
     seen: list[int] = []
     event = Event(every(1), lambda _: seen.append(progress.step))
@@ -43,19 +43,19 @@ def run(updater: Scripted, progress: Progress, **changes: Any) -> tuple[bool, li
 
 
 def test_loop_when_nothing_stops_it_then_makes_all_updates() -> None:
-    progress = Progress(step=2)
+    progress = TrainState(step=2)
     assert run(Scripted(), progress) == (True, [3, 4, 5])
     assert progress.tokens == 24
 
 
 def test_loop_when_a_rank_asked_then_ends_behind_that_update_and_its_events() -> None:
-    progress = Progress()
+    progress = TrainState()
     assert run(Scripted(step_1={"stop": True}), progress) == (False, [1, 2])
     assert run(Scripted(step_4={"stop": True}), progress) == (True, [3, 4, 5])
 
 
 def test_loop_when_an_update_is_abandoned_then_is_as_if_it_had_not_begun() -> None:
-    progress = Progress()
+    progress = TrainState()
     assert run(Scripted(step_2={"stop": True, "abandoned": True}), progress) == (False, [1, 2])
     assert (progress.step, progress.tokens, progress.window.num_steps) == (2, 16, 2)
 
@@ -71,7 +71,7 @@ def test_loop_when_watched_then_each_update_is_in_the_block_and_the_events_are_n
 
     event = Event(every(1), lambda _: inside.append("event"))
     run_updates(
-        Scripted(), repeat([]), Progress(), [event],
+        Scripted(), repeat([]), TrainState(), [event],
         num_steps=2, tokens_per_step=8, should_stop=lambda: False, watched=watched,
     )  # fmt: skip
     assert inside == ["in", "out", "event"] * 2

@@ -18,7 +18,7 @@ import torch
 import llm.training.accelerator
 import llm.training.callbacks.actions
 from llm.models.language_model import LanguageModel
-from llm.training.updaters.synchronous import CentralUpdater, StepReport
+from llm.training.updaters.synchronous import StepReport, SynchronousUpdater
 from tests.conftest import Outcome
 
 Train = Callable[..., Outcome]
@@ -42,16 +42,16 @@ def test_signal_when_it_comes_after_another_rank_stopped_the_run_then_the_save_i
 ) -> None:
     # A launcher signals its ranks one after another: this one hears of the stop from the others first,
     # and gets its own signal while it saves.
-    update, save = CentralUpdater.update, llm.training.callbacks.actions.save_checkpoint
+    update, save = SynchronousUpdater.update, llm.training.callbacks.actions.save_checkpoint
 
-    def stopped_by_another(self: CentralUpdater, *words: Any, **more: Any) -> StepReport:
+    def stopped_by_another(self: SynchronousUpdater, *words: Any, **more: Any) -> StepReport:
         return replace(update(self, *words, **more), stop=True)
 
     def signalled(*words: Any, **more: Any) -> Path:
         os.kill(os.getpid(), signal.SIGTERM)
         return save(*words, **more)
 
-    monkeypatch.setattr(CentralUpdater, "update", stopped_by_another)
+    monkeypatch.setattr(SynchronousUpdater, "update", stopped_by_another)
     monkeypatch.setattr(llm.training.callbacks.actions, "save_checkpoint", signalled)
     outcome = train(*tiny_options, "--output_dir", tmp_path / "run")
     assert outcome.code == 75, outcome.err
@@ -96,18 +96,18 @@ def test_overwriting_when_the_model_lies_in_the_folder_then_is_refused_and_nothi
 def test_run_when_it_fails_behind_its_first_updates_then_garbage_is_searched_and_memory_goes_back(
     train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = CentralUpdater.update
+    update = SynchronousUpdater.update
     frozen: list[int] = []
     heap = ["as found"]
 
-    def failing(self: CentralUpdater, batches: Any, step: int, **more: Any) -> StepReport:
+    def failing(self: SynchronousUpdater, batches: Any, step: int, **more: Any) -> StepReport:
         if step == 3:
             frozen.append(gc.get_freeze_count())
             heap.append("in an update")
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return update(self, batches, step, **more)
 
-    monkeypatch.setattr(CentralUpdater, "update", failing)
+    monkeypatch.setattr(SynchronousUpdater, "update", failing)
     monkeypatch.setattr(llm.training.accelerator, "keep_freed_memory", lambda: heap.append("kept"))
     monkeypatch.setattr(llm.training.accelerator, "return_freed_memory", lambda: heap.append("returned"))
     assert train(*tiny_options, "--max_train_steps", 5).code == 1

@@ -8,7 +8,7 @@ from itertools import permutations, product
 import pytest
 import torch
 
-from llm.training.seeding import mixed, seed_micro_batch, seed_weights
+from llm.training.seeding import derive_seed, seed_micro_batch, seed_weights
 
 CPU = torch.device("cpu")
 
@@ -20,13 +20,13 @@ def drawn(seed: Callable[[], None]) -> list[float]:
 
 def test_mixed_when_asked_again_then_is_the_same_for_ever() -> None:
     # Written down once: another value would give resumed runs other dropout than whole ones.
-    assert mixed(1337, 1, 2, 3, 4) == 0x38BF7A58BECB7887
+    assert derive_seed(1337, 1, 2, 3, 4) == 0x38BF7A58BECB7887
     # SplitMix64's first output for the seed 0, without its lowest bit.
-    assert mixed(0) == 0xE220A8397B1DCDAF >> 1
+    assert derive_seed(0) == 0xE220A8397B1DCDAF >> 1
 
 
 def test_mixed_when_the_numbers_are_small_then_all_differ_and_the_bits_are_even() -> None:
-    values = [mixed(*numbers) for numbers in product(range(10), repeat=4)]
+    values = [derive_seed(*numbers) for numbers in product(range(10), repeat=4)]
     assert len(set(values)) == len(values)
     assert all(0 <= value < 2**63 for value in values)
     for bit in range(63):
@@ -38,12 +38,12 @@ def test_mixed_when_one_bit_changes_then_half_the_result_does() -> None:
     for place, bit in product(range(3), range(0, 63, 9)):
         numbers = [7, 8, 9]
         numbers[place] ^= 1 << bit
-        assert 12 <= (mixed(7, 8, 9) ^ mixed(*numbers)).bit_count() <= 51
+        assert 12 <= (derive_seed(7, 8, 9) ^ derive_seed(*numbers)).bit_count() <= 51
 
 
 def test_mixed_when_the_order_or_the_count_changes_then_so_does_the_result() -> None:
-    assert len({mixed(*order) for order in permutations((0, 1, 2, 3))}) == 24
-    assert len({mixed(*[0] * count) for count in range(1, 10)}) == 9
+    assert len({derive_seed(*order) for order in permutations((0, 1, 2, 3))}) == 24
+    assert len({derive_seed(*[0] * count) for count in range(1, 10)}) == 9
 
 
 def test_micro_batch_when_seeded_again_then_draws_the_same_whatever_came_before() -> None:
@@ -63,6 +63,6 @@ def test_micro_batch_when_it_is_on_another_device_then_that_one_is_seeded_too(mo
     seeds: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
     seed_micro_batch(1, 2, 3, 4, torch.device("cuda:0"))
-    assert seeds == [torch.default_generator.initial_seed()] == [mixed(1, 1, 2, 3, 4)]
+    assert seeds == [torch.default_generator.initial_seed()] == [derive_seed(1, 1, 2, 3, 4)]
     seed_micro_batch(1, 2, 3, 5, CPU)
     assert len(seeds) == 1

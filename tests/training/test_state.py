@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from llm.training.state import Progress, Window
+from llm.training.state import LossWindow, TrainState
 from llm.training.updaters.synchronous import StepReport
 
 
@@ -17,16 +17,16 @@ def report(loss: float, *, skipped: bool = False) -> StepReport:
 
 
 def test_progress_when_updates_are_added_then_counts_them() -> None:
-    progress = Progress()
+    progress = TrainState()
     progress.add(report(2.0), num_tokens=256, seconds=0.5)
     progress.add(report(4.0), num_tokens=256, seconds=0.25, data_seconds=0.125)
     assert (progress.step, progress.tokens, progress.num_skipped, progress.train_seconds) == (2, 512, 0, 0.75)
-    assert progress.window == Window(loss=6.0, num_losses=2, num_steps=2, seconds=0.75, data_seconds=0.125)
+    assert progress.window == LossWindow(loss=6.0, num_losses=2, num_steps=2, seconds=0.75, data_seconds=0.125)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_progress_when_an_update_was_skipped_then_counts_it_and_keeps_the_mean_finite(loss: float) -> None:
-    progress = Progress()
+    progress = TrainState()
     progress.add(report(2.0), num_tokens=8, seconds=1)
     progress.add(report(loss, skipped=True), num_tokens=8, seconds=1)
     assert (progress.step, progress.num_skipped) == (2, 1)
@@ -36,18 +36,18 @@ def test_progress_when_an_update_was_skipped_then_counts_it_and_keeps_the_mean_f
 
 @pytest.mark.parametrize("eval_loss", [None, 1.2345678901234567])
 def test_progress_when_it_went_through_json_then_is_equal_and_goes_on_alike(eval_loss: float | None) -> None:
-    progress = Progress(eval_loss=eval_loss)
+    progress = TrainState(eval_loss=eval_loss)
     for number in range(3):
         progress.add(report(0.1 * number, skipped=number == 1), num_tokens=7, seconds=0.1)
-    restored = Progress.of(json.loads(json.dumps(progress.state())))
+    restored = TrainState.of(json.loads(json.dumps(progress.state())))
     assert restored == progress
     for each in (restored, progress):
         each.add(report(1 / 3), num_tokens=7, seconds=0.1)
     assert restored == progress
-    assert isinstance(restored.window, Window)
+    assert isinstance(restored.window, LossWindow)
 
 
 def test_progress_when_two_runs_are_made_then_share_no_window() -> None:
-    one, other = Progress(), Progress()
+    one, other = TrainState(), TrainState()
     one.add(report(1.0), num_tokens=1, seconds=1)
     assert other.window.num_steps == 0

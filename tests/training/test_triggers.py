@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from llm.training.triggers import Due, all_of, any_of, at_end, before, every, every_epoch
+from llm.training.triggers import Trigger, all_of, any_of, at_end, before, every, every_epoch
 
 
-def steps(due: Due, num_steps: int = 12) -> list[int]:
+def steps(due: Trigger, num_steps: int = 12) -> list[int]:
     """The updates of a run of 12 after which it is due."""
     return [step for step in range(1, num_steps + 1) if due(step)]
 

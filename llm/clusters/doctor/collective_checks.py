@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from llm.clusters.doctor.rendezvous import Meeting, open_store
+from llm.clusters.doctor.rendezvous import Rendezvous, open_store
 
 # What a process may be waiting for, by the stage that it is in.
 _STAGES = {
@@ -86,7 +86,7 @@ class Speed:
         return f"{self.latency_seconds * 1e6:.0f} us for 4 B, {rate:.3g} GB/s for {size} MiB"
 
 
-def run_processes(meeting: Meeting, plan: Plan, ranks: Sequence[int]) -> None:
+def run_processes(meeting: Rendezvous, plan: Plan, ranks: Sequence[int]) -> None:
     """Runs this host's processes to their end, or ends them; what failed is said under `failed/N`.
 
     Args:
@@ -107,7 +107,7 @@ def run_processes(meeting: Meeting, plan: Plan, ranks: Sequence[int]) -> None:
             process.join()
 
 
-def _attend(meeting: Meeting, plan: Plan, processes: dict[int, BaseProcess]) -> None:
+def _attend(meeting: Rendezvous, plan: Plan, processes: dict[int, BaseProcess]) -> None:
     stages = dict.fromkeys(processes, "start")
     began = dict.fromkeys(processes, time.monotonic())
     given_up: float | None = None
@@ -130,14 +130,14 @@ def _attend(meeting: Meeting, plan: Plan, processes: dict[int, BaseProcess]) -> 
             _fail(meeting, rank, stages[rank], f"ended with exit code {process.exitcode}")
 
 
-def _fail(meeting: Meeting, rank: int, stage: str, problem: str) -> None:
+def _fail(meeting: Rendezvous, rank: int, stage: str, problem: str) -> None:
     number = meeting.count("failures")
     meeting.say(f"failed/{number}", {"rank": rank, "host": socket.gethostname(), "stage": stage, "problem": problem})
 
 
 def _work(plan: Plan, rank: int, local_rank: int) -> None:
     """One process."""
-    meeting = Meeting(plan.address, plan.port, seconds=plan.seconds, is_first=False)
+    meeting = Rendezvous(plan.address, plan.port, seconds=plan.seconds, is_first=False)
     stage = "group"
     try:
         meeting.say(f"stage/{rank}", stage)

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm.clusters.allocation import Place
+from llm.clusters.allocation import JobAllocation
 from llm.clusters.doctor.collective_checks import Plan, Speed, run_processes
 from llm.clusters.doctor.host_info import (
-    Facts,
+    HostInfo,
+    collect_host_info,
     device_mistake,
     folder_mistake,
     group,
-    look_around,
     short,
     version_mistake,
 )
-from llm.clusters.doctor.rendezvous import Meeting, is_here
+from llm.clusters.doctor.rendezvous import Rendezvous, is_here
 from llm.clusters.hostlist import index_of
 from llm.config.errors import UserError
 from llm.config.launch import DoctorOptions
@@ -60,7 +60,7 @@ class _Row:
     mistake: str | None = None
 
 
-def examine(place: Place, options: DoctorOptions, *, nproc: int) -> Examination:
+def examine(place: JobAllocation, options: DoctorOptions, *, nproc: int) -> Examination:
     """Examines the hosts together with the agents on the others.
 
     Args:
@@ -73,12 +73,12 @@ def examine(place: Place, options: DoctorOptions, *, nproc: int) -> Examination:
     """
     first, folder, seconds = place.hosts[0], Path(options.folder).expanduser(), options.seconds
     is_first = place.rank == 0 if place.rank is not None else is_here(first)
-    own = look_around(nproc, use_cpu=options.use_cpu)
+    own = collect_host_info(nproc, use_cpu=options.use_cpu)
     if len(place.hosts) == 1 and place.job is None and options.port is None:
         address, port = "localhost", 0  # any free one
     else:
         address, port = first, options.port or place.port
-    meeting = Meeting(address, port, is_first=is_first, seconds=seconds)
+    meeting = Rendezvous(address, port, is_first=is_first, seconds=seconds)
     if is_first:
         return _Lead(meeting, place, folder, seconds).examine(own)
     number = meeting.count("arrived") + 1
@@ -90,11 +90,11 @@ def examine(place: Place, options: DoctorOptions, *, nproc: int) -> Examination:
 class _Lead:
     """The first host's part."""
 
-    def __init__(self, meeting: Meeting, place: Place, folder: Path, seconds: float) -> None:
+    def __init__(self, meeting: Rendezvous, place: JobAllocation, folder: Path, seconds: float) -> None:
         self._meeting, self._place, self._folder, self._seconds = meeting, place, folder, seconds
-        self._hosts: list[Facts] = []
+        self._hosts: list[HostInfo] = []
 
-    def examine(self, own: Facts) -> Examination:
+    def examine(self, own: HostInfo) -> Examination:
         rows = self._gather(own)
         if not any(row.mistake for row in rows):
             rows += self._compare()
@@ -107,14 +107,14 @@ class _Lead:
         self._meeting.await_all([f"goodbye/{number}" for number in others], min(_GOODBYE_SECONDS, self._seconds))
         return Examination(_table(rows), problem)
 
-    def _gather(self, own: Facts) -> list[_Row]:
+    def _gather(self, own: HostInfo) -> list[_Row]:
         """Waits for the other agents."""
         names = self._place.hosts
         began = time.monotonic()
         self._meeting.await_all([f"facts/{number}" for number in range(1, len(names))], self._seconds)
         took = time.monotonic() - began
         found = [self._meeting.heard(f"facts/{number}") for number in range(1, len(names))]
-        self._hosts = [own, *(Facts(**facts) for facts in found if facts is not None)]
+        self._hosts = [own, *(HostInfo(**facts) for facts in found if facts is not None)]
         came = [host.name for host in self._hosts]
         said = f"{len(came)} of {len(names)}: {short(came)}"
         said += f"; {self._place.scheduler} {self._place.job}" if self._place.scheduler else ""
@@ -246,7 +246,7 @@ def _failure(failed: dict[str, Any], plan: Plan) -> str:
     return f"{where} in {failed['stage']}: {failed['problem']}: {mend}"
 
 
-def _follow(meeting: Meeting, own: Facts, number: int, folder: Path, seconds: float) -> Examination:
+def _follow(meeting: Rendezvous, own: HostInfo, number: int, folder: Path, seconds: float) -> Examination:
     """The part of every other host."""
     patience = _STEPS_OF_PATIENCE * seconds
     meeting.say(f"facts/{number}", own.to_json())
@@ -277,7 +277,7 @@ def _follow(meeting: Meeting, own: Facts, number: int, folder: Path, seconds: fl
 
 
 def _answer_folder(
-    meeting: Meeting, folder: Path, token: str, number: int, seconds: float, hear: Callable[[str, str], Any]
+    meeting: Rendezvous, folder: Path, token: str, number: int, seconds: float, hear: Callable[[str, str], Any]
 ) -> None:
     own = _mark(folder, token, number)
     try:

@@ -20,7 +20,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
 @dataclass(frozen=True)
-class Facts:
+class HostInfo:
     """A host, as it sees itself.
 
     Attributes:
@@ -40,11 +40,11 @@ class Facts:
     versions: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """What `Facts(**…)` takes."""
+        """What `HostInfo(**…)` takes."""
         return asdict(self)
 
 
-def look_around(num_processes: int, *, use_cpu: bool = False) -> Facts:
+def collect_host_info(num_processes: int, *, use_cpu: bool = False) -> HostInfo:
     """The facts of this host.
 
     Args:
@@ -52,7 +52,7 @@ def look_around(num_processes: int, *, use_cpu: bool = False) -> Facts:
         use_cpu: leave its accelerators alone.
     """
     device, num_devices = find_devices(use_cpu=use_cpu)
-    return Facts(socket.gethostname(), str(Path.cwd()), num_processes, device, num_devices, _versions())
+    return HostInfo(socket.gethostname(), str(Path.cwd()), num_processes, device, num_devices, _versions())
 
 
 def find_devices(*, use_cpu: bool = False) -> tuple[str, int]:
@@ -81,7 +81,7 @@ def _hash_of_sources() -> str:
     return digest.hexdigest()[:8]
 
 
-def version_mistake(hosts: Sequence[Facts]) -> str | None:
+def version_mistake(hosts: Sequence[HostInfo]) -> str | None:
     """The first version in which hosts differ, in one line."""
     for name in hosts[0].versions:
         found = group([(host.versions.get(name, "missing"), host.name) for host in hosts])
@@ -90,13 +90,13 @@ def version_mistake(hosts: Sequence[Facts]) -> str | None:
     return None
 
 
-def folder_mistake(hosts: Sequence[Facts]) -> str | None:
+def folder_mistake(hosts: Sequence[HostInfo]) -> str | None:
     """Hosts whose processes run in different folders, in one line."""
     found = group([(host.folder, host.name) for host in hosts])
     return f"the folder is {_either(found)}: change to one folder on all hosts first" if len(found) > 1 else None
 
 
-def device_mistake(hosts: Sequence[Facts]) -> str | None:
+def device_mistake(hosts: Sequence[HostInfo]) -> str | None:
     """What is wrong with the devices, in one line."""
     kinds = group([(f"{host.num_devices} x {host.device}" if host.num_devices else "cpu", host.name) for host in hosts])
     if len(kinds) > 1:

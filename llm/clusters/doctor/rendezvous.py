@@ -18,7 +18,7 @@ _POLL_SECONDS = 0.1
 _ONE_TRY_SECONDS = 5.0
 
 
-class Meeting:
+class Rendezvous:
     """A store of small values (whatever JSON has, but not None) that all hosts see.
 
     Attributes:

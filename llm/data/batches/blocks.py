@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llm.config.errors import UserError
 from llm.data.batches.mixture import Mixture
-from llm.data.batches.shuffle import shuffled
+from llm.data.batches.shuffle import shuffled_index
 from llm.data.shards.document_starts import Starts
 from llm.data.shards.format import Stream, Streams
 from llm.data.shards.memmap import Tokens
@@ -103,11 +103,11 @@ class Blocks:
         """Blocks that a run of so many samples never reads."""
         return max(0, len(self) - num_samples)
 
-    def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
+    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
         """The block that sample number `sample` of a run reads; samples are counted over the epochs."""
         num_blocks = len(self)
         epoch, place = divmod(sample, num_blocks)
-        return self._read(shuffled(place, num_blocks, seed=seed, epoch=epoch))
+        return self._read(shuffled_index(place, num_blocks, seed=seed, epoch=epoch))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ _LOOK_SECONDS = 1.0
 _IGNORED = -100
 
 
-class Samples(Protocol):
+class BlockSource(Protocol):
     """Blocks to train on, as an endless sequence: each is a pure function of the seed and its number.
 
     Attributes:
@@ -40,7 +40,7 @@ class Samples(Protocol):
     def num_unread(self, num_samples: int) -> int:
         """Blocks that so many samples never read; 0 where nobody knows."""
 
-    def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
+    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
         """The block of a sample: int64 [block_size + 1], or [2, block_size + 1] with positions in documents."""
 
 
@@ -71,7 +71,7 @@ class Batch(NamedTuple):
 
 
 def training_batches(
-    samples: Samples,
+    samples: BlockSource,
     *,
     seed: int,
     first_step: int,
@@ -235,8 +235,8 @@ def batch_of(rows: Sequence[NDArray[np.int64]]) -> Batch:
 class _Rows(Dataset[NDArray[np.int64]]):
     """The blocks by the numbers of their samples, as PyTorch's loader wants them."""
 
-    def __init__(self, samples: Samples, seed: int) -> None:
+    def __init__(self, samples: BlockSource, seed: int) -> None:
         self._samples, self._seed = samples, seed
 
     def __getitem__(self, sample: int) -> NDArray[np.int64]:
-        return self._samples.of_sample(sample, self._seed)
+        return self._samples.block(sample, self._seed)

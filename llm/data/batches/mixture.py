@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.data.batches.shuffle import seed_of_source
-from llm.data.shards.document_starts import JoinedStarts, StartsOfPart
+from llm.data.shards.document_starts import ConcatenatedStarts, SlicedStarts
 from llm.data.shards.format import Source, Stream, Streams
 from llm.data.shards.memmap import Tokens
 
@@ -38,7 +38,7 @@ class SourceBlocks(Protocol):
     def num_unread(self, num_samples: int) -> int:
         """Blocks that so many samples never read."""
 
-    def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
+    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
         """The block of a sample."""
 
 
@@ -97,10 +97,10 @@ class Mixture:
                 node, number = node.right, number - before
         return node, number
 
-    def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
+    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
         """The block that a sample of a run reads; see `Samples`."""
         source, number = self.place(sample)
-        return self._sources[source].of_sample(number, seed_of_source(seed, source))
+        return self._sources[source].block(number, seed_of_source(seed, source))
 
     def num_samples(self, num_samples: int) -> list[int]:
         """How many of the first samples of a run each text has."""
@@ -170,12 +170,12 @@ def _joined(streams: Sequence[Stream]) -> Stream:
     """Streams one behind the other; what one of them does not say is not known."""
     documents = [stream.num_documents for stream in streams]
     sizes = [stream.num_bytes for stream in streams]
-    parts = [StartsOfPart(stream.starts, 0, len(stream.tokens)) for stream in streams if stream.starts is not None]
+    parts = [SlicedStarts(stream.starts, 0, len(stream.tokens)) for stream in streams if stream.starts is not None]
     return Stream(
         Tokens.joined([stream.tokens for stream in streams if isinstance(stream.tokens, Tokens)]),
         _sum(documents),
         _sum(sizes),
-        JoinedStarts(parts) if len(parts) == len(streams) else None,
+        ConcatenatedStarts(parts) if len(parts) == len(streams) else None,
     )
 
 

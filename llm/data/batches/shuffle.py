@@ -24,7 +24,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _STRETCH = 1024
 
 
-def shuffled(position: int, num_blocks: int, *, seed: int, epoch: int) -> int:
+def shuffled_index(position: int, num_blocks: int, *, seed: int, epoch: int) -> int:
     """The block at a place of an epoch: a bijection of 0 .. num_blocks - 1 for each (seed, epoch).
 
     It never changes from one version to the next: runs are resumed by it.

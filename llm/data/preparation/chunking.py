@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import AddedToken
 
 from llm.config.errors import UserError
-from llm.data.sources.documents import Part
+from llm.data.sources.documents import TextChunk
 from llm.data.sources.validation_split import Split
 from llm.tokenization.encoder import Encoder, Piece
 
@@ -46,7 +46,7 @@ def _anywhere(added_tokens: list[AddedToken]) -> str:
     return rf"(?s:(?<=[^{letters}])(?=.)|(?<=.)(?=[^{letters}]))" if letters else r"(?s:(?<=.)(?=.))"
 
 
-class Cutter:
+class Chunker:
     """Finds where a text can be cut so that the pieces give the ids of the whole.
 
     A kind of place is used once it was tried on a stretch of the text; the kinds that pass are used
@@ -109,7 +109,9 @@ def _is_plain(added_tokens: list[AddedToken]) -> bool:
     return not any(re.search(rf"\s|.[{_STOPS}]", token.content) or _swallows_unseen(token) for token in added_tokens)
 
 
-def batches(parts: Iterable[tuple[Split, Part]], encoder: Encoder, name: str = "the text") -> Iterator[list[Piece]]:
+def batches(
+    parts: Iterable[tuple[Split, TextChunk]], encoder: Encoder, name: str = "the text"
+) -> Iterator[list[Piece]]:
     """Groups the text into lists of pieces worth encoding at once, about a megabyte each.
 
     Args:
@@ -132,12 +134,12 @@ def batches(parts: Iterable[tuple[Split, Part]], encoder: Encoder, name: str = "
         yield batch
 
 
-def pieces(parts: Iterable[tuple[Split, Part]], encoder: Encoder, name: str = "the text") -> Iterator[Piece]:
+def pieces(parts: Iterable[tuple[Split, TextChunk]], encoder: Encoder, name: str = "the text") -> Iterator[Piece]:
     """Documents whole, but long ones in pieces if the ids stay the same.
 
     The last piece of a document that goes on in another split has `ends` false.
     """
-    cutter = Cutter(encoder)
+    cutter = Chunker(encoder)
     document: _Document | None = None
     number = 1
     for split, part in parts:
@@ -158,7 +160,7 @@ def pieces(parts: Iterable[tuple[Split, Part]], encoder: Encoder, name: str = "t
 class _Document:
     """The text of a document that is not encoded yet."""
 
-    def __init__(self, split: Split, cutter: Cutter, name: str) -> None:
+    def __init__(self, split: Split, cutter: Chunker, name: str) -> None:
         self.split = split
         self._cutter = cutter
         self._name = name

@@ -17,7 +17,7 @@ _DELAY_SECONDS = 0.5
 
 
 @contextmanager
-def text_bar() -> Iterator[Watch | None]:
+def text_progress_bar() -> Iterator[Watch | None]:
     """What to show the progress to while the block runs: MB, MB/s, tokens and the time left.
 
     None if the standard error is no terminal. The bar goes with the block.

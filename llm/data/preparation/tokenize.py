@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llm.data.preparation.chunking import batches
 from llm.data.shards.format import FOLDER_MAGIC, MANIFEST, SPLITS, VERSION
-from llm.data.shards.writer import Form, SplitWriter
+from llm.data.shards.writer import ShardSpec, SplitWriter
 from llm.data.sources.corpus import Corpus, no_text
-from llm.data.sources.documents import Skipped, describe
+from llm.data.sources.documents import Skipped, format_skipped
 from llm.data.sources.validation_split import Split
 from llm.files.atomic import write_text
 from llm.tokenization.encoder import Encoder, Piece
@@ -107,7 +107,9 @@ def write_shards(
     _remove_unfinished(folder)
     skipped: Skipped = Counter()
     with Encoder(tokenizer, num_workers) as encoder, ExitStack() as stack:
-        form = Form(encoder.vocabulary_size, tokenizer_hash, shard_size, tokenizer.eos_token_id, eos_in_single_text)
+        form = ShardSpec(
+            encoder.vocabulary_size, tokenizer_hash, shard_size, tokenizer.eos_token_id, eos_in_single_text
+        )
         writers = {split: stack.enter_context(closing(SplitWriter(folder, split, form))) for split in SPLITS}
         progress = _Progress(corpus, list(writers.values()), watch)
         _write_documents(corpus, encoder, writers, skipped, progress, check)
@@ -151,7 +153,7 @@ def _require_text(corpus: Corpus, writers: Mapping[Split, SplitWriter], skipped:
 
 
 def _write_manifest(
-    folder: Path, corpus: Corpus, form: Form, writers: Mapping[Split, SplitWriter], skipped: Skipped
+    folder: Path, corpus: Corpus, form: ShardSpec, writers: Mapping[Split, SplitWriter], skipped: Skipped
 ) -> None:
     hashes = "".join(writer.text_hash for writer in writers.values())
     manifest = {
@@ -213,7 +215,7 @@ class _Progress:
 
     def end(self, skipped: Skipped) -> None:
         if skipped:
-            log.warning("%s: skipped %s", self._corpus.name, describe(skipped))
+            log.warning("%s: skipped %s", self._corpus.name, format_skipped(skipped))
         self._line("tokenized", self._counts(time.monotonic()), "")
 
     def _counts(self, now: float) -> Counts:

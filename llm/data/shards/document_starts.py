@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llm.data.shards.memmap import Row, TokenFile, Tokens
+from llm.data.shards.memmap import FileSequence, TokenFile, Tokens
 
 
 class Starts(Protocol):
@@ -21,7 +21,7 @@ class Starts(Protocol):
         """The tokens from `start` to in front of `stop` with which a document begins, ascending."""
 
 
-class MarkedStretch(Protocol):
+class MarkedSegment(Protocol):
     """Tokens whose document starts lie in a file."""
 
     @property
@@ -36,9 +36,11 @@ class MarkedStretch(Protocol):
 class StartsInFiles:
     """Starts that lie in files beside the ids, found by bisection."""
 
-    def __init__(self, stretches: Sequence[MarkedStretch]) -> None:
+    def __init__(self, stretches: Sequence[MarkedSegment]) -> None:
         """Those of stretches that stand one behind the other; nothing is read."""
-        self._row = Row([stretch.starts for stretch in stretches], [stretch.num_tokens for stretch in stretches])
+        self._row = FileSequence(
+            [stretch.starts for stretch in stretches], [stretch.num_tokens for stretch in stretches]
+        )
 
     def between(self, start: int, stop: int) -> NDArray[np.int64]:
         """As `Starts.between`."""
@@ -50,7 +52,7 @@ class StartsInFiles:
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
-class StartsBehindToken:
+class StartsAfterEos:
     """Starts of a stream that holds no others: a document begins behind each end-of-text token.
 
     So it is in the streams of this package, and in nanoGPT's. llm.c, modded-nanogpt and build-nanogpt put the
@@ -70,7 +72,7 @@ class StartsBehindToken:
 
 
 @dataclass(frozen=True)
-class StartsOfPart:
+class SlicedStarts:
     """Of a stretch of a stream.
 
     Attributes:
@@ -84,13 +86,13 @@ class StartsOfPart:
     num_tokens: int
 
 
-class JoinedStarts:
+class ConcatenatedStarts:
     """Starts of parts of streams, one behind the other.
 
     A part begins a document, whatever it begins with: what was in front of it is not there.
     """
 
-    def __init__(self, parts: Sequence[StartsOfPart]) -> None:
+    def __init__(self, parts: Sequence[SlicedStarts]) -> None:
         """Joins parts in their order."""
         self._parts = tuple(parts)
         self._ends = list(accumulate(part.num_tokens for part in self._parts))

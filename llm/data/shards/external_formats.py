@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm.config.errors import UserError
-from llm.data.shards.document_starts import JoinedStarts, StartsInFiles, StartsOfPart
+from llm.data.shards.document_starts import ConcatenatedStarts, SlicedStarts, StartsInFiles
 from llm.data.shards.format import ForeignShardError, Stream, Streams, TruncatedShardError, open_shard
-from llm.data.shards.memmap import Mapped, Stretch, TokenFile, Tokens
+from llm.data.shards.memmap import MappedTokens, TokenFile, Tokens, TokenSegment
 from llm.data.sources.files import named_paths, split_of
 from llm.data.sources.hub_datasets import is_saved, load_saved
 
@@ -69,7 +69,7 @@ def open_files(
     return _streams(train[0], streams, percentage, vocabulary_size, Path(train[0]).parent)
 
 
-def open_foreign_folder(folder: Path, percentage: float, vocabulary_size: int) -> Streams:
+def open_external_folder(folder: Path, percentage: float, vocabulary_size: int) -> Streams:
     """The ids of a folder: of `save_to_disk`, or of `.bin` and `.npy` files whose names say their split.
 
     Raises:
@@ -144,7 +144,7 @@ def _of_paths(paths: Sequence[Path]) -> Stream:
 
 
 @dataclass(frozen=True)
-class ColumnStretch:
+class ColumnSegment:
     """A chunk of the column `input_ids`, its rows one behind the other.
 
     Attributes:
@@ -159,19 +159,19 @@ class ColumnStretch:
     chunk: int
     num_tokens: int
 
-    def map(self) -> Mapped:
+    def map(self) -> MappedTokens:
         """The ids where the library has mapped them."""
         values = _chunks(load_saved(self.folder)[self.split])[self.chunk].flatten()
-        return Mapped(values.to_numpy(zero_copy_only=True))
+        return MappedTokens(values.to_numpy(zero_copy_only=True))
 
 
-def _column_stretches(folder: Path, split: str, table: Any) -> list[Stretch]:
+def _column_stretches(folder: Path, split: str, table: Any) -> list[TokenSegment]:
     if _COLUMN not in table.column_names:
         raise ForeignShardError(
             f"{folder}: no column {_COLUMN}; its columns are {', '.join(table.column_names)};"
             " text is given as --dataset_name"
         )
-    return [ColumnStretch(folder, split, number, len(chunk.flatten())) for number, chunk in enumerate(_chunks(table))]
+    return [ColumnSegment(folder, split, number, len(chunk.flatten())) for number, chunk in enumerate(_chunks(table))]
 
 
 def _chunks(table: Any) -> list[Any]:
@@ -200,7 +200,7 @@ def _streams(name: str, found: list[Stream], percentage: float, vocabulary_size:
 
 def _part(stream: Stream, start: int, stop: int) -> Stream:
     assert isinstance(stream.tokens, Tokens)
-    starts = stream.starts and JoinedStarts([StartsOfPart(stream.starts, start, stop - start)])
+    starts = stream.starts and ConcatenatedStarts([SlicedStarts(stream.starts, start, stop - start)])
     return Stream(stream.tokens.part(start, stop), None, None, starts)
 
 

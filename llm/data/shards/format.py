@@ -65,7 +65,7 @@ class UnfinishedError(ShardError):
 
 
 @dataclass(frozen=True)
-class Place:
+class ResumePoint:
     """Where in a split's text a shard begins or ends: what makes the next shard continue exactly.
 
     Attributes:
@@ -108,8 +108,8 @@ class Shard:
     max_id: int
     token_hash: str
     starts_hash: str
-    begins: Place
-    ends: Place
+    begins: ResumePoint
+    ends: ResumePoint
 
     @property
     def tokens(self) -> TokenFile:
@@ -206,7 +206,7 @@ def open_shard(path: Path, *, tokenizer_hash: str | None = None, vocabulary_size
     """
     facts = read_json(path.with_suffix(".json"), MAGIC)
     try:
-        facts |= {name: Place(**facts[name]) for name in ("begins", "ends")}
+        facts |= {name: ResumePoint(**facts[name]) for name in ("begins", "ends")}
         shard = Shard(path=path, **facts)
         sizes = {
             path: shard.num_tokens * np.dtype(DTYPES[shard.dtype]).itemsize,

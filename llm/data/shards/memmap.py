@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 _READS_BEFORE_RELEASE = 32
 
 
-class Mapped:
+class MappedTokens:
     """The ids of one file.
 
     Attributes:
@@ -29,9 +29,9 @@ class Mapped:
         self.ids = ids
         self._memory = memory
 
-    def part(self, start: int, stop: int) -> Mapped:
+    def part(self, start: int, stop: int) -> MappedTokens:
         """A stretch of it; still a view."""
-        return Mapped(self.ids[start:stop], self._memory)
+        return MappedTokens(self.ids[start:stop], self._memory)
 
     def release(self) -> None:
         """Takes the pages out of this process; they stay in the system's cache, and views stay valid."""
@@ -39,14 +39,14 @@ class Mapped:
             self._memory.madvise(mmap.MADV_DONTNEED)
 
 
-class Stretch(Protocol):
+class TokenSegment(Protocol):
     """Something that holds a number of tokens, known before it is opened."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens in it."""
 
-    def map(self) -> Mapped:
+    def map(self) -> MappedTokens:
         """Opens it."""
 
 
@@ -66,18 +66,18 @@ class TokenFile:
     num_tokens: int
     header_bytes: int = 0
 
-    def map(self) -> Mapped:
+    def map(self) -> MappedTokens:
         """Maps the file; an empty one cannot be mapped and needs not."""
         if not self.num_tokens:
-            return Mapped(np.zeros(0, self.dtype))
+            return MappedTokens(np.zeros(0, self.dtype))
         with self.path.open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         ids = np.frombuffer(memory, self.dtype, count=self.num_tokens, offset=self.header_bytes)
-        return Mapped(ids, memory)
+        return MappedTokens(ids, memory)
 
 
 @dataclass(frozen=True)
-class PartOfStretch:
+class SlicedSegment:
     """Some of the tokens of a stretch.
 
     Attributes:
@@ -86,22 +86,22 @@ class PartOfStretch:
         num_tokens: tokens of the part.
     """
 
-    stretch: Stretch
+    stretch: TokenSegment
     first: int
     num_tokens: int
 
-    def map(self) -> Mapped:
+    def map(self) -> MappedTokens:
         """Opens the whole, and shows the part."""
         return self.stretch.map().part(self.first, self.first + self.num_tokens)
 
 
-class Row:
+class FileSequence:
     """Files that stand one behind the other, each mapped when it is first read.
 
     Pickled, it carries names and not content.
     """
 
-    def __init__(self, files: Sequence[Stretch], lengths: Sequence[int]) -> None:
+    def __init__(self, files: Sequence[TokenSegment], lengths: Sequence[int]) -> None:
         """Puts files in a row.
 
         Args:
@@ -110,7 +110,7 @@ class Row:
         """
         self._files = tuple(files)
         self.ends = list(accumulate(lengths))
-        self._mapped: dict[int, Mapped] = {}
+        self._mapped: dict[int, MappedTokens] = {}
         self._num_reads = 0
 
     def over(self, start: int, stop: int) -> Iterator[tuple[NDArray[Any], int, int, int]]:
@@ -130,7 +130,7 @@ class Row:
                 start = end
             number += 1
 
-    def _open(self, number: int) -> Mapped:
+    def _open(self, number: int) -> MappedTokens:
         mapped = self._mapped.get(number)
         if mapped is None:
             mapped = self._mapped[number] = self._files[number].map()
@@ -154,7 +154,7 @@ class Tokens:
     copy of the slice. Pickled, it carries names and not content.
     """
 
-    def __init__(self, stretches: Sequence[Stretch], start: int = 0, stop: int | None = None) -> None:
+    def __init__(self, stretches: Sequence[TokenSegment], start: int = 0, stop: int | None = None) -> None:
         """Joins stretches.
 
         Args:
@@ -163,7 +163,7 @@ class Tokens:
             stop: the first one behind the stream; None for their end.
         """
         self._stretches = tuple(stretches)
-        self._row = Row(self._stretches, [stretch.num_tokens for stretch in self._stretches])
+        self._row = FileSequence(self._stretches, [stretch.num_tokens for stretch in self._stretches])
         total = self._row.ends[-1] if self._stretches else 0
         self._start, self._stop, _ = slice(start, stop).indices(total)
         # Asked for with every slice.
@@ -193,9 +193,9 @@ class Tokens:
         """Streams one behind the other; nothing is read."""
         return cls([part for stream in streams for part in stream._parts()])
 
-    def _parts(self) -> Iterator[Stretch]:
+    def _parts(self) -> Iterator[TokenSegment]:
         for stretch, end in zip(self._stretches, self._row.ends, strict=True):
             begin = end - stretch.num_tokens
             first, last = max(begin, self._start), min(end, self._stop)
             if first < last:
-                yield PartOfStretch(stretch, first - begin, last - first)
+                yield SlicedSegment(stretch, first - begin, last - first)

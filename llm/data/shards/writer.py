@@ -16,7 +16,7 @@ from llm.data.shards.format import (
     DTYPES,
     HASH_BYTES,
     STARTS_DTYPE,
-    Place,
+    ResumePoint,
     Shard,
     finished_shards,
     shard_path,
@@ -31,7 +31,7 @@ _BOUNDARY = b"\xff"
 
 
 @dataclass(frozen=True)
-class Form:
+class ShardSpec:
     """What all shards of a text share.
 
     Attributes:
@@ -57,7 +57,7 @@ class Form:
 class _File:
     """A shard that is being written, under a name that nobody reads."""
 
-    def __init__(self, path: Path, begins: Place, first: int) -> None:
+    def __init__(self, path: Path, begins: ResumePoint, first: int) -> None:
         self.path = path
         self.begins = begins
         self.first = first
@@ -75,7 +75,7 @@ class _File:
         self.num_tokens += len(ids)
         self._min, self._max = min(self._min, int(ids.min())), max(self._max, int(ids.max()))
 
-    def finish(self, starts: list[int], ends: Place, form: Form) -> Shard:
+    def finish(self, starts: list[int], ends: ResumePoint, form: ShardSpec) -> Shard:
         """Gives the files their names, the sidecar last."""
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -120,10 +120,10 @@ class SplitWriter:
         num_shards: finished shards.
     """
 
-    def __init__(self, folder: Path, split: Split, form: Form) -> None:
+    def __init__(self, folder: Path, split: Split, form: ShardSpec) -> None:
         shards = finished_shards(folder, split, tokenizer_hash=form.tokenizer_hash)
         self._folder, self._split, self._form = folder, split, form
-        self._resumed = shards[-1].ends if shards else Place(0, 0, 0)
+        self._resumed = shards[-1].ends if shards else ResumePoint(0, 0, 0)
         self._next = self._resumed
         self._cut_at = self._resumed.token
         self.num_shards = len(shards)
@@ -183,7 +183,7 @@ class SplitWriter:
             run = int(np.searchsorted(ends, stop, side="left"))
             in_run = stop - (int(ends[run - 1]) if run else 0) + (0 if run else self._cut_at)
             first_piece = self._num_pieces - len(self._runs)
-            self._next = Place(self._documents[run], first_piece + run, in_run)
+            self._next = ResumePoint(self._documents[run], first_piece + run, in_run)
             if self._file.num_tokens == self._form.shard_size:
                 self._finish_shard()
         self._runs, self._documents, self._num_waiting, self._cut_at = [], [], 0, 0

@@ -16,11 +16,11 @@ from typing import Any, TypeAlias
 from llm.config.errors import UsageError, UserError
 from llm.config.options import DataOptions
 from llm.data.sources import python_library
-from llm.data.sources.documents import Part, Skipped, Source, describe
+from llm.data.sources.documents import Skipped, TextChunk, TextSource, format_skipped
 from llm.data.sources.files import TextFile, folder_files, named_files
 from llm.data.sources.hub_datasets import is_saved, load_hub, load_saved, table_rows
 from llm.data.sources.readers import Files
-from llm.data.sources.validation_split import Cut, Split, divide, divide_by_hash, find_cut
+from llm.data.sources.validation_split import Split, SplitPoint, divide_by_hash, find_split_point, split_at
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +48,13 @@ class Corpus:
 
     name: str
     fingerprint: str
-    train: Source
-    validation: Source | None
+    train: TextSource
+    validation: TextSource | None
     validation_split_percentage: float
     file_bytes: int | None = None
     is_streamed: bool = False
 
-    def parts(self, skipped: Skipped) -> Iterator[tuple[Split, Part]]:
+    def parts(self, skipped: Skipped) -> Iterator[tuple[Split, TextChunk]]:
         """The whole text: first all of the split `train`, then all of `validation`.
 
         A document that is cut in two ends in `validation` only. A streamed text without validation text of
@@ -74,7 +74,7 @@ class Corpus:
         elif self.is_streamed:
             yield from divide_by_hash(self.train(skipped), self.validation_split_percentage)
         else:
-            yield from divide(self.train(skipped), self._cut)
+            yield from split_at(self.train(skipped), self._cut)
 
     def texts(self, *, held_out: bool = False) -> Iterator[str]:
         """The training text, in pieces of up to about a megabyte or a row, to make a tokenizer of.
@@ -100,11 +100,11 @@ class Corpus:
         return self.file_bytes if cut is None else int(cut.num_bytes)
 
     @cached_property
-    def _cut(self) -> Cut:
+    def _cut(self) -> SplitPoint:
         """Reads the whole text once to find where its last N % begin."""
         skipped: Skipped = Counter()
         asked = self.validation_split_percentage
-        cut = find_cut(self.train(skipped), asked)
+        cut = find_split_point(self.train(skipped), asked)
         if cut is None:
             raise no_text(self.name, skipped)
         log.info(
@@ -117,7 +117,7 @@ class Corpus:
 
 def no_text(name: str, skipped: Skipped) -> UserError:
     """The refusal of a source whose rows are all unusable."""
-    return UserError(f"{name}: holds no text (skipped {describe(skipped)}); name another")
+    return UserError(f"{name}: holds no text (skipped {format_skipped(skipped)}); name another")
 
 
 def open_corpus(options: DataOptions, *, load_hub: LoadHub = load_hub) -> Corpus:
@@ -216,7 +216,9 @@ def _table_corpus(options: DataOptions, name: str, splits: Mapping[str, Any]) ->
     return _corpus(options, name, sources["train"], sources.get("validation"), identity)
 
 
-def _corpus(options: DataOptions, name: str, train: Source, validation: Source | None, identity: object) -> Corpus:
+def _corpus(
+    options: DataOptions, name: str, train: TextSource, validation: TextSource | None, identity: object
+) -> Corpus:
     percentage = 0 if validation is not None else options.validation_split_percentage
     facts = [
         _FORMAT,

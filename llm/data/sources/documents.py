@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeAlias
 
 
-class Part(NamedTuple):
+class TextChunk(NamedTuple):
     """A stretch of one document.
 
     A document is every part up to, and with, the first whose `ends` is true. That last part may be
@@ -21,7 +21,7 @@ class Part(NamedTuple):
 Skipped: TypeAlias = Counter[str]
 """Rows that did not become text: reason -> number of rows."""
 
-Source: TypeAlias = Callable[[Skipped], Iterator[Part]]
+TextSource: TypeAlias = Callable[[Skipped], Iterator[TextChunk]]
 """Reads a text from its beginning, each time it is called, and counts what it skips."""
 
 
@@ -41,7 +41,7 @@ def is_encodable(text: str) -> bool:
     return True
 
 
-def documents_of_rows(rows: Iterable[object], skipped: Skipped) -> Iterator[Part]:
+def documents_of_rows(rows: Iterable[object], skipped: Skipped) -> Iterator[TextChunk]:
     """Joins rows into documents.
 
     A row is a document, except that a row ending in a newline is a line of a running text (as in
@@ -56,14 +56,14 @@ def documents_of_rows(rows: Iterable[object], skipped: Skipped) -> Iterator[Part
         assert isinstance(row, str)
         if row.endswith("\n"):
             running = True
-            yield Part(row, ends=False)
+            yield TextChunk(row, ends=False)
             continue
         if running:
             running = False
-            yield Part("", ends=True)
-        yield Part(row, ends=True)
+            yield TextChunk("", ends=True)
+        yield TextChunk(row, ends=True)
     if running:
-        yield Part("", ends=True)
+        yield TextChunk("", ends=True)
 
 
 def _why_not(row: object) -> str | None:
@@ -79,7 +79,7 @@ def _why_not(row: object) -> str | None:
     return None if is_encodable(row) else "lone surrogate"
 
 
-def describe(skipped: Skipped) -> str:
+def format_skipped(skipped: Skipped) -> str:
     """The counts in words, such as `12 rows (empty: 10, null: 2)`."""
     reasons = ", ".join(f"{reason}: {number}" for reason, number in sorted(skipped.items()))
     return f"{skipped.total()} rows ({reasons})" if reasons else "0 rows"

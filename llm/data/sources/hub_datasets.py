@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.config.errors import UserError
-from llm.data.sources.documents import Part, Skipped, documents_of_rows
+from llm.data.sources.documents import Skipped, TextChunk, documents_of_rows
 from llm.data.sources.readers import cells, no_column
 
 _BATCH_ROWS = 1024
@@ -32,7 +32,7 @@ class TableRows:
     table: Any
     column: str
 
-    def __call__(self, skipped: Skipped) -> Iterator[Part]:
+    def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
         """The documents that the rows form; see `documents_of_rows`."""
         return documents_of_rows(self._rows(), skipped)
 

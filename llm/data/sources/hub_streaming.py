@@ -11,7 +11,7 @@ from typing import Any
 from llm.config.errors import UserError
 from llm.config.options import DataOptions
 from llm.data.sources.corpus import Corpus
-from llm.data.sources.documents import Part, Skipped, documents_of_rows
+from llm.data.sources.documents import Skipped, TextChunk, documents_of_rows
 from llm.data.sources.hub_datasets import loading_error
 from llm.data.sources.readers import no_column
 
@@ -33,7 +33,7 @@ class StreamRows:
     table: Any
     column: str
 
-    def __call__(self, skipped: Skipped) -> Iterator[Part]:
+    def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
         """The documents that the rows form; see `documents_of_rows`."""
         return documents_of_rows(self._rows(), skipped)
 

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from llm.config.errors import UserError
-from llm.data.sources.documents import Part, Skipped
+from llm.data.sources.documents import Skipped, TextChunk
 
 NAME = "builtin:python"
 
@@ -37,7 +37,7 @@ class PythonFiles:
     root: Path
     names: tuple[str, ...]
 
-    def __call__(self, skipped: Skipped) -> Iterator[Part]:
+    def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
         """The files' text as it is."""
         for name in self.names:
             try:
@@ -49,7 +49,7 @@ class PythonFiles:
                 skipped["file cannot be read"] += 1
                 continue
             if text:
-                yield Part(text, ends=True)
+                yield TextChunk(text, ends=True)
             else:
                 skipped["empty file"] += 1
 

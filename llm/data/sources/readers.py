@@ -10,7 +10,7 @@ from itertools import chain, islice
 from typing import Any
 
 from llm.config.errors import UserError
-from llm.data.sources.documents import Part, Skipped, documents_of_rows
+from llm.data.sources.documents import Skipped, TextChunk, documents_of_rows
 from llm.data.sources.files import DOCUMENT_KINDS, TextFile
 from llm.data.sources.json_array import items
 from llm.data.sources.text_decoding import characters, lines
@@ -40,7 +40,7 @@ class Files:
     text_column: str | None = None
     keep_linebreaks: bool = True
 
-    def __call__(self, skipped: Skipped) -> Iterator[Part]:
+    def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
         """The documents of the files: a txt or md file is one; else see `documents_of_rows`.
 
         Raises:
@@ -52,11 +52,11 @@ class Files:
             else:
                 yield from documents_of_rows(rows(file, self.text_column or "text"), skipped)
 
-    def _document(self, file: TextFile) -> Iterator[Part]:
+    def _document(self, file: TextFile) -> Iterator[TextChunk]:
         for chunk in characters(file):
             text = chunk if self.keep_linebreaks else chunk.translate(_LINE_BREAKS)
-            yield Part(text, ends=False)
-        yield Part("", ends=True)
+            yield TextChunk(text, ends=False)
+        yield TextChunk("", ends=True)
 
 
 def rows(file: TextFile, column: str) -> Iterator[object]:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from llm.data.sources.documents import Part, utf8_length
+from llm.data.sources.documents import TextChunk, utf8_length
 
 Split: TypeAlias = Literal["train", "validation"]
 
@@ -18,7 +18,7 @@ Split: TypeAlias = Literal["train", "validation"]
 _LONGEST_CHARACTER = 4
 
 
-class Cut(NamedTuple):
+class SplitPoint(NamedTuple):
     """Where validation begins: in front of a document, or inside the only one.
 
     Attributes:
@@ -36,7 +36,7 @@ class Cut(NamedTuple):
     num_bytes: int
 
 
-def find_cut(parts: Iterable[Part], percentage: float) -> Cut | None:
+def find_split_point(parts: Iterable[TextChunk], percentage: float) -> SplitPoint | None:
     """The cut that holds out a share of a text, None if the text has no document.
 
     Of several documents the last ones are held out, whole: as many as come nearest to the share, at
@@ -56,15 +56,15 @@ def find_cut(parts: Iterable[Part], percentage: float) -> Cut | None:
     if not sizes:
         return None
     if len(sizes) == 1:
-        return Cut(0, int(sizes[0] * (1 - percentage / 100)), 1, percentage, sizes[0])
+        return SplitPoint(0, int(sizes[0] * (1 - percentage / 100)), 1, percentage, sizes[0])
     tails = np.cumsum(np.array(sizes[:0:-1], dtype=np.int64))
     total = int(tails[-1]) + sizes[0]
     num_held_out = int(np.argmin(np.abs(tails - total * percentage / 100))) + 1
     share = 100 * int(tails[num_held_out - 1]) / max(total, 1)
-    return Cut(len(sizes) - num_held_out, 0, len(sizes), share, total)
+    return SplitPoint(len(sizes) - num_held_out, 0, len(sizes), share, total)
 
 
-def find_head(parts: Iterable[Part], percentage: float, num_bytes: int) -> Cut | None:
+def find_head(parts: Iterable[TextChunk], percentage: float, num_bytes: int) -> SplitPoint | None:
     """The cut behind the head of a text that is too long to be read once more; None if it has no text.
 
     The head is so large a share of the first `num_bytes`, or of the whole text where that is less. It ends
@@ -90,13 +90,13 @@ def find_head(parts: Iterable[Part], percentage: float, num_bytes: int) -> Cut |
     inner = [end for end in ends if end < size]
     nearest = min(inner, key=lambda end: abs(end - wanted), default=None)
     if nearest is not None and nearest <= 2 * wanted:
-        return Cut(ends.index(nearest) + 1, 0, len(ends), 100 * nearest / size, size)
+        return SplitPoint(ends.index(nearest) + 1, 0, len(ends), 100 * nearest / size, size)
     document = bisect_right(ends, wanted)
     before = ends[document - 1] if document else 0
-    return Cut(document, int(wanted) - before, len(ends), percentage, size)
+    return SplitPoint(document, int(wanted) - before, len(ends), percentage, size)
 
 
-def divide(parts: Iterable[Part], cut: Cut) -> Iterator[tuple[Split, Part]]:
+def split_at(parts: Iterable[TextChunk], cut: SplitPoint) -> Iterator[tuple[Split, TextChunk]]:
     """Says of every part on which side of the cut it lies, and cuts the one that lies on both.
 
     A cut inside a character moves in front of it.
@@ -112,13 +112,13 @@ def divide(parts: Iterable[Part], cut: Cut) -> Iterator[tuple[Split, Part]]:
             head, tail = _cut_text(part.text, min(max(cut.byte - byte, 0), size))
             byte += size
             if head:
-                yield "train", Part(head, ends=False)
+                yield "train", TextChunk(head, ends=False)
             if tail or part.ends:
-                yield "validation", Part(tail, part.ends)
+                yield "validation", TextChunk(tail, part.ends)
         document += part.ends
 
 
-def divide_by_hash(parts: Iterable[Part], percentage: float) -> Iterator[tuple[Split, Part]]:
+def divide_by_hash(parts: Iterable[TextChunk], percentage: float) -> Iterator[tuple[Split, TextChunk]]:
     """Says of every document in which split it is, from the hash of its first part alone.
 
     For a text that is too long, or too far away, to be read once more for the place of a cut. A document

@@ -17,20 +17,20 @@ from transformers import PreTrainedTokenizerBase
 from llm.config.errors import Stopped, UsageError, UserError
 from llm.config.options import DataOptions, Options
 from llm.data.batches.blocks import Blocks, Ledger, cut_validation, ledger
-from llm.data.batches.loader import Batch, Samples
-from llm.data.dataset import Text, prepare_text
+from llm.data.batches.loader import Batch, BlockSource
+from llm.data.dataset import TokenizedDataset, prepare_dataset
 from llm.data.shards.external_formats import is_token_file
 from llm.data.shards.format import MANIFEST, Stream, Streams, open_folder
-from llm.data.sources.documents import describe
+from llm.data.sources.documents import format_skipped
 from llm.data.sources.hub_streaming import is_remote, newest_revision
-from llm.data.streaming.reader import ArrivingBlocks, ArrivingTokens
+from llm.data.streaming.reader import GrowingBlocks, GrowingTokens
 from llm.data.streaming.source import TextStream
 from llm.data.streaming.writer_process import SHARD_SIZE, StreamJob, StreamWriter, cannot_be_written
 from llm.distributed.world import World
 from llm.files.lock import locked
 from llm.tokenization.encoder import vocabulary_size
 from llm.tokenization.load import is_character_level, load_tokenizer, tokenizer_hash
-from llm.training.checkpoints.external import ForeignCheckpoint
+from llm.training.checkpoints.external import ExternalCheckpoint
 from llm.training.checkpoints.store import Checkpoint
 from llm.training.plan import Plan
 from llm.training.run_dir.formatting import APART
@@ -46,7 +46,7 @@ _TOKENIZER_CHARS = 1 << 26
 
 
 @dataclass(frozen=True)
-class StreamedText(Text):
+class StreamingDataset(TokenizedDataset):
     """A text whose training tokens are still arriving.
 
     Attributes:
@@ -67,7 +67,7 @@ class StreamedText(Text):
         pinned = {} if revision is None else {"revision": f"{self.job.text.options.dataset_name}@{revision}"}
         return super().identity() | pinned
 
-    def cut(self, block_size: int, *, document_mask: bool) -> tuple[ArrivingBlocks, Blocks | None]:
+    def cut(self, block_size: int, *, document_mask: bool) -> tuple[GrowingBlocks, Blocks | None]:
         """The blocks for training, which arrive, and those for validation, which are there."""
         validation = cut_validation(self.streams, block_size, document_mask=document_mask)
         return self._blocks(block_size, document_mask=document_mask), validation
@@ -105,12 +105,12 @@ class StreamedText(Text):
         """What the rows were that are no text, which the writer has counted at the stream's end."""
         folder = self.job.folder.train
         skipped = open_folder(folder).skipped if (folder / MANIFEST).is_file() else {}
-        return [f"skipped on the way: {describe(Counter(dict(skipped)))}"] if skipped else []
+        return [f"skipped on the way: {format_skipped(Counter(dict(skipped)))}"] if skipped else []
 
-    def as_they_arrive(
+    def wait_for_batches(
         self,
         batches: Iterator[list[Batch]],
-        blocks: Samples,
+        blocks: BlockSource,
         plan: Plan,
         *,
         first_step: int,
@@ -121,7 +121,7 @@ class StreamedText(Text):
         They end early, on all ranks alike, when one was asked to stop while all waited, or when the stream broke
         (see `check`).
         """
-        assert isinstance(blocks, ArrivingBlocks)
+        assert isinstance(blocks, GrowingBlocks)
         # Another reader of the same shards: that of the batches may be at work in a thread.
         watched = self._blocks(plan.block_size)
         num_ready = 0
@@ -147,16 +147,16 @@ class StreamedText(Text):
         for error in self.failures:
             raise error
 
-    def _wait(self, watched: ArrivingBlocks, sample: int, plan: Plan, should_stop: Callable[[], bool]) -> int | None:
+    def _wait(self, watched: GrowingBlocks, sample: int, plan: Plan, should_stop: Callable[[], bool]) -> int | None:
         """How many samples can be read, once that one can; None where the wait ends otherwise, on all ranks."""
         look = partial(self._look, watched, sample, plan)
         try:
-            return self.world.wait_on_main(look, "the stream", should_stop)
+            return self.world.poll_on_main(look, "the stream", should_stop)
         except UserError as error:
             self.failures.append(error)
             return None
 
-    def _look(self, watched: ArrivingBlocks, sample: int, plan: Plan) -> int | None:
+    def _look(self, watched: GrowingBlocks, sample: int, plan: Plan) -> int | None:
         """How many samples can be read, if that one can; rank 0's."""
         num_ready = watched.look()
         if num_ready > sample:
@@ -169,14 +169,14 @@ class StreamedText(Text):
             raise cannot_be_written(self.job.folder.path, error) from error
         return None
 
-    def _want(self, watched: ArrivingBlocks, sample: int, plan: Plan) -> None:
+    def _want(self, watched: GrowingBlocks, sample: int, plan: Plan) -> None:
         """Lets the writer go on in front of the training, but not beyond the run's end."""
         if self.writer is None or watched.is_whole:
             return
         of_run = watched.num_shards(plan.num_steps * plan.global_batch - 1)
         self.job.folder.want(min(watched.num_shards(sample) + _SHARDS_AHEAD, of_run))
 
-    def _say_epoch(self, watched: ArrivingBlocks, step: int, plan: Plan) -> None:
+    def _say_epoch(self, watched: GrowingBlocks, step: int, plan: Plan) -> None:
         if not watched.is_whole:
             return
         num_blocks = len(watched)
@@ -186,19 +186,19 @@ class StreamedText(Text):
                 "the stream ended after %s blocks: epoch %d begins, shuffled as a whole", f"{num_blocks:,}", epoch + 1
             )
 
-    def _tokens(self) -> ArrivingTokens:
+    def _tokens(self) -> GrowingTokens:
         job = self.job
-        return ArrivingTokens(job.folder.train, shard_size=job.shard_size, tokenizer_hash=job.tokenizer_hash)
+        return GrowingTokens(job.folder.train, shard_size=job.shard_size, tokenizer_hash=job.tokenizer_hash)
 
-    def _blocks(self, block_size: int, *, document_mask: bool = False) -> ArrivingBlocks:
+    def _blocks(self, block_size: int, *, document_mask: bool = False) -> GrowingBlocks:
         size = self.streams.vocabulary_size
-        return ArrivingBlocks(self._tokens(), block_size, vocabulary_size=size, document_mask=document_mask)
+        return GrowingBlocks(self._tokens(), block_size, vocabulary_size=size, document_mask=document_mask)
 
 
 @contextmanager
-def opened_text(
-    options: Options, world: World, checkpoint: Checkpoint | ForeignCheckpoint | None, stop: StopRequest
-) -> Iterator[Text]:
+def open_dataset(
+    options: Options, world: World, checkpoint: Checkpoint | ExternalCheckpoint | None, stop: StopRequest
+) -> Iterator[TokenizedDataset]:
     """Yields the tokenizer and the text of a run: tokenized before it starts, or streamed while the block runs.
 
     Args:
@@ -212,18 +212,18 @@ def opened_text(
         UserError: the text or the tokenizer is not what it was said to be.
     """
     if not options.data.streaming:
-        yield world.in_turn("the text", stop.interrupting(lambda: prepare_text(options, world)))
+        yield world.main_first("the text", stop.interrupting(lambda: prepare_dataset(options, world)))
         return
     job = _job(options, world, checkpoint, stop)
     with ExitStack() as stack:
         writers: list[StreamWriter] = []
-        world.on_main(lambda: writers.append(_started(job, stack, anew=options.data.overwrite_cache)))
+        world.run_on_main(lambda: writers.append(_started(job, stack, anew=options.data.overwrite_cache)))
         writer = writers[0] if writers else None
-        if world.wait_on_main(lambda: _is_settled(job, writer), "the held-out text of the stream", stop) is None:
+        if world.poll_on_main(lambda: _is_settled(job, writer), "the held-out text of the stream", stop) is None:
             raise Stopped(stop.reason or "another rank")
-        validation = world.in_turn("the held-out text", lambda: _held_out(job))
+        validation = world.main_first("the held-out text", lambda: _held_out(job))
         _say(job, validation)
-        train = ArrivingTokens(job.folder.train, shard_size=job.shard_size, tokenizer_hash=job.tokenizer_hash)
+        train = GrowingTokens(job.folder.train, shard_size=job.shard_size, tokenizer_hash=job.tokenizer_hash)
         streams = Streams(
             Stream(train, None, None),
             validation,
@@ -233,17 +233,17 @@ def opened_text(
             dir=job.folder.path,
             name=job.text.name,
         )
-        yield StreamedText(job.text.name, job.tokenizer, job.tokenizer_hash, streams, job, writer, world, [])
+        yield StreamingDataset(job.text.name, job.tokenizer, job.tokenizer_hash, streams, job, writer, world, [])
 
 
 def _job(
-    options: Options, world: World, checkpoint: Checkpoint | ForeignCheckpoint | None, stop: StopRequest
+    options: Options, world: World, checkpoint: Checkpoint | ExternalCheckpoint | None, stop: StopRequest
 ) -> StreamJob:
     if any(map(is_token_file, options.data.train_file or ())):
         raise UsageError("--streaming reads text, and --train_file holds tokens already; leave --streaming out")
     cache_dir = Path(constants.HF_HOME) / "llm"
-    text = TextStream(options.data, world.on_main(stop.interrupting(lambda: _revision(options.data, checkpoint))))
-    tokenizer = world.in_turn("the tokenizer", stop.interrupting(lambda: _tokenizer(options, text, cache_dir)))
+    text = TextStream(options.data, world.run_on_main(stop.interrupting(lambda: _revision(options.data, checkpoint))))
+    tokenizer = world.main_first("the tokenizer", stop.interrupting(lambda: _tokenizer(options, text, cache_dir)))
     return StreamJob(
         text,
         tokenizer,
@@ -255,7 +255,7 @@ def _job(
     )
 
 
-def _revision(options: DataOptions, checkpoint: Checkpoint | ForeignCheckpoint | None) -> str | None:
+def _revision(options: DataOptions, checkpoint: Checkpoint | ExternalCheckpoint | None) -> str | None:
     """The commit of a Hub dataset: that which the run began with, else the newest."""
     if not is_remote(options.dataset_name):
         return None

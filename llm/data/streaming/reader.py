@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from llm.config.errors import UserError
 from llm.data.batches.blocks import Blocks
-from llm.data.batches.shuffle import shuffled
+from llm.data.batches.shuffle import shuffled_index
 from llm.data.shards.document_starts import StartsInFiles
 from llm.data.shards.format import MANIFEST, Shard, open_shard, shard_path
 from llm.data.shards.memmap import Tokens
@@ -33,7 +33,7 @@ class AbandonedError(Exception):
     """Nobody waits for the block any more."""
 
 
-class ArrivingTokens(Tokens):
+class GrowingTokens(Tokens):
     """The training tokens of a folder of shards that may still grow; as far as they were there at the last look.
 
     Attributes:
@@ -76,7 +76,7 @@ class ArrivingTokens(Tokens):
         return shard_path(self.folder, "train", number)
 
     @property
-    def num_certain(self) -> int:
+    def num_complete_tokens(self) -> int:
         """Tokens in shards that are full: those of a short one lie at the stream's end, which is to be heard of."""
         return sum(shard.num_tokens for shard in self._shards if shard.num_tokens == self.shard_size)
 
@@ -90,7 +90,7 @@ class ArrivingTokens(Tokens):
             raise UserError(f"{self.folder / MANIFEST}: cannot be read ({error}); remove {self.folder}") from None
 
 
-class ArrivingBlocks:
+class GrowingBlocks:
     """Blocks of a stream, as an endless sequence of samples; reading one waits until it has arrived.
 
     Window w holds the blocks [w * window, (w + 1) * window) of the stream, for which its first w + 1 shards
@@ -105,7 +105,7 @@ class ArrivingBlocks:
     num_blocks: int | None = None
 
     def __init__(
-        self, tokens: ArrivingTokens, block_size: int, *, vocabulary_size: int, document_mask: bool = False
+        self, tokens: GrowingTokens, block_size: int, *, vocabulary_size: int, document_mask: bool = False
     ) -> None:
         self.block_size = block_size
         self.window = max((tokens.shard_size - 1) // block_size, 1)
@@ -145,7 +145,7 @@ class ArrivingBlocks:
                 )
             self._num_ready = EVERYTHING
         else:
-            tokens = max(self._tokens.num_certain - 1, 0)
+            tokens = max(self._tokens.num_complete_tokens - 1, 0)
             self._num_ready = tokens // (self.window * self.block_size) * self.window
         return self._num_ready
 
@@ -154,7 +154,7 @@ class ArrivingBlocks:
         last_token = (sample // self.window + 1) * self.window * self.block_size
         return last_token // self._tokens.shard_size + 1
 
-    def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
+    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
         """The block that sample number `sample` of a run reads; samples are counted over the epochs.
 
         Raises:
@@ -164,11 +164,11 @@ class ArrivingBlocks:
         self._wait(sample)
         num_blocks = len(self._blocks)
         if self._tokens.is_whole and sample >= num_blocks:
-            return self._blocks.of_sample(sample, seed)
+            return self._blocks.block(sample, seed)
         window, place = divmod(sample, self.window)
         first = window * self.window
         size = min(self.window, num_blocks - first)
-        return self._blocks[first + shuffled(place, size, seed=seed, epoch=window)]
+        return self._blocks[first + shuffled_index(place, size, seed=seed, epoch=window)]
 
     def abandon(self) -> None:
         """Ends every wait for a block, in this process and in those that read ahead for it."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm.data.shards.format import MANIFEST, Stream, open_folder, shard_path
-from llm.data.sources.validation_split import Cut
+from llm.data.sources.validation_split import SplitPoint
 from llm.files.atomic import write_text
 
 
@@ -54,15 +54,15 @@ class StreamFolder:
         facts = json.loads(self._settled.read_text())
         return open_folder(self.validation).train if facts["has_text"] else None
 
-    def settle(self, cut: Cut | None, has_text: bool) -> None:
+    def settle(self, cut: SplitPoint | None, has_text: bool) -> None:
         """Writes down what is held out."""
         place = None if cut is None else cut._asdict()
         write_text(self._settled, json.dumps({"has_text": has_text, "cut": place}, indent=1) + "\n")
 
-    def cut(self) -> Cut | None:
+    def cut(self) -> SplitPoint | None:
         """Where training begins, once that is settled."""
         place = json.loads(self._settled.read_text())["cut"]
-        return None if place is None else Cut(**place)
+        return None if place is None else SplitPoint(**place)
 
     def wanted(self) -> int:
         """Training shards that some run has asked for."""
@@ -76,7 +76,7 @@ class StreamFolder:
         if self.wanted() < num_shards:
             write_text(self.path / "wanted", f"{num_shards}\n")
 
-    def has_wanted(self) -> bool:
+    def has_requested(self) -> bool:
         """Whether all training shards are there that were asked for, or all there are."""
         last = shard_path(self.train, "train", self.wanted() - 1)
         return last.with_suffix(".json").is_file() or (self.train / MANIFEST).is_file()

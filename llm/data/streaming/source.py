@@ -11,9 +11,9 @@ from hashlib import blake2b
 
 from llm.config.options import DataOptions
 from llm.data.sources.corpus import Corpus, no_text, open_corpus
-from llm.data.sources.documents import Part, Skipped, Source, utf8_length
+from llm.data.sources.documents import Skipped, TextChunk, TextSource, utf8_length
 from llm.data.sources.hub_streaming import open_stream
-from llm.data.sources.validation_split import Cut, divide, find_head
+from llm.data.sources.validation_split import SplitPoint, find_head, split_at
 
 # Bytes of text. The held-out share is one of the first so many, about two shards' worth, since the length of a
 # stream is not known; of a validation split of its own, so many are taken.
@@ -70,7 +70,7 @@ class TextStream:
             return open_corpus(self.options)
         return open_stream(self.options, self.revision)
 
-    def find_head(self) -> Cut | None:
+    def find_head(self) -> SplitPoint | None:
         """Behind which documents training begins; None where none of the text itself is held out.
 
         Raises:
@@ -84,13 +84,13 @@ class TextStream:
             raise no_text(self.name, skipped)
         return cut
 
-    def held_out(self, cut: Cut | None) -> Source | None:
+    def held_out(self, cut: SplitPoint | None) -> TextSource | None:
         """The text for validation: its own, up to `head_bytes`, else what lies in front of the cut."""
         if self.corpus.validation is not None:
             return _Beginning(self.corpus.validation, self.head_bytes)
         return None if cut is None else _Side(self.corpus.train, cut, held_out=True)
 
-    def rest(self, cut: Cut | None) -> Source:
+    def rest(self, cut: SplitPoint | None) -> TextSource:
         """The text to train on: what lies behind the cut."""
         return self.corpus.train if cut is None else _Side(self.corpus.train, cut, held_out=False)
 
@@ -103,12 +103,12 @@ class TextStream:
 class _Side:
     """What lies on one side of a cut; the held-out side is the one in front of it."""
 
-    source: Source
-    cut: Cut
+    source: TextSource
+    cut: SplitPoint
     held_out: bool
 
-    def __call__(self, skipped: Skipped) -> Iterator[Part]:
-        for split, part in divide(self.source(skipped), self.cut):
+    def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
+        for split, part in split_at(self.source(skipped), self.cut):
             is_head = split == "train"
             if is_head == self.held_out:
                 yield part
@@ -120,10 +120,10 @@ class _Side:
 class _Beginning:
     """The first bytes of a text, and the rest of the part in which they end."""
 
-    source: Source
+    source: TextSource
     num_bytes: int
 
-    def __call__(self, skipped: Skipped) -> Iterator[Part]:
+    def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
         left = self.num_bytes
         for part in self.source(skipped):
             yield part

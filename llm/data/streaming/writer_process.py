@@ -25,7 +25,7 @@ from llm.config.errors import UserError
 from llm.data.preparation.tokenize import write_shards
 from llm.data.shards.format import MANIFEST, VERSION
 from llm.data.sources.corpus import Corpus
-from llm.data.sources.documents import Part, Skipped, Source
+from llm.data.sources.documents import Skipped, TextChunk, TextSource
 from llm.data.streaming.shard_folder import StreamFolder
 from llm.data.streaming.source import TextStream
 from llm.files.lock import Lock, LockLostError, locked, release_all
@@ -100,13 +100,13 @@ class StreamJob:
             check()
             folder.settle(cut, has_text=source is not None)
         # With all that is wanted there, the text is not even opened: it may be out of reach.
-        while folder.has_wanted():
+        while folder.has_requested():
             if (folder.train / MANIFEST).is_file():
                 return
             time.sleep(_LOOK_SECONDS)
         self._write(_Paced(self.text.rest(folder.cut()), folder), folder.train, check)
 
-    def _write(self, source: Source, folder: Path, check: Callable[[], object]) -> None:
+    def _write(self, source: TextSource, folder: Path, check: Callable[[], object]) -> None:
         if (folder / MANIFEST).is_file():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,16 +129,16 @@ class StreamJob:
 class _Paced:
     """A text that goes on only as far as shards are wanted."""
 
-    source: Source
+    source: TextSource
     folder: StreamFolder
 
-    def __call__(self, skipped: Skipped) -> Iterator[Part]:
+    def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
         unlooked = 0
         for part in self.source(skipped):
             unlooked += len(part.text)
             if unlooked >= _BYTES_BETWEEN_LOOKS:
                 unlooked = 0
-                while self.folder.has_wanted():
+                while self.folder.has_requested():
                     time.sleep(_LOOK_SECONDS)
             yield part
 

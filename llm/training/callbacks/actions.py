@@ -15,25 +15,25 @@ from transformers import PreTrainedModel
 from llm.config.errors import Stopped, UserError
 from llm.config.options import Options
 from llm.data.batches.blocks import Blocks
-from llm.data.batches.loader import Samples, evaluation_batches
-from llm.data.dataset import Text
+from llm.data.batches.loader import BlockSource, evaluation_batches
+from llm.data.dataset import TokenizedDataset
 from llm.evaluation.perplexity import Evaluation, evaluate
 from llm.files.atomic import sync_file
 from llm.models.flops import flops_per_token, peak_flops
 from llm.models.language_model import LanguageModel
 from llm.models.sampling import sample
-from llm.training.accelerator import Machine
-from llm.training.checkpoints.async_saver import Saver
+from llm.training.accelerator import Compute
+from llm.training.checkpoints.async_saver import AsyncSaver
 from llm.training.checkpoints.store import save_checkpoint
 from llm.training.plan import Plan
-from llm.training.run_dir.folder import RunFolder
+from llm.training.run_dir.folder import RunDirectory
 from llm.training.run_dir.formatting import evaluation_line, training_line
 from llm.training.run_dir.trackers import Tracking
-from llm.training.seeding import mixed
-from llm.training.state import Progress, Window
+from llm.training.seeding import derive_seed
+from llm.training.state import LossWindow, TrainState
 from llm.training.supervision.stop_signals import StopRequest
 from llm.training.supervision.watchdog import Watchdog
-from llm.training.updaters.synchronous import CentralUpdater, StepReport
+from llm.training.updaters.synchronous import StepReport, SynchronousUpdater
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +61,17 @@ class Actions:
     def __init__(
         self,
         options: Options,
-        machine: Machine,
-        folder: RunFolder | None,
-        text: Text,
-        blocks: Samples,
+        machine: Compute,
+        folder: RunDirectory | None,
+        text: TokenizedDataset,
+        blocks: BlockSource,
         validation: Blocks | None,
         plan: Plan,
-        progress: Progress,
-        updater: CentralUpdater,
+        progress: TrainState,
+        updater: SynchronousUpdater,
         language_model: LanguageModel,
         tracking: Tracking,
-        saver: Saver | None,
+        saver: AsyncSaver | None,
         stop: StopRequest,
         watchdog: Watchdog,
     ) -> None:
@@ -97,7 +97,7 @@ class Actions:
 
     def record(self, report: StepReport) -> None:
         """One training record: means since the last one."""
-        window, self.progress.window = self.progress.window, Window()
+        window, self.progress.window = self.progress.window, LossWindow()
         step = self.progress.step
         loss = window.loss / window.num_losses if window.num_losses else None
         if loss is not None:
@@ -143,7 +143,7 @@ class Actions:
                 device=self.world.device,
                 token_bytes=self.token_bytes,
                 bytes_per_token=self.bytes_per_token,
-                sum_over_ranks=self.world.sum_,
+                sum_over_ranks=self.world.all_reduce_sum,
                 should_stop=self.stop,
             )
         if found is None:
@@ -170,7 +170,7 @@ class Actions:
             Stopped: on all ranks, when rank 0 was asked to stop; nothing of it is kept.
         """
         with self.watchdog.phase("the samples"):
-            self.world.on_main(lambda: self._sample(num_samples))
+            self.world.run_on_main(lambda: self._sample(num_samples))
 
     def _sample(self, num_samples: int) -> None:
         if self.tracking.has_samples(self.progress.step):
@@ -183,7 +183,7 @@ class Actions:
             max_new_tokens=_SAMPLE_TOKENS,
             temperature=_SAMPLE_TEMPERATURE,
             top_k=_SAMPLE_TOP_K,
-            seed=mixed(self.plan.seed, 2, self.progress.step),
+            seed=derive_seed(self.plan.seed, 2, self.progress.step),
             should_stop=self.stop,
         )
         if self.stop():
@@ -233,7 +233,7 @@ class Actions:
         if report is not None:
             is_due = report.save
         else:
-            is_due = self.world.share(self._look_for_reasons(self.progress.step))
+            is_due = self.world.broadcast(self._look_for_reasons(self.progress.step))
         if self.folder is not None and (is_due or is_best):
             self._save(self._gather(), self._reasons + ["best"] * is_best)
 
@@ -325,7 +325,7 @@ class Actions:
         """
         gathered = self.gather_last() if self.progress.step > self._first_step else None
         with self.watchdog.phase("the last checkpoint"):
-            self.world.on_main(lambda: self._stop_here(gathered))
+            self.world.run_on_main(lambda: self._stop_here(gathered))
 
     def _stop_here(self, gathered: Gathered | None) -> None:
         step = self.progress.step

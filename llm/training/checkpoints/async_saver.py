@@ -21,7 +21,7 @@ from torch import Tensor
 from llm.config.errors import UserError
 from llm.config.options import OutputOptions
 from llm.training.checkpoints.store import NotFiniteError, remove, superseded
-from llm.training.triggers import Due
+from llm.training.triggers import Trigger
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Write(Protocol):
         """Returns when it is durable."""
 
 
-class Memory:
+class HostBuffers:
     """A copy of tensors on the CPU, filled anew each time: taking new pages costs more than copying."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Memory:
         return kept
 
 
-class Saver:
+class AsyncSaver:
     """When checkpoints are due, and the thread that writes them. Made on rank 0 of a run with a folder.
 
     Attributes:
@@ -78,7 +78,9 @@ class Saver:
         refusal: why the newest save was left out although the run goes on; None when it was not.
     """
 
-    def __init__(self, options: OutputOptions, folder: Path, checkpoints: Path, *, regular: Due, last: Due) -> None:
+    def __init__(
+        self, options: OutputOptions, folder: Path, checkpoints: Path, *, regular: Trigger, last: Trigger
+    ) -> None:
         """Nothing is written yet.
 
         Args:
@@ -94,7 +96,7 @@ class Saver:
         self._interval = 60 * options.save_minutes
         self._is_stretched = False
         self._saved_at = self._looked_at = time.monotonic()
-        self._memory = Memory()
+        self._memory = HostBuffers()
         self._thread: threading.Thread | None = None
         self._failure: UserError | None = None
         self.refusal: NotFiniteError | None = None

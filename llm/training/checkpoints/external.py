@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from llm.config.errors import UserError
 from llm.config.options import ModelOptions
 from llm.optim.groups import parameter_groups
-from llm.training.checkpoints.layout import foreign_optimizer
-from llm.training.updaters.synchronous import CentralUpdater
+from llm.training.checkpoints.layout import external_optimizer
+from llm.training.updaters.synchronous import SynchronousUpdater
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ _START_ANEW = "take the file away to start with a new optimizer"
 
 
 @dataclass(frozen=True)
-class ForeignCheckpoint:
+class ExternalCheckpoint:
     """A checkpoint of another program: weights, and perhaps an optimizer.
 
     Attributes:
@@ -75,7 +75,7 @@ class ForeignCheckpoint:
         named = {"model_name_or_path": str(self.path), "config_name": None, "config_overrides": None}
         return options.model_copy(update=named)
 
-    def load(self, updater: CentralUpdater) -> None:
+    def load(self, updater: SynchronousUpdater) -> None:
         """Gives weights and optimizer to the updater, and says what the folder does not hold.
 
         Raises:
@@ -117,7 +117,7 @@ class ForeignCheckpoint:
         )
 
 
-def open_foreign(path: Path) -> ForeignCheckpoint:
+def open_external(path: Path) -> ExternalCheckpoint:
     """Finds the parts of another program's checkpoint, and that each can be read.
 
     Args:
@@ -135,14 +135,14 @@ def open_foreign(path: Path) -> ForeignCheckpoint:
         raise UserError(f"--resume_from_checkpoint {path}: the weights are {what}")
     elif weights.suffix == ".safetensors":
         _read_names(weights)
-    optimizer = foreign_optimizer(path)
+    optimizer = external_optimizer(path)
     num_updates = None if optimizer is None else _num_updates(_unpickled(optimizer), optimizer)
     step = int(path.name.replace("-", "_").rpartition("_")[2])
     if path.name.startswith("epoch_"):
         if num_updates is None:
             raise UserError(f"--resume_from_checkpoint {path} does not say after how many updates it was made")
         step = num_updates
-    return ForeignCheckpoint(path, step, weights, optimizer)
+    return ExternalCheckpoint(path, step, weights, optimizer)
 
 
 def _read_names(path: Path) -> None:
@@ -262,7 +262,7 @@ def _orders(model: PreTrainedModel) -> Iterator[list[list[str]]]:
     yield [names]
 
 
-def _say_differences(saved: Mapping[str, Any], decayed: set[str], updater: CentralUpdater) -> None:
+def _say_differences(saved: Mapping[str, Any], decayed: set[str], updater: SynchronousUpdater) -> None:
     """Settings of the optimizer that this run's options change, and the weights that decay in one of them only."""
     decays = {
         name for group in updater.optimizer.param_groups if group["weight_decay"] for name in group["param_names"]

@@ -73,12 +73,12 @@ def left_alone(folder: Path) -> list[Path]:
     return [path for path in found if path not in ours and path.name != ABANDONED and not path.name.startswith(".")]
 
 
-def is_foreign(path: Path) -> bool:
+def is_external(path: Path) -> bool:
     """Whether another program wrote this folder: it is named like a checkpoint, and has none of the files of ours."""
     named = _FOREIGN_NAME.fullmatch(path.name) is not None and path.is_dir()
     return named and not any((path / name).exists() for name in (MANIFEST, STATE, OPTIMIZER))
 
 
-def foreign_optimizer(path: Path) -> Path | None:
+def external_optimizer(path: Path) -> Path | None:
     """The optimizer's file of another program's checkpoint; its name is the surest sign of one."""
     return next((path / name for name in _FOREIGN_OPTIMIZERS if (path / name).is_file()), None)

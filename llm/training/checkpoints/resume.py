@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from llm.config.errors import UserError
 from llm.config.options import ModelOptions, Options
-from llm.data.dataset import Text
-from llm.training.checkpoints.external import ForeignCheckpoint
+from llm.data.dataset import TokenizedDataset
+from llm.training.checkpoints.external import ExternalCheckpoint
 from llm.training.checkpoints.layout import saved_steps
 from llm.training.checkpoints.store import Checkpoint, find_checkpoint
 from llm.training.plan import Plan, choose_seed
-from llm.training.run_dir.folder import RunFolder
-from llm.training.state import Progress
-from llm.training.updaters.synchronous import CentralUpdater
+from llm.training.run_dir.folder import RunDirectory
+from llm.training.state import TrainState
+from llm.training.updaters.synchronous import SynchronousUpdater
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Start:
         model: the model's options; of a resumed run, pointed at the checkpoint, which is a model's folder.
     """
 
-    checkpoint: Checkpoint | ForeignCheckpoint | None
+    checkpoint: Checkpoint | ExternalCheckpoint | None
     seed: int
     model: ModelOptions
 
@@ -59,7 +59,7 @@ class Start:
         kept = training.model_copy(update={"global_batch_size": int(self.checkpoint.state["plan"]["global_batch"])})
         return options.model_copy(update={"training": kept})
 
-    def check(self, plan: Plan, text: Text) -> None:
+    def check(self, plan: Plan, text: TokenizedDataset) -> None:
         """Refuses to continue another run under this one's name; before any weight is loaded.
 
         Raises:
@@ -75,28 +75,28 @@ class Start:
                 "this run"
             )
 
-    def resume(self, updater: CentralUpdater) -> Progress:
+    def resume(self, updater: SynchronousUpdater) -> TrainState:
         """Gives the updater its state back, and the run its counters.
 
         Raises:
             UserError: the checkpoint is another optimizer's.
         """
         if self.checkpoint is None:
-            return Progress()
+            return TrainState()
         try:
-            if isinstance(self.checkpoint, ForeignCheckpoint):
+            if isinstance(self.checkpoint, ExternalCheckpoint):
                 self.checkpoint.load(updater)
-                return Progress(step=self.checkpoint.step)
+                return TrainState(step=self.checkpoint.step)
             updater.load(self.checkpoint.tensors(), self.checkpoint.state["updater"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"checkpoint {self.checkpoint.path} holds the state of another model, --optim or --kfac ({error})"
             ) from error
         log.info("resumed from step %d (%s)", self.checkpoint.step, self.checkpoint.path)
-        return Progress.of(self.checkpoint.state["progress"])
+        return TrainState.of(self.checkpoint.state["progress"])
 
 
-def as_restarted(options: Options, folder: RunFolder) -> Options:
+def as_restarted(options: Options, folder: RunDirectory) -> Options:
     """The options of a start that torchrun makes again because a process died: it continues what was begun.
 
     Then `--overwrite_output_dir` removes nothing, and a checkpoint named by its path counts only until the run
@@ -116,7 +116,7 @@ def as_restarted(options: Options, folder: RunFolder) -> Options:
     )
 
 
-def choose_start(options: Options, folder: RunFolder | None) -> Start:
+def choose_start(options: Options, folder: RunDirectory | None) -> Start:
     """Finds and verifies what `--resume_from_checkpoint` names.
 
     Raises:
@@ -128,7 +128,7 @@ def choose_start(options: Options, folder: RunFolder | None) -> Start:
         if asked:
             log.info("resume: no checkpoint yet, a fresh run")
         return Start(None, choose_seed(options.training.seed), options.model)
-    if isinstance(checkpoint, ForeignCheckpoint):
+    if isinstance(checkpoint, ExternalCheckpoint):
         return Start(checkpoint, choose_seed(options.training.seed), checkpoint.model_options(options.model))
     seed = options.training.seed
     if seed is None:
@@ -138,7 +138,7 @@ def choose_start(options: Options, folder: RunFolder | None) -> Start:
     return Start(checkpoint, seed, options.model.model_copy(update=named))
 
 
-def _check_identity(checkpoint: Checkpoint, plan: Plan, text: Text) -> None:
+def _check_identity(checkpoint: Checkpoint, plan: Plan, text: TokenizedDataset) -> None:
     """What two starts of one run must share."""
     # Checkpoints from before there was a document mask were made without one.
     was = {"document_mask": False} | checkpoint.state["plan"]

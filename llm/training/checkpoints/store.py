@@ -25,15 +25,15 @@ from llm.config.errors import UserError
 from llm.files.atomic import whole_folder
 from llm.files.manifest import NAME as MANIFEST
 from llm.files.manifest import damage, write_manifest
-from llm.training.checkpoints.external import ForeignCheckpoint, open_foreign
+from llm.training.checkpoints.external import ExternalCheckpoint, open_external
 from llm.training.checkpoints.layout import (
     ABANDONED,
     OPTIMIZER,
     STATE,
     VERSION,
     eval_loss,
-    foreign_optimizer,
-    is_foreign,
+    external_optimizer,
+    is_external,
     left_alone,
     read_state,
     reasons_and_loss,
@@ -181,7 +181,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(gone)
 
 
-def find_checkpoint(asked: bool | str, folder: Path | None) -> Checkpoint | ForeignCheckpoint | None:
+def find_checkpoint(asked: bool | str, folder: Path | None) -> Checkpoint | ExternalCheckpoint | None:
     """The checkpoint that `--resume_from_checkpoint` names.
 
     A bare flag takes the newest good one of the run's own folder, saying which newer ones are damaged; it
@@ -212,14 +212,14 @@ def find_checkpoint(asked: bool | str, folder: Path | None) -> Checkpoint | Fore
     return good[0] if good else None
 
 
-def open_checkpoint(path: Path) -> Checkpoint | ForeignCheckpoint:
+def open_checkpoint(path: Path) -> Checkpoint | ExternalCheckpoint:
     """Verifies every byte of a checkpoint; of another program's, which has no hashes, that it can be read.
 
     Raises:
         UserError: it is none, or it is damaged.
     """
-    if is_foreign(path):
-        return open_foreign(path)
+    if is_external(path):
+        return open_external(path)
     if not (path / STATE).is_file() and not (path / MANIFEST).is_file():
         raise UserError(
             f"--resume_from_checkpoint {path} is no checkpoint: it has no {STATE}; "
@@ -234,12 +234,12 @@ def open_checkpoint(path: Path) -> Checkpoint | ForeignCheckpoint:
     return Checkpoint(path=path, step=int(state["step"]), state=state)
 
 
-def _good_ones(folder: Path, *, all_of_them: bool) -> list[Checkpoint | ForeignCheckpoint]:
+def _good_ones(folder: Path, *, all_of_them: bool) -> list[Checkpoint | ExternalCheckpoint]:
     """Good checkpoints, newest first; only the newest one unless `all_of_them`."""
-    good: list[Checkpoint | ForeignCheckpoint] = []
+    good: list[Checkpoint | ExternalCheckpoint] = []
     for _, path in reversed(saved_steps(folder)):
         try:
-            if is_foreign(path) and foreign_optimizer(path) is None:
+            if is_external(path) and external_optimizer(path) is None:
                 # What is left of one of ours, killed while it was removed, may look like this.
                 raise UserError(f"checkpoint {path} is incomplete")
             good.append(open_checkpoint(path))

@@ -16,19 +16,19 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llm.config.bench import BenchOptions
 from llm.config.errors import UserError
-from llm.data.batches.loader import Samples
-from llm.data.dataset import meet_the_hub, prepare_text
+from llm.data.batches.loader import BlockSource
+from llm.data.dataset import detect_hub, prepare_dataset
 from llm.distributed.world import World
 from llm.hub.connection import come_online
 from llm.models.build import context_limit, load_config, read_config
 from llm.models.compile import is_compiled
 from llm.models.flops import flops_per_token, peak_flops
 from llm.tokenization.load import CHARACTERS, DEFAULT_VOCAB_SIZE, TRAINED, load_tokenizer
-from llm.training.accelerator import Machine, leave_as_found, start_machine
+from llm.training.accelerator import Compute, restore_process, start_compute
 from llm.training.build import build_language_model, build_updater
 from llm.training.plan import Plan, check_training, choose_block_size, choose_seed, plan_run, plan_schedule
-from llm.training.profiling.measure import Bench, Measurement, SyntheticBlocks, measured_flops
-from llm.training.run_dir.console import start_journal, stop_journal
+from llm.training.profiling.measure import Measurement, StepBenchmark, SyntheticBlocks, measured_flops
+from llm.training.run_dir.console import setup_logging, teardown_logging
 from llm.training.run_dir.formatting import quantity
 from llm.training.seeding import seed_weights
 
@@ -48,19 +48,19 @@ def bench(options: BenchOptions) -> None:
     Raises:
         UserError: something outside the program is wrong; one line says what.
     """
-    machine = start_machine(options.training)
-    start_journal(is_main=machine.world.is_main, rank=machine.world.rank)
+    machine = start_compute(options.training)
+    setup_logging(is_main=machine.world.is_main, rank=machine.world.rank)
     try:
         with ExitStack() as stack:
             stack.callback(come_online)
-            stack.callback(leave_as_found)  # a failed one's memory can go
+            stack.callback(restore_process)  # a failed one's memory can go
             _bench(options, machine)
         machine.release()
     finally:
-        stop_journal()
+        teardown_logging()
 
 
-def _bench(options: BenchOptions, machine: Machine) -> None:
+def _bench(options: BenchOptions, machine: Compute) -> None:
     world, wanted = machine.world, options.bench
     log.info("%s", machine)
     if wanted.sweep is not None and world.size > 1:
@@ -68,7 +68,7 @@ def _bench(options: BenchOptions, machine: Machine) -> None:
     for name in ("profile", "json_file"):
         if world.is_main:
             _require_writable(name, getattr(wanted, name))
-    meet_the_hub(options, world)
+    detect_hub(options, world)
     limit = context_limit(read_config(options.model))
     choose_block_size(options.data.block_size, limit, limit)
     check_training(options, num_ranks=world.size)
@@ -77,7 +77,7 @@ def _bench(options: BenchOptions, machine: Machine) -> None:
     seed_weights(plan.seed)
     language_model = build_language_model(options, options.model, config, tokenizer, machine, plan)
     updater = build_updater(options, machine, language_model, plan_schedule(options, plan), plan)
-    runner = Bench(machine, updater, samples, plan, options.data.dataloader_num_workers)
+    runner = StepBenchmark(machine, updater, samples, plan, options.data.dataloader_num_workers)
     dtype = _DTYPES[machine.precision]
     facts = {
         "device": str(machine),
@@ -110,7 +110,7 @@ def _bench(options: BenchOptions, machine: Machine) -> None:
         _write(wanted.json_file, facts | {"updates": [_record(each, facts) for each in found]})
 
 
-def _plan(options: BenchOptions, samples: Samples, world: World) -> Plan:
+def _plan(options: BenchOptions, samples: BlockSource, world: World) -> Plan:
     """That of the run, where its length is known."""
     has_an_end = options.training.max_train_steps is not None or samples.num_blocks is not None
     training = options.training if has_an_end else options.training.model_copy(update={"max_train_steps": _ENDLESS})
@@ -120,8 +120,8 @@ def _plan(options: BenchOptions, samples: Samples, world: World) -> Plan:
 
 
 def _samples(
-    options: BenchOptions, machine: Machine, limit: int
-) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None, Samples]:
+    options: BenchOptions, machine: Compute, limit: int
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None, BlockSource]:
     """The model's configuration, its tokenizer if there is a text, and the blocks."""
     data = options.data
     if all(getattr(data, name) is None for name in _SOURCES):
@@ -131,7 +131,7 @@ def _samples(
         size = int(config.get_text_config(decoder=True).vocab_size)
         log.info("blocks: random ids of a vocabulary of %s", f"{size:,}")
         return config, None, SyntheticBlocks(choose_block_size(data.block_size, limit, limit), size)
-    text = machine.world.in_turn("the text", lambda: prepare_text(options, machine.world))
+    text = machine.world.main_first("the text", lambda: prepare_dataset(options, machine.world))
     config = load_config(options.model, text.tokenizer)
     block_size = choose_block_size(data.block_size, limit, context_limit(config, text.tokenizer))
     blocks, _ = text.cut(block_size, document_mask=data.document_mask)

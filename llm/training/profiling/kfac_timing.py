@@ -7,12 +7,12 @@ from collections import deque
 from itertools import pairwise
 from typing import NamedTuple
 
-from llm.training.profiling.phases import Clock, Mark
+from llm.training.profiling.phases import DeviceTimer, Mark
 
 _NUM_UPDATES = 200
 
 
-class Rhythm(NamedTuple):
+class UpdateIntervals(NamedTuple):
     """When a preconditioner does what.
 
     Attributes:
@@ -41,7 +41,7 @@ class Cost:
         rhythm: of the preconditioner.
     """
 
-    def __init__(self, clock: Clock, rhythm: Rhythm) -> None:
+    def __init__(self, clock: DeviceTimer, rhythm: UpdateIntervals) -> None:
         self._clock, self._rhythm = clock, rhythm
         self._steps: deque[_Step] = deque(maxlen=max(_NUM_UPDATES, 2 * rhythm.period) // rhythm.period * rhythm.period)
 

@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 
 from llm.config.errors import UserError
-from llm.data.batches.loader import Batch, Samples, training_batches
+from llm.data.batches.loader import Batch, BlockSource, training_batches
 from llm.hub.names import first_line
 from llm.system.memory import available_bytes, forget_peak, peak_bytes, resident_bytes
 from llm.system.precision import multiplies_bf16
-from llm.training.accelerator import Machine
+from llm.training.accelerator import Compute
 from llm.training.plan import Plan
-from llm.training.profiling.phases import Clock, Phases
-from llm.training.updaters.synchronous import CentralUpdater
+from llm.training.profiling.phases import DeviceTimer, StepTimer
+from llm.training.updaters.synchronous import SynchronousUpdater
 
 # Updates that pay for what happens once: memory is taken, kernels are chosen, the optimizer's state is made.
 _NUM_WARM_UPS = 3
@@ -52,7 +52,7 @@ class SyntheticBlocks:
         """Nothing is left over of what has no end."""
         return 0
 
-    def of_sample(self, sample: int, seed: int) -> NDArray[np.int64]:
+    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
         """int64 [block_size + 1], the same for the same seed and sample."""
         return np.random.default_rng((seed, sample)).integers(self.vocabulary_size, size=self.block_size + 1)
 
@@ -102,7 +102,7 @@ class Measurement:
         return found | {"rest": max(0.0, 1 - sum(found.values()))}
 
 
-class Bench:
+class StepBenchmark:
     """Measures updates of one model at any size of the micro-batch.
 
     Args:
@@ -114,11 +114,11 @@ class Bench:
     """
 
     def __init__(
-        self, machine: Machine, updater: CentralUpdater, samples: Samples, plan: Plan, num_workers: int
+        self, machine: Compute, updater: SynchronousUpdater, samples: BlockSource, plan: Plan, num_workers: int
     ) -> None:
         self._machine, self._updater, self._samples, self._plan = machine, updater, samples, plan
         self._num_workers = num_workers
-        self._clock = Clock(machine.world.device)
+        self._clock = DeviceTimer(machine.world.device)
         self._step = 0
 
     def measure(self, num_updates: int, micro_batch: int | None = None, accumulation: int | None = None) -> Measurement:
@@ -221,7 +221,7 @@ class Bench:
 
     def _phase_seconds(self, batches: Iterator[list[Batch]], num_marked: int) -> dict[str, float]:
         """Of an update, mean; where K-FAC is on, all that it does is a phase, which is no part of the others."""
-        phases = Phases(self._clock)
+        phases = StepTimer(self._clock)
         with phases.watching(self._updater.model, self._updater.optimizer):
             for _ in range(num_marked):
                 self._update(next(batches))
@@ -306,7 +306,7 @@ def _whole(number: int, period: int) -> int:
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of matrix products on this device, the best of a few sizes; each is the median of five."""
-    clock, best = Clock(device), 0.0
+    clock, best = DeviceTimer(device), 0.0
     sizes = (1024, 2048) if device.type == "cpu" else (4096, 8192)
     if device.type == "cpu" and dtype == torch.bfloat16 and not multiplies_bf16(device):
         sizes = (256, 512)  # emulated, at a hundredth of the speed

@@ -24,7 +24,7 @@ class Span(NamedTuple):
     end: Mark
 
 
-class Clock:
+class DeviceTimer:
     """Marks on the device's own time line, which do not make it wait.
 
     Args:
@@ -55,10 +55,10 @@ class Clock:
             torch.accelerator.synchronize(self._device)
 
 
-class Phases:
+class StepTimer:
     """Spans of the phases while `watching`; they are read when the device has passed them."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: DeviceTimer) -> None:
         self._clock = clock
         self._spans: list[Span] = []
         self._begin: Mark | None = None

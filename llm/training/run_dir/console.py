@@ -61,9 +61,9 @@ class FileHandler(logging.FileHandler):
             super().close()
 
 
-def start_journal(*, is_main: bool, rank: int) -> None:
+def setup_logging(*, is_main: bool, rank: int) -> None:
     """Sends the package's lines to the console: all of rank 0's; of the others', what they wait for."""
-    stop_journal()
+    teardown_logging()
     console = ConsoleHandler(to_stderr=not is_main)
     if not is_main:
         # What they say of options and text, rank 0 says too.
@@ -75,20 +75,20 @@ def start_journal(*, is_main: bool, rank: int) -> None:
     _silence_known_noise()
 
 
-def keep_journal(path: Path) -> None:
+def add_log_file(path: Path) -> None:
     """Appends the lines of this process to a file too, with their time."""
     _LOGGER.addHandler(FileHandler(path))
 
 
-def stop_journal() -> None:
-    """Closes what `start_journal` and `keep_journal` opened."""
+def teardown_logging() -> None:
+    """Closes what `setup_logging` and `add_log_file` opened."""
     for handler in list(_LOGGER.handlers):
         _LOGGER.removeHandler(handler)
         handler.close()
     _LOGGER.propagate = True
 
 
-class Bar:
+class ProgressBar:
     """A progress bar of updates below the lines; on a terminal only."""
 
     def __init__(self, first_step: int, num_steps: int, *, is_main: bool) -> None:
@@ -106,7 +106,7 @@ class Bar:
         """One more update."""
         self.bar.update()
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         """Shows the bar."""
         return self
 

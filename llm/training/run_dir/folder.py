@@ -22,7 +22,7 @@ from llm.files.atomic import bring_back, write_text
 from llm.files.lock import Lock, locked
 from llm.hub.push import FINISHED_FILES
 from llm.training.checkpoints.layout import saved_steps
-from llm.training.run_dir.console import keep_journal
+from llm.training.run_dir.console import add_log_file
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ _FINISHED = ("model.safetensors", "model.safetensors.index.json")
 _SIGNS_OF_A_RUN = ("metrics.jsonl", "checkpoints", *_FINISHED)
 
 
-class RunFolder:
+class RunDirectory:
     """Paths of a run's folder, and its status file. Made on every rank; only rank 0 writes.
 
     Attributes:
@@ -201,14 +201,14 @@ class RunFolder:
 
 @contextmanager
 def claimed(
-    folder: RunFolder,
+    folder: RunDirectory,
     options: Options,
     world: World,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[None]:
     """Holds a run's folder for one start of the run.
 
-    Nothing of an earlier run is touched before this one is going to train (`RunFolder.begin`). However the
+    Nothing of an earlier run is touched before this one is going to train (`RunDirectory.begin`). However the
     block ends after that, status.json says so: `done` and `stopped` are written by the run itself, a mistake,
     a crash or a stop before the first update here.
 
@@ -233,10 +233,10 @@ def claimed(
             if options.output.overwrite_output_dir and not options.output.resume_from_checkpoint:
                 _refuse_to_remove_what_is_read(folder, options)
             folder.remove_leftovers()
-            keep_journal(folder.log)
+            add_log_file(folder.log)
 
         earlier = folder.read_status() if world.is_main else ""
-        world.on_main(claim)
+        world.run_on_main(claim)
         try:
             yield
         except Stopped as stopped:
@@ -252,7 +252,7 @@ def claimed(
             raise
 
 
-def _refuse_to_remove_what_is_read(folder: RunFolder, options: Options) -> None:
+def _refuse_to_remove_what_is_read(folder: RunDirectory, options: Options) -> None:
     named = {
         "--model_name_or_path": options.model.model_name_or_path,
         "--config_name": options.model.config_name,

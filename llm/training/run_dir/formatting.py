@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llm.data.batches.blocks import Ledger
-from llm.data.batches.loader import Samples
+from llm.data.batches.loader import BlockSource
 from llm.data.batches.mixture import Mixture
 from llm.data.shards.format import Streams
 
@@ -54,7 +54,7 @@ def ledger_line(ledger: Ledger, *, document_mask: bool = False) -> str:
     )
 
 
-def mixture_lines(streams: Streams, blocks: Samples, num_samples: int) -> list[str]:
+def mixture_lines(streams: Streams, blocks: BlockSource, num_samples: int) -> list[str]:
     """Of each source such as `mixture: data/a | 70.00% | 1,003,854 tokens | read 1.43 times`; of one text none."""
     if not isinstance(blocks, Mixture):
         return []

@@ -16,7 +16,7 @@ from llm.files.manifest import damage
 from llm.training.checkpoints.layout import (
     ABANDONED,
     eval_loss,
-    is_foreign,
+    is_external,
     left_alone,
     read_state,
     saved_steps,
@@ -40,7 +40,7 @@ class SavedCheckpoint:
         saved_at: seconds since 1970.
         problem: what is wrong with it; None for a good one.
         state: its training state; empty where it cannot be read.
-        is_foreign: another program wrote it.
+        is_external: another program wrote it.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class SavedCheckpoint:
     saved_at: float
     problem: str | None
     state: dict[str, Any]
-    is_foreign: bool
+    is_external: bool
 
     @property
     def reasons(self) -> list[str]:
@@ -70,7 +70,7 @@ class SavedCheckpoint:
 
 
 @dataclass(frozen=True)
-class PastRun:
+class RunSummary:
     """A run's folder as it is now.
 
     Attributes:
@@ -128,7 +128,7 @@ def is_run(path: Path) -> bool:
     return any((path / name).exists() for name in _SIGNS)
 
 
-def read_run(path: Path, *, verify: bool) -> PastRun:
+def read_run(path: Path, *, verify: bool) -> RunSummary:
     """Reads a run's folder, which may be in use.
 
     Args:
@@ -137,7 +137,7 @@ def read_run(path: Path, *, verify: bool) -> PastRun:
     """
     folder = path / "checkpoints"
     found = [_checkpoint(step, saved, verify) for step, saved in saved_steps(folder)]
-    return PastRun(
+    return RunSummary(
         path=path,
         status=_read_status(path / "status.json"),
         holder=holder_of(path / "run.lock"),
@@ -149,7 +149,7 @@ def read_run(path: Path, *, verify: bool) -> PastRun:
     )
 
 
-def how_it_stands(run: PastRun) -> str:
+def status_line(run: RunSummary) -> str:
     """One line: whether the run goes on, or why its last start ended."""
     status, step = run.status, run.status.get("step", run.last_step)
     at_step = f" after step {step}" if step is not None else ""
@@ -167,7 +167,7 @@ def how_it_stands(run: PastRun) -> str:
     return ended
 
 
-def resume_command(run: PastRun) -> str | None:
+def resume_command(run: RunSummary) -> str | None:
     """The shell command that continues the run from its newest good checkpoint; None without its config.toml.
 
     A run with relative paths goes on in the folder where it was started. Of a run on several nodes it is what starts
@@ -190,7 +190,7 @@ def resume_command(run: PastRun) -> str | None:
     return before + shlex.join(words)
 
 
-def _launcher(run: PastRun) -> list[str]:
+def _launcher(run: RunSummary) -> list[str]:
     if run.num_nodes == 1 and run.num_processes == 1:
         return ["python"]
     meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"FIRST_NODE:{_PORT}"]
@@ -199,7 +199,7 @@ def _launcher(run: PastRun) -> list[str]:
 
 
 def _checkpoint(step: int, path: Path, verify: bool) -> SavedCheckpoint:
-    foreign = is_foreign(path)
+    foreign = is_external(path)
     problem = None if foreign else damage(path, read_content=verify)
     state: dict[str, Any] = {}
     sizes = [0]

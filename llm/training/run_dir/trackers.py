@@ -18,7 +18,7 @@ from llm.config.errors import UserError
 from llm.config.flags import flags_of
 from llm.config.options import Options, TrackingOptions
 from llm.files.atomic import write_text
-from llm.training.run_dir.folder import RunFolder
+from llm.training.run_dir.folder import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def _wandb_is_logged_in() -> bool:
 class Tracking:
     """Where the records of a run go. Made on every rank; only rank 0 writes."""
 
-    def __init__(self, accelerator: Accelerator, folder: RunFolder | None) -> None:
+    def __init__(self, accelerator: Accelerator, folder: RunDirectory | None) -> None:
         self.accelerator = accelerator
         self.metrics = folder.metrics if folder else None
         self.identity = folder.trackers if folder else None

@@ -70,7 +70,7 @@ def find_deadline(options: TrainingOptions, world: World, *, started: float) -> 
         world: the processes.
         started: when this process began, in seconds since the epoch; `--max_time` counts from there.
     """
-    end, began = world.share((job_end() if world.is_main else None, started))
+    end, began = world.broadcast((job_end() if world.is_main else None, started))
     return Deadline(None if options.max_time is None else began + seconds_of(options.max_time), end)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from llm.distributed.world import World
-from llm.training.run_dir.folder import RunFolder
+from llm.training.run_dir.folder import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Watchdog:
 
 
 @contextmanager
-def watching(world: World, folder: RunFolder | None) -> Iterator[Watchdog]:
+def watching(world: World, folder: RunDirectory | None) -> Iterator[Watchdog]:
     """A watchdog with a thread of its own, which ends with the block.
 
     Every rank shows its stacks when its update hangs; rank 0 then writes status.json and ends its process, and
@@ -151,7 +151,7 @@ class _Ears(logging.Handler):
         self._watchdog.heard = time.monotonic()
 
 
-def _show_stacks(line: str, rank: int, folder: RunFolder | None) -> None:
+def _show_stacks(line: str, rank: int, folder: RunDirectory | None) -> None:
     """To the standard error, and into the run's log; past logging, whose lock the hung thread may hold."""
     text = f"[rank {rank}] {line}; the stacks of all threads:\n".encode()
     os.write(2, text)
@@ -162,7 +162,7 @@ def _show_stacks(line: str, rank: int, folder: RunFolder | None) -> None:
             faulthandler.dump_traceback(file=file.fileno(), all_threads=True)
 
 
-def _die(line: str, folder: RunFolder | None) -> None:
+def _die(line: str, folder: RunDirectory | None) -> None:
     if folder is not None and folder.status.exists():
         _with_patience(lambda: folder.write_end("failed", reason=line, exit_code=1))
     # Nothing else ends a process whose main thread does not come back.

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 from llm.config.errors import UserError
 from llm.config.options import KfacOptions
-from llm.training.updaters.preconditioning import head_in_chunks, norm_of, rhythm_of
+from llm.training.updaters.preconditioning import head_in_chunks, norm_of, update_intervals
 
 log = logging.getLogger(__name__)
 
 _MODULE = "kfac.preconditioner"
 
 
-class KfacPytorch:
+class KfacPytorchPreconditioner:
     """kfac-pytorch's preconditioner, after complete gradients as ours is.
 
     Source: https://github.com/gpauloski/kfac-pytorch, whose package is called `kfac`, version 0.4.
@@ -73,7 +73,7 @@ class KfacPytorch:
             **{name: value for name, value in given.items() if value is not None},
         )
         self._parameters = list(model.parameters())
-        self.rhythm = rhythm_of(options)
+        self.rhythm = update_intervals(options)
 
     def apply(self, grad_norm: Tensor, *, num_tokens: Tensor, loss_scale: Tensor) -> Tensor:
         """Preconditions; its KL-clip changes the norm."""

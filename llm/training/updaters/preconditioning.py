@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from llm.config.errors import UserError
 from llm.config.options import KfacOptions
 from llm.kfac import KFACPreconditioner, dense_early
-from llm.models.lm_head import has_plain_head
-from llm.models.loss import pays
-from llm.training.profiling.kfac_timing import Cost, Rhythm
-from llm.training.profiling.phases import Clock
+from llm.models.lm_head import has_linear_lm_head
+from llm.models.loss import chunking_is_faster
+from llm.training.profiling.kfac_timing import Cost, UpdateIntervals
+from llm.training.profiling.phases import DeviceTimer
 from llm.training.run_dir.formatting import quantity
 
 log = logging.getLogger(__name__)
 
 
-class Preconditioning(Protocol):
+class Preconditioner(Protocol):
     """What stands between the backward passes of an update and its clipping."""
 
     def apply(self, grad_norm: Tensor, *, num_tokens: Tensor, loss_scale: Tensor) -> Tensor:
@@ -61,14 +61,14 @@ class Preconditioning(Protocol):
         """What its newest calls of `apply` took, all together; None where it does not measure them."""
 
     @property
-    def rhythm(self) -> Rhythm:
+    def rhythm(self) -> UpdateIntervals:
         """When it does what."""
 
 
-class Unchanged:
+class NoPreconditioner:
     """Leaves the gradients as they are."""
 
-    rhythm = Rhythm(1, 1)
+    rhythm = UpdateIntervals(1, 1)
 
     def apply(self, grad_norm: Tensor, *, num_tokens: Tensor, loss_scale: Tensor) -> Tensor:
         """The norm that they have."""
@@ -99,7 +99,7 @@ class Unchanged:
         return None
 
 
-class Kfac:
+class KfacPreconditioner:
     """Ours, on the model inside all wrappers.
 
     Args:
@@ -119,12 +119,12 @@ class Kfac:
         heads = head_in_chunks(model)
         self._kfac = _preconditioner(model, options, heads, rate=rate, accumulation=accumulation)
         self._parameters = list(model.parameters())
-        self.rhythm = rhythm_of(options)
+        self.rhythm = update_intervals(options)
         # The user has not named it, and is told why.
         reason = "its loss is computed by chunks, without calling it"
         skipped = self._kfac.report().skipped
         self._uncalled = {name: reason for name in skipped if any(f"({head})" in skipped[name] for head in heads)}
-        self._clock = Clock(model.device)
+        self._clock = DeviceTimer(model.device)
         self._cost = Cost(self._clock, self.rhythm)
         self._step = 0
 
@@ -179,10 +179,10 @@ class Kfac:
         return self._cost.newest_seconds(num_updates)
 
 
-def rhythm_of(options: KfacOptions) -> Rhythm:
+def update_intervals(options: KfacOptions) -> UpdateIntervals:
     """When K-FAC does what."""
     looks = options.kfac_factor_update_steps
-    return Rhythm(looks, math.lcm(looks, options.kfac_inv_update_steps))
+    return UpdateIntervals(looks, math.lcm(looks, options.kfac_inv_update_steps))
 
 
 def norm_of(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -258,7 +258,11 @@ def head_in_chunks(model: PreTrainedModel) -> list[str]:
     Of a model without values only the size of its vocabulary can be asked.
     """
     head = model.get_output_embeddings()
-    if head is None or not pays(head.weight.shape[0]) or not (head.weight.is_meta or has_plain_head(model)):
+    if (
+        head is None
+        or not chunking_is_faster(head.weight.shape[0])
+        or not (head.weight.is_meta or has_linear_lm_head(model))
+    ):
         return []
     return [f"^{name}$" for name, module in model.named_modules() if module is head]
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from llm.data.batches.loader import Batch
 from llm.models.language_model import IGNORED
 from llm.system.garbage_collection import freeze_heap
-from llm.training.accelerator import Machine
+from llm.training.accelerator import Compute
 from llm.training.seeding import seed_micro_batch
-from llm.training.updaters.preconditioning import Preconditioning, Unchanged, norm_of
+from llm.training.updaters.preconditioning import NoPreconditioner, Preconditioner, norm_of
 
 Wish = Callable[[], bool]
 """Whether this rank was asked to stop, or wants a checkpoint."""
@@ -49,7 +49,7 @@ class StepReport:
     save: bool = False
 
 
-class CentralUpdater:
+class SynchronousUpdater:
     """Forward, backward, precondition, clip, step: data parallel with synchronised gradients.
 
     Args:
@@ -66,18 +66,18 @@ class CentralUpdater:
     def __init__(
         self,
         *,
-        machine: Machine,
+        machine: Compute,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[int], float],
         max_grad_norm: float,
         seed: int,
-        preconditioning: Preconditioning | None = None,
+        preconditioning: Preconditioner | None = None,
     ) -> None:
         self.accelerator, self.world = machine.accelerator, machine.world
         self.model, self.optimizer = model, optimizer
         self.schedule, self.max_grad_norm, self.seed = schedule, max_grad_norm, seed
-        self.preconditioning = preconditioning or Unchanged()
+        self.preconditioning = preconditioning or NoPreconditioner()
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._num_made = 0
 
@@ -92,7 +92,9 @@ class CentralUpdater:
         """One update from this rank's micro-batches; the wishes are this rank's, heard by all."""
         device = self.world.device
         batches = [batch.to(device) for batch in micro_batches]
-        num_tokens = self.world.sum_(torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum())
+        num_tokens = self.world.all_reduce_sum(
+            torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
+        )
         loss = torch.zeros((), device=device)
         # DDP takes the mean over ranks; times their number it is the sum that we want.
         loss_scale = torch.full_like(loss, self.world.size)
@@ -112,7 +114,7 @@ class CentralUpdater:
         grad_norm = norm_of(self.parameters)
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         wishes = [torch.full_like(loss, float(wish)) for wish in (should_stop(), abandoned, should_save())]
-        flags = self.world.sum_(torch.stack([loss, bad.float(), *wishes]))
+        flags = self.world.all_reduce_sum(torch.stack([loss, bad.float(), *wishes]))
         loss_value, num_bad, num_stop, num_abandoned, num_save = flags.tolist()  # the one read of the device
         if num_bad == num_abandoned == 0:
             for group in self.optimizer.param_groups:

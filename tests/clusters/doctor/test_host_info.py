@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 
 from llm.clusters.doctor.host_info import (
-    Facts,
+    HostInfo,
+    collect_host_info,
     device_mistake,
     find_devices,
     folder_mistake,
-    look_around,
     short,
     version_mistake,
 )
 
-HOST = Facts("n1", "/work", 4, "cuda", 4, {"python": "3.12.1", "torch": "2.13.0"})
+HOST = HostInfo("n1", "/work", 4, "cuda", 4, {"python": "3.12.1", "torch": "2.13.0"})
 
 
-def others(number: int, **different: object) -> list[Facts]:
+def others(number: int, **different: object) -> list[HostInfo]:
     """A host as it should be, and some that are not."""
     return [HOST, *(replace(HOST, name=f"n{rank + 2}", **different) for rank in range(number))]  # type: ignore[arg-type]
 
@@ -30,11 +30,11 @@ def test_facts_when_looked_for_here_then_are_those_of_this_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = look_around(2, use_cpu=True)
+    found = collect_host_info(2, use_cpu=True)
     assert (found.folder, found.num_processes, found.device, found.num_devices) == (str(tmp_path), 2, "cpu", 0)
     assert found.versions["python"] == platform.python_version()
     assert {"torch", "transformers", "llm"} <= found.versions.keys()
-    assert Facts(**found.to_json()) == found
+    assert HostInfo(**found.to_json()) == found
     assert find_devices(use_cpu=True) == ("cpu", 0)
 
 
@@ -64,7 +64,7 @@ def test_folder_when_one_host_runs_elsewhere_then_it_is_named() -> None:
         ([replace(HOST, num_processes=8)], "8 processes cannot share 4 devices: set --nproc 4"),
     ],
 )
-def test_devices_when_they_do_not_fit_then_the_line_says_where(hosts: list[Facts], said: str) -> None:
+def test_devices_when_they_do_not_fit_then_the_line_says_where(hosts: list[HostInfo], said: str) -> None:
     assert said in str(device_mistake(hosts))
 
 

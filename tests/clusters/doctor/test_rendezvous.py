@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from llm.clusters.doctor.rendezvous import Meeting, is_here
+from llm.clusters.doctor.rendezvous import Rendezvous, is_here
 from llm.config.errors import UserError
 
 
@@ -19,8 +19,8 @@ def free_port() -> int:
 
 
 def test_meeting_when_both_are_there_then_each_hears_what_the_other_says() -> None:
-    first = Meeting("localhost", 0, is_first=True, seconds=10)
-    other = Meeting("localhost", first.port, is_first=False, seconds=10)
+    first = Rendezvous("localhost", 0, is_first=True, seconds=10)
+    other = Rendezvous("localhost", first.port, is_first=False, seconds=10)
     other.say("facts/1", {"name": "n2"})
     assert first.await_all(["facts/1"], 10) == []
     assert first.heard("facts/1") == {"name": "n2"}
@@ -28,7 +28,7 @@ def test_meeting_when_both_are_there_then_each_hears_what_the_other_says() -> No
 
 
 def test_meeting_when_nobody_speaks_then_waits_no_longer_than_was_said() -> None:
-    first = Meeting("localhost", 0, is_first=True, seconds=10)
+    first = Rendezvous("localhost", 0, is_first=True, seconds=10)
     first.say("facts/1", 1)
     began = time.monotonic()
     assert first.await_all(["facts/1", "facts/2"], 0.3) == ["facts/2"]
@@ -40,10 +40,10 @@ def test_meeting_when_nobody_speaks_then_waits_no_longer_than_was_said() -> None
 
 def test_meeting_when_the_first_host_comes_later_then_is_waited_for() -> None:
     port = free_port()
-    opened: list[Meeting] = []
-    late = threading.Timer(1.0, lambda: opened.append(Meeting("localhost", port, is_first=True, seconds=10)))
+    opened: list[Rendezvous] = []
+    late = threading.Timer(1.0, lambda: opened.append(Rendezvous("localhost", port, is_first=True, seconds=10)))
     late.start()
-    Meeting("localhost", port, is_first=False, seconds=20).say("here", True)
+    Rendezvous("localhost", port, is_first=False, seconds=20).say("here", True)
     late.join()
     assert opened[0].heard("here") is True
 
@@ -51,7 +51,7 @@ def test_meeting_when_the_first_host_comes_later_then_is_waited_for() -> None:
 def test_meeting_when_the_first_host_never_comes_then_the_line_says_what_was_waited_for() -> None:
     port = free_port()
     with pytest.raises(UserError, match=rf"waited 1 s for localhost:{port} .*start the doctor there too"):
-        Meeting("localhost", port, is_first=False, seconds=1)
+        Rendezvous("localhost", port, is_first=False, seconds=1)
 
 
 def test_meeting_when_the_port_is_taken_then_the_line_says_so() -> None:
@@ -60,7 +60,7 @@ def test_meeting_when_the_port_is_taken_then_the_line_says_so() -> None:
         listener.listen()
         port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} is taken on localhost"):
-            Meeting("localhost", port, is_first=True, seconds=5)
+            Rendezvous("localhost", port, is_first=True, seconds=5)
 
 
 def test_address_when_it_is_this_host_then_is_here() -> None:

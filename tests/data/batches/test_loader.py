@@ -71,7 +71,7 @@ def test_training_batches_when_updates_cross_epochs_then_each_epoch_reads_every_
     epochs = [samples[start : start + 21] for start in range(0, len(samples), 21)]
     assert all(sorted(epoch) == list(range(21)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 8
-    assert samples == [BLOCKS.of_sample(sample, 3)[0] // BLOCK for sample in range(len(samples))]
+    assert samples == [BLOCKS.block(sample, 3)[0] // BLOCK for sample in range(len(samples))]
 
 
 def test_training_batches_when_batch_is_larger_than_the_text_then_full() -> None:

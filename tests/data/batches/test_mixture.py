@@ -13,7 +13,7 @@ import pytest
 from llm.config.errors import UserError
 from llm.data.batches.blocks import Blocks, cut_blocks, ledger
 from llm.data.batches.mixture import Mixture, mixed
-from llm.data.shards.document_starts import JoinedStarts, StartsBehindToken
+from llm.data.shards.document_starts import ConcatenatedStarts, StartsAfterEos
 from llm.data.shards.format import Stream, Streams
 from llm.data.shards.memmap import TokenFile, Tokens
 
@@ -66,7 +66,7 @@ def test_mixture_when_read_then_every_block_of_a_text_once_in_each_of_its_epochs
     mixture = _mixture(("0.5", "0.3", "0.2"), sizes)
     found: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for sample in range(500):
-        row = mixture.of_sample(sample, 3)
+        row = mixture.block(sample, 3)
         source = int(row[0]) // 10_000
         found[source].append(int(row[0]) % 10_000 // BLOCK)
     for source, size in enumerate(sizes):
@@ -81,7 +81,7 @@ def test_mixture_when_read_then_every_block_of_a_text_once_in_each_of_its_epochs
 def test_mixture_when_no_weights_then_an_epoch_reads_every_block_once() -> None:
     mixture = Mixture([_blocks(23), _blocks(7, 10_000), _blocks(1, 20_000)], [None, None, None])
     assert mixture.num_samples(mixture.num_blocks) == [23, 7, 1]
-    rows = {int(mixture.of_sample(sample, 5)[0]) for sample in range(31)}
+    rows = {int(mixture.block(sample, 5)[0]) for sample in range(31)}
     assert len(rows) == 31
     assert mixture.num_unread(31) == 0
     assert mixture.num_unread(0) == 31
@@ -93,10 +93,10 @@ def test_mixture_when_asked_again_then_the_same_and_the_seed_orders_texts_apart(
     again = pickle.loads(pickle.dumps(mixture))
 
     def order(of: Mixture, seed: int) -> list[int]:
-        return [int(of.of_sample(sample, seed)[0]) for sample in range(600)]
+        return [int(of.block(sample, seed)[0]) for sample in range(600)]
 
     assert order(again, 3) == order(mixture, 3)
-    assert again.of_sample(417, 3).tolist() == mixture.of_sample(417, 3).tolist()
+    assert again.block(417, 3).tolist() == mixture.block(417, 3).tolist()
     assert order(mixture, 4) != order(mixture, 3)
     first = [block for block in order(mixture, 3) if block < 10_000]
     second = [block - 10_000 for block in order(mixture, 3) if block >= 10_000]
@@ -108,7 +108,7 @@ def test_mixture_when_dealt_then_as_it_ever_was() -> None:
     # Runs are resumed by it: these numbers must never change.
     mixture = _mixture(("0.5", "0.3", "0.2"), (100, 100, 100))
     assert [mixture.place(sample)[0] for sample in range(20)] == [1, 0, 2, 0, 1, 0, 2, 0, 1, 0] * 2
-    assert [int(mixture.of_sample(sample, 7)[0]) for sample in range(6)] == [10364, 368, 20392, 0, 10388, 132]
+    assert [int(mixture.block(sample, 7)[0]) for sample in range(6)] == [10364, 368, 20392, 0, 10388, 132]
 
 
 def _streams(tmp_path: Path, name: str, num_tokens: int, held_out: int, *, num_bytes: int | None = 5) -> Streams:
@@ -117,7 +117,7 @@ def _streams(tmp_path: Path, name: str, num_tokens: int, held_out: int, *, num_b
 
     def stream(start: int, stop: int) -> Stream:
         part = tokens.part(start, stop)
-        return Stream(part, 3, num_bytes, StartsBehindToken(part, 6) if num_bytes else None)
+        return Stream(part, 3, num_bytes, StartsAfterEos(part, 6) if num_bytes else None)
 
     validation = stream(num_tokens, num_tokens + held_out) if held_out else None
     return Streams(stream(0, num_tokens), validation, {"empty": 2}, f"hash of {name}", 60_000, tmp_path, name)
@@ -129,7 +129,7 @@ def test_mixed_when_texts_then_sums_and_one_validation_behind_the_other(tmp_path
     assert streams.validation is not None
     assert streams.validation.tokens[:].tolist() == [*range(42, 52), *range(21, 41)]
     assert (streams.validation.num_documents, streams.validation.num_bytes) == (6, 10)
-    assert isinstance(streams.validation.starts, JoinedStarts)
+    assert isinstance(streams.validation.starts, ConcatenatedStarts)
     assert streams.validation.starts.between(0, 30).tolist() == [0, 10]
     assert (len(streams.train.tokens), streams.skipped, streams.name) == (63, {"empty": 4}, "a + b")
     train, validation = cut_blocks(streams, 8)

@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 
-from llm.data.batches.shuffle import shuffled
+from llm.data.batches.shuffle import shuffled_index
 
 
 def _order(num_blocks: int, seed: int = 0, epoch: int = 0) -> list[int]:
-    return [shuffled(i, num_blocks, seed=seed, epoch=epoch) for i in range(num_blocks)]
+    return [shuffled_index(i, num_blocks, seed=seed, epoch=epoch) for i in range(num_blocks)]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
@@ -22,7 +22,7 @@ def test_shuffled_when_any_number_of_blocks_then_a_bijection(seed: int) -> None:
 
 def test_shuffled_when_computed_again_then_as_ever() -> None:
     assert _order(10, seed=1) == [2, 6, 4, 9, 8, 5, 0, 7, 1, 3]
-    assert shuffled(123_456_789_012, 10**12, seed=42, epoch=3) == 362_943_963_750
+    assert shuffled_index(123_456_789_012, 10**12, seed=42, epoch=3) == 362_943_963_750
 
 
 def test_shuffled_when_neighbours_compared_then_no_fixed_offset() -> None:
@@ -43,7 +43,7 @@ def test_shuffled_when_seed_or_epoch_differs_then_another_order() -> None:
 
 def test_shuffled_when_many_orders_of_few_blocks_then_every_place_is_equally_likely() -> None:
     for num_blocks in (2, 3, 5, 7):
-        firsts = Counter(shuffled(0, num_blocks, seed=seed, epoch=0) for seed in range(3000))
+        firsts = Counter(shuffled_index(0, num_blocks, seed=seed, epoch=0) for seed in range(3000))
         expected = 3000 / num_blocks
         assert all(abs(firsts[block] - expected) < 5 * expected**0.5 for block in range(num_blocks))
     orders = Counter(tuple(_order(4, seed)) for seed in range(2400))
@@ -54,4 +54,4 @@ def test_shuffled_when_many_orders_of_few_blocks_then_every_place_is_equally_lik
 @pytest.mark.parametrize("place", [-1, 5])
 def test_shuffled_when_place_is_outside_then_index_error(place: int) -> None:
     with pytest.raises(IndexError):
-        shuffled(place, 5, seed=0, epoch=0)
+        shuffled_index(place, 5, seed=0, epoch=0)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from llm.data.batches.blocks import Blocks
-from llm.data.batches.loader import Batch, Samples, training_batches
+from llm.data.batches.loader import Batch, BlockSource, training_batches
 from llm.data.batches.mixture import Mixture
-from llm.data.shards.document_starts import StartsBehindToken
+from llm.data.shards.document_starts import StartsAfterEos
 
 BLOCK, GLOBAL_BATCH, NUM_STEPS, RESUMED_AT = 8, 8, 201, 137
 EOS = 5
@@ -21,7 +21,7 @@ Rows: TypeAlias = list[list[list[int]]]
 
 def _blocks(seed: int, number: int, *, masked: bool = False) -> Blocks:
     ids = np.random.default_rng(seed).integers(0, 50, number * BLOCK + 1)
-    return Blocks(ids, BLOCK, starts=StartsBehindToken(ids, EOS) if masked else None)
+    return Blocks(ids, BLOCK, starts=StartsAfterEos(ids, EOS) if masked else None)
 
 
 def _mixture(*, masked: bool = False) -> Mixture:
@@ -30,7 +30,7 @@ def _mixture(*, masked: bool = False) -> Mixture:
 
 
 # The run reads more than one epoch of each.
-TEXTS: dict[str, Samples] = {
+TEXTS: dict[str, BlockSource] = {
     "blocks": _blocks(0, 700),
     "blocks, masked": _blocks(0, 700, masked=True),
     "mixture": _mixture(),

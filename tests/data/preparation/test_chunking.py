@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from llm.config.errors import UserError
 from llm.data.preparation import chunking as cutting
 from llm.data.preparation.chunking import batches, pieces
-from llm.data.sources.documents import Part
+from llm.data.sources.documents import TextChunk
 from llm.tokenization.encoder import Encoder
 
 SHARED = Path(os.environ.get("LLM_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -40,7 +40,7 @@ def small(monkeypatch) -> None:
 
 
 def _in_parts(text: str, size: int) -> list:
-    return [("train", Part(text[start : start + size], ends=False)) for start in range(0, len(text), size)]
+    return [("train", TextChunk(text[start : start + size], ends=False)) for start in range(0, len(text), size)]
 
 
 def _words(seed: int, number: int) -> str:
@@ -143,8 +143,8 @@ def test_pieces_when_later_text_has_other_places_then_found_there(small) -> None
 def test_pieces_when_document_is_cut_then_marks_say_where_it_begins_and_ends(byte_tokenizer, small) -> None:
     parts = [
         *_in_parts("some words in a line\n" * 500, 640),
-        ("train", Part("", ends=True)),
-        ("train", Part("b", True)),
+        ("train", TextChunk("", ends=True)),
+        ("train", TextChunk("b", True)),
     ]
     found = list(pieces(parts, Encoder(byte_tokenizer)))
     assert [piece.begins for piece in found] == [True] + [False] * (len(found) - 2) + [True]
@@ -162,7 +162,7 @@ def test_pieces_when_every_text_gets_a_beginning_then_whole(small) -> None:
 def test_pieces_when_nothing_can_be_cut_for_long_then_refused_by_name(small, monkeypatch) -> None:
     monkeypatch.setattr(cutting, "LONGEST_PIECE", 20_000)
     text = "a" * 50_000
-    parts = [("train", Part("short", ends=True)), *_in_parts(text, 700)]
+    parts = [("train", TextChunk("short", ends=True)), *_in_parts(text, 700)]
     with pytest.raises(UserError, match=r"^my\.txt: document 2 has 0 million characters without a place.*break it"):
         list(pieces(parts, Encoder(_gpt2("aa ab " * 100)), "my.txt"))
 

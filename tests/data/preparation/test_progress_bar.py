@@ -8,12 +8,12 @@ import time
 import pytest
 
 from llm.data.preparation import progress_bar as module
-from llm.data.preparation.progress_bar import text_bar
+from llm.data.preparation.progress_bar import text_progress_bar
 from llm.data.preparation.tokenize import Counts
 
 
 def test_text_bar_when_no_terminal_then_lines_are_left_to_the_log(capsys: pytest.CaptureFixture[str]) -> None:
-    with text_bar() as watch:
+    with text_progress_bar() as watch:
         assert watch is None
     assert capsys.readouterr().err == ""
 
@@ -23,7 +23,7 @@ def test_text_bar_when_on_a_terminal_then_megabytes_speed_tokens_and_time_left(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(module, "_DELAY_SECONDS", 0)
-    with text_bar() as watch:
+    with text_progress_bar() as watch:
         assert watch is not None
         for number in (1, 2):
             # Half of the text was found tokenized; of the rest, a tenth takes two seconds.

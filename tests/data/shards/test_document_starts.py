@@ -11,7 +11,7 @@ import pytest
 
 from llm.data.batches.blocks import Blocks
 from llm.data.batches.loader import batch_of
-from llm.data.shards.document_starts import JoinedStarts, Starts, StartsBehindToken, StartsInFiles, StartsOfPart
+from llm.data.shards.document_starts import ConcatenatedStarts, SlicedStarts, Starts, StartsAfterEos, StartsInFiles
 from llm.data.shards.external_formats import open_files
 from llm.data.shards.format import STARTS_DTYPE
 from llm.data.shards.memmap import TokenFile, Tokens
@@ -67,21 +67,21 @@ def test_starts_in_files_when_asked_of_any_stretch_then_those_inside(shards: lis
 
 
 def test_starts_behind_token_when_asked_of_any_stretch_then_the_same(shards: list[Written]) -> None:
-    _check(StartsBehindToken(_ids(), EOS), STARTS, NUM_TOKENS)
-    _check(StartsBehindToken(Tokens([shard.tokens for shard in shards]), EOS), STARTS, NUM_TOKENS)
+    _check(StartsAfterEos(_ids(), EOS), STARTS, NUM_TOKENS)
+    _check(StartsAfterEos(Tokens([shard.tokens for shard in shards]), EOS), STARTS, NUM_TOKENS)
 
 
 def test_joined_starts_when_parts_are_cut_anywhere_then_each_begins_a_document(shards: list[Written]) -> None:
     whole = StartsInFiles(shards)
     # The second part begins inside a document, the third is empty, the fourth is the very beginning again.
     cuts = ((60, 90), (17, 40), (5, 5), (0, 12))
-    parts = [StartsOfPart(whole, first, stop - first) for first, stop in cuts]
+    parts = [SlicedStarts(whole, first, stop - first) for first, stop in cuts]
     expected, place = [], 0
     for first, stop in cuts:
         if stop > first:
             expected += [place, *(place + start - first for start in STARTS if first < start < stop)]
         place += stop - first
-    _check(JoinedStarts(parts), expected, place)
+    _check(ConcatenatedStarts(parts), expected, place)
     streams = [Tokens([shard.tokens for shard in shards]).part(first, stop) for first, stop in cuts]
     joined = Tokens.joined(streams)
     assert joined[:].tolist() == np.concatenate([_ids()[first:stop] for first, stop in cuts]).tolist()
@@ -124,10 +124,10 @@ def test_batch_when_a_target_begins_a_document_then_it_is_not_counted(shards: li
 
 
 def test_open_files_when_held_out_from_our_own_shards_then_their_starts_are_kept(tmp_path: Path) -> None:
-    from llm.data.shards.writer import Form, SplitWriter
+    from llm.data.shards.writer import ShardSpec, SplitWriter
     from llm.tokenization.encoder import Piece
 
-    writer = SplitWriter(tmp_path, "train", Form(257, "hash", 16, 256, True))
+    writer = SplitWriter(tmp_path, "train", ShardSpec(257, "hash", 16, 256, True))
     for _ in range(12):
         piece = Piece("train", "abcdef", True, True)
         if not writer.skip(piece):

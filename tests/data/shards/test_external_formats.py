@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llm.config.errors import UserError
-from llm.data.shards.external_formats import open_file, open_files, open_foreign_folder
+from llm.data.shards.external_formats import open_external_folder, open_file, open_files
 from llm.data.shards.format import ForeignShardError, TruncatedShardError
 
 IDS = np.random.default_rng(0).integers(0, 50_000, 5_000)
@@ -66,7 +66,7 @@ def test_open_folder_when_files_name_their_split_then_both(tmp_path: Path, train
     for name in validation:
         writer(tmp_path / name, IDS[:100])
     (tmp_path / "meta.pkl").write_bytes(b"?")
-    streams = open_foreign_folder(tmp_path, 5, 50_000)
+    streams = open_external_folder(tmp_path, 5, 50_000)
     assert streams.validation is not None
     assert streams.train.tokens[:].tolist() == IDS.tolist()
     assert streams.validation.tokens[:].tolist() == IDS[:100].tolist()
@@ -79,7 +79,7 @@ def test_open_folder_when_saved_with_input_ids_then_rows_joined(tmp_path: Path, 
     held_out = datasets.Dataset.from_dict({"input_ids": rows[:2]})
     folder = tmp_path / "saved"
     (datasets.DatasetDict(train=table, validation=held_out) if with_splits else table).save_to_disk(folder)
-    streams = open_foreign_folder(folder, 0, 50_000)
+    streams = open_external_folder(folder, 0, 50_000)
     assert streams.train.tokens[:].tolist() == IDS.tolist()
     assert pickle.loads(pickle.dumps(streams.train.tokens))[30:60].tolist() == IDS[30:60].tolist()
     assert (streams.validation is not None) == with_splits
@@ -109,10 +109,10 @@ def test_open_file_when_damaged_or_unknown_then_named(tmp_path: Path) -> None:
 def test_open_folder_when_it_holds_no_tokens_then_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match="holds no token shards"):
-        open_foreign_folder(tmp_path, 5, 100)
+        open_external_folder(tmp_path, 5, 100)
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "text")
     with pytest.raises(ForeignShardError, match="no column input_ids; its columns are text"):
-        open_foreign_folder(tmp_path / "text", 5, 100)
+        open_external_folder(tmp_path / "text", 5, 100)
 
 
 def test_open_files_when_one_changes_then_so_does_the_hash(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from llm.data.shards.format import (
     verify,
 )
 from llm.data.shards.memmap import TokenFile, Tokens
-from llm.data.shards.writer import Form, SplitWriter
-from llm.data.sources.documents import Part
+from llm.data.shards.writer import ShardSpec, SplitWriter
+from llm.data.sources.documents import TextChunk
 from llm.data.sources.validation_split import divide_by_hash
 from llm.tokenization.encoder import Piece
 
@@ -40,8 +40,8 @@ def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
-def _form(shard_size: int = 10, vocabulary_size: int = 257, single: bool = True) -> Form:
-    return Form(vocabulary_size, "hash", shard_size, EOS if vocabulary_size > EOS else None, single)
+def _form(shard_size: int = 10, vocabulary_size: int = 257, single: bool = True) -> ShardSpec:
+    return ShardSpec(vocabulary_size, "hash", shard_size, EOS if vocabulary_size > EOS else None, single)
 
 
 def _documents(seed: int = 0, count: int = 30) -> list[list[Piece]]:
@@ -61,7 +61,9 @@ def _ids(piece: Piece) -> np.ndarray:
     return np.frombuffer(kept.encode(), np.uint8).astype(np.uint32)
 
 
-def _write(folder: Path, form: Form, pieces: list[Piece], *, stop: int | None = None, flush_every: int = 3) -> None:
+def _write(
+    folder: Path, form: ShardSpec, pieces: list[Piece], *, stop: int | None = None, flush_every: int = 3
+) -> None:
     """Gives the pieces to a writer; without the end, as a killed process leaves it, if `stop` is given."""
     folder.mkdir(exist_ok=True)
     writer = SplitWriter(folder, "train", form)
@@ -254,9 +256,9 @@ def test_tokens_when_read_often_then_views_stay_valid(tmp_path: Path) -> None:
 
 
 def test_divide_by_hash_when_read_twice_or_in_other_order_then_the_same_documents(tmp_path: Path) -> None:
-    documents = [[Part(f"text {i}", False), Part("tail", True)] for i in range(2000)]
+    documents = [[TextChunk(f"text {i}", False), TextChunk("tail", True)] for i in range(2000)]
 
-    def held_out(order: list[list[Part]]) -> set[str]:
+    def held_out(order: list[list[TextChunk]]) -> set[str]:
         parts = divide_by_hash((part for document in order for part in document), 10)
         found = list(parts)
         assert [part for _, part in found] == [part for document in order for part in document]
@@ -269,7 +271,7 @@ def test_divide_by_hash_when_read_twice_or_in_other_order_then_the_same_document
 
 
 def test_shard_when_vocabulary_is_large_then_four_bytes(tmp_path: Path) -> None:
-    writer = SplitWriter(tmp_path, "train", Form(70_000, "hash", 4, None, True))
+    writer = SplitWriter(tmp_path, "train", ShardSpec(70_000, "hash", 4, None, True))
     writer.add(Piece("train", "abc", True, True), np.array([1, 69_999, 65_536], np.uint32))
     writer.finish()
     shard: Shard = open_shard(tmp_path / "train_00000.bin", tokenizer_hash="hash", vocabulary_size=70_000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from llm.data.sources.documents import Skipped, describe, documents_of_rows
+from llm.data.sources.documents import Skipped, documents_of_rows, format_skipped
 
 
 def _documents(rows: list[object]) -> tuple[list[str], Skipped]:
@@ -40,4 +40,4 @@ def test_documents_when_rows_are_no_text_then_counted_by_reason() -> None:
         "bytes, not valid UTF-8 text": 1,
         "empty": 1,
     }
-    assert describe(Counter(empty=10, null=2)) == "12 rows (empty: 10, null: 2)"
+    assert format_skipped(Counter(empty=10, null=2)) == "12 rows (empty: 10, null: 2)"

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from llm.data.sources.documents import Part
-from llm.data.sources.validation_split import divide, find_cut, find_head
+from llm.data.sources.documents import TextChunk
+from llm.data.sources.validation_split import find_head, find_split_point, split_at
 
 
-def _parts(*documents: str, size: int = 7) -> list[Part]:
+def _parts(*documents: str, size: int = 7) -> list[TextChunk]:
     """The documents in parts of `size` characters."""
     parts = []
     for text in documents:
         pieces = [text[start : start + size] for start in range(0, len(text), size)]
-        parts += [Part(piece, ends=False) for piece in pieces] + [Part("", ends=True)]
+        parts += [TextChunk(piece, ends=False) for piece in pieces] + [TextChunk("", ends=True)]
     return parts
 
 
 def _sides(*documents: str, percentage: float) -> tuple[str, str]:
     parts = _parts(*documents)
-    cut = find_cut(parts, percentage)
+    cut = find_split_point(parts, percentage)
     assert cut is not None
-    divided = list(divide(parts, cut))
+    divided = list(split_at(parts, cut))
     return tuple(
         "".join(part.text + "|" * part.ends for split, part in divided if split == side)
         for side in ("train", "validation")
@@ -61,7 +61,7 @@ def test_cut_when_share_is_less_or_more_than_documents_allow_then_one_on_each_si
 
 
 def test_cut_when_no_document_then_none() -> None:
-    assert find_cut([], 5) is None
+    assert find_split_point([], 5) is None
 
 
 @pytest.mark.parametrize(

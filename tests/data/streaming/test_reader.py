@@ -18,7 +18,7 @@ from llm.data.batches.loader import training_batches
 from llm.data.preparation.tokenize import write_shards
 from llm.data.shards.format import MANIFEST, open_folder
 from llm.data.sources.corpus import open_corpus
-from llm.data.streaming.reader import EVERYTHING, AbandonedError, ArrivingBlocks, ArrivingTokens
+from llm.data.streaming.reader import EVERYTHING, AbandonedError, GrowingBlocks, GrowingTokens
 
 SHARD, BLOCK = 100, 16
 WINDOW = 6  # (100 - 1) // 16
@@ -63,9 +63,9 @@ def arrive(whole: Path, tmp_path: Path) -> Callable[[int | None], Path]:
     return arrive
 
 
-def blocks_of(folder: Path, block_size: int = BLOCK, shard_size: int = SHARD) -> ArrivingBlocks:
-    tokens = ArrivingTokens(folder, shard_size=shard_size, tokenizer_hash="bytes")
-    return ArrivingBlocks(tokens, block_size, vocabulary_size=257)
+def blocks_of(folder: Path, block_size: int = BLOCK, shard_size: int = SHARD) -> GrowingBlocks:
+    tokens = GrowingTokens(folder, shard_size=shard_size, tokenizer_hash="bytes")
+    return GrowingBlocks(tokens, block_size, vocabulary_size=257)
 
 
 def numbers(rows: list[np.ndarray], whole: Path) -> list[int]:
@@ -83,21 +83,21 @@ def test_order_when_a_window_is_read_then_its_shards_suffice_and_all_its_blocks_
         assert blocks.look() == (window + 1) * WINDOW
         samples = range(window * WINDOW, (window + 1) * WINDOW)
         assert {blocks.num_shards(sample) for sample in samples} <= {window, window + 1}
-        found = numbers([blocks.of_sample(sample, SEED) for sample in samples], whole)
+        found = numbers([blocks.block(sample, SEED) for sample in samples], whole)
         assert sorted(found) == list(samples)
     blocks = blocks_of(arrive(None))
     assert blocks.look() == EVERYTHING
     num_blocks = (len(open_folder(whole).train.tokens) - 1) // BLOCK
     assert len(blocks) == num_blocks == 65
     first, second, third = (
-        numbers([blocks.of_sample(epoch * num_blocks + place, SEED) for place in range(num_blocks)], whole)
+        numbers([blocks.block(epoch * num_blocks + place, SEED) for place in range(num_blocks)], whole)
         for epoch in range(3)
     )
     assert sorted(first) == sorted(second) == sorted(third) == list(range(num_blocks))
     assert [block // WINDOW for block in first] == sorted(block // WINDOW for block in range(num_blocks))
     assert first != second != third
     assert [block // WINDOW for block in second] != sorted(block // WINDOW for block in range(num_blocks))
-    other_seed = numbers([blocks.of_sample(place, SEED + 1) for place in range(num_blocks)], whole)
+    other_seed = numbers([blocks.block(place, SEED + 1) for place in range(num_blocks)], whole)
     assert other_seed != first
 
 
@@ -112,7 +112,7 @@ def test_order_when_blocks_are_about_as_long_as_shards_then_enough_shards_are_wa
         due = blocks.num_shards(sample)
         blocks = blocks_of(arrive(due), block_size)
         assert blocks.look() > sample
-        assert len(blocks.of_sample(sample, SEED)) == block_size + 1
+        assert len(blocks.block(sample, SEED)) == block_size + 1
 
 
 def test_last_shard_when_it_is_short_then_the_end_is_waited_for(arrive: Callable[[int | None], Path]) -> None:
@@ -124,7 +124,7 @@ def test_last_shard_when_it_is_short_then_the_end_is_waited_for(arrive: Callable
     assert blocks.is_whole
 
 
-def updates(blocks: ArrivingBlocks, num_ranks: int, num_workers: int, first_step: int = 0) -> list[list[list[int]]]:
+def updates(blocks: GrowingBlocks, num_ranks: int, num_workers: int, first_step: int = 0) -> list[list[list[int]]]:
     """The ids of the global batches of 20 updates of 8 blocks, more than two epochs."""
     ranks = [
         training_batches(
@@ -188,7 +188,7 @@ def test_wait_when_abandoned_then_ends_in_this_process_and_in_workers(arrive: Ca
 
     def wait() -> None:
         try:
-            blocks.of_sample(WINDOW, SEED)
+            blocks.block(WINDOW, SEED)
         except AbandonedError as error:
             ended.append(error)
 
@@ -209,7 +209,7 @@ def test_look_when_the_whole_stream_makes_no_block_then_refused_with_the_mend(wh
 
 def test_look_when_a_shard_is_of_another_tokenizer_or_cut_then_refused(arrive: Callable[[int | None], Path]) -> None:
     folder = arrive(2)
-    tokens = ArrivingTokens(folder, shard_size=SHARD, tokenizer_hash="other")
+    tokens = GrowingTokens(folder, shard_size=SHARD, tokenizer_hash="other")
     with pytest.raises(UserError, match="another tokenizer"):
         tokens.look()
     (folder / "train_00001.bin").write_bytes(b"12")

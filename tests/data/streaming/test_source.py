@@ -13,7 +13,7 @@ import pytest
 from llm.config.errors import UserError
 from llm.config.options import DataOptions
 from llm.data.sources.corpus import Corpus
-from llm.data.sources.documents import Part, Source
+from llm.data.sources.documents import TextChunk, TextSource
 from llm.data.streaming import source as text_streams
 from llm.data.streaming.source import TextStream
 
@@ -25,7 +25,7 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def texts(source: Source | None) -> list[str]:
+def texts(source: TextSource | None) -> list[str]:
     """The documents, the one that does not end with a `+`."""
     found = [""]
     for part in source(Counter()) if source is not None else ():
@@ -89,7 +89,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
 
     def open_stream(options: DataOptions, revision: str | None) -> Corpus:
         found.append(revision)
-        return Corpus("set", "", lambda skipped: iter([Part("a", True), Part("b", True)]), None, 50, is_streamed=True)
+        return Corpus(
+            "set", "", lambda skipped: iter([TextChunk("a", True), TextChunk("b", True)]), None, 50, is_streamed=True
+        )
 
     monkeypatch.setattr(text_streams, "open_stream", open_stream)
     return found

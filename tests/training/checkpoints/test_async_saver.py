@@ -13,14 +13,14 @@ import torch
 
 from llm.config.errors import UserError
 from llm.config.options import OutputOptions
-from llm.training.checkpoints.async_saver import Memory, Saver
+from llm.training.checkpoints.async_saver import AsyncSaver, HostBuffers
 from llm.training.checkpoints.store import NotFiniteError
 from llm.training.triggers import at_end, every
 
 
-def saver(folder: Path, **options: Any) -> Saver:
+def saver(folder: Path, **options: Any) -> AsyncSaver:
     options = {"save_minutes": 0} | options
-    return Saver(
+    return AsyncSaver(
         OutputOptions(output_dir=str(folder), **options),
         folder,
         folder / "checkpoints",
@@ -76,7 +76,7 @@ def test_save_when_the_former_is_still_written_then_waits_for_it_and_uses_its_me
 
 
 def test_memory_when_copied_again_then_no_new_memory_is_taken_and_ties_and_views_are_kept() -> None:
-    memory = Memory()
+    memory = HostBuffers()
     table = torch.arange(12.0).reshape(3, 4)
     given = {"tied": table, "table": table, "turned": table.t(), "empty": torch.zeros(0), "number": torch.tensor(3.0)}
     first = memory.copy(given)

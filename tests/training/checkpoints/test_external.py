@@ -21,11 +21,11 @@ from llm.config.options import ModelOptions, OptimizerOptions, TrainingOptions
 from llm.data.batches.loader import Batch
 from llm.models.language_model import LanguageModel
 from llm.optim.registry import build_optimizer
-from llm.training.accelerator import start_machine
-from llm.training.checkpoints.external import ForeignCheckpoint
+from llm.training.accelerator import start_compute
+from llm.training.checkpoints.external import ExternalCheckpoint
 from llm.training.checkpoints.resume import Start
 from llm.training.checkpoints.store import find_checkpoint, open_checkpoint
-from llm.training.updaters.synchronous import CentralUpdater
+from llm.training.updaters.synchronous import SynchronousUpdater
 
 RATE = 1e-3
 MARKS = {"run_clm": ["bias", "LayerNorm.weight"], "llm-pytorch": ["bias", "layer_norm.weight"]}
@@ -82,16 +82,16 @@ def folder(plain: Plain, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fresh(tiny_gpt2: GPT2LMHeadModel) -> Callable[..., CentralUpdater]:
+def fresh(tiny_gpt2: GPT2LMHeadModel) -> Callable[..., SynchronousUpdater]:
     """`fresh()` makes an updater of ours over other random weights."""
 
-    def make(**changes: Any) -> CentralUpdater:
-        machine = start_machine(TrainingOptions(use_cpu=True, mixed_precision="no"))
+    def make(**changes: Any) -> SynchronousUpdater:
+        machine = start_compute(TrainingOptions(use_cpu=True, mixed_precision="no"))
         torch.manual_seed(99)
         model = GPT2LMHeadModel(tiny_gpt2.config)
         # The groups of ours and of theirs decay other weights: the comparison is without it.
         chosen = {"learning_rate": RATE, "weight_decay": 0.01, **changes}
-        return CentralUpdater(
+        return SynchronousUpdater(
             machine=machine,
             model=machine.accelerator.prepare_model(LanguageModel(model)),
             optimizer=build_optimizer(model, OptimizerOptions.model_validate(chosen)),
@@ -111,17 +111,17 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> C
     return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
 
-def resume(path: Path, updater: CentralUpdater) -> int:
+def resume(path: Path, updater: SynchronousUpdater) -> int:
     """Resumes as a run does; the finished updates."""
     return Start(open_checkpoint(path), 7, ModelOptions()).resume(updater).step
 
 
-def weights_of(updater: CentralUpdater) -> dict[str, Tensor]:
+def weights_of(updater: SynchronousUpdater) -> dict[str, Tensor]:
     state: dict[str, Tensor] = updater.model.model.state_dict()  # type: ignore[union-attr, operator]
     return state
 
 
-def assert_goes_on(plain: Plain, updater: CentralUpdater) -> None:
+def assert_goes_on(plain: Plain, updater: SynchronousUpdater) -> None:
     """One more update of both is the same."""
     expected = plain.update(batch_of(3))
     assert updater.update([batch_of(3)], 3).loss == pytest.approx(expected, rel=1e-6)
@@ -133,7 +133,7 @@ def assert_goes_on(plain: Plain, updater: CentralUpdater) -> None:
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("program", MARKS)
 def test_resume_when_accelerate_saved_it_then_the_next_update_is_that_of_a_loop_that_went_on(
-    program: str, safe: bool, tiny_gpt2: GPT2LMHeadModel, fresh: Callable[..., CentralUpdater], tmp_path: Path
+    program: str, safe: bool, tiny_gpt2: GPT2LMHeadModel, fresh: Callable[..., SynchronousUpdater], tmp_path: Path
 ) -> None:
     # Without decay: theirs also pulls at the norms' weights.
     groups = [{**group, "weight_decay": 0.0} for group in two_groups(tiny_gpt2, MARKS[program])]
@@ -147,7 +147,7 @@ def test_resume_when_accelerate_saved_it_then_the_next_update_is_that_of_a_loop_
 
 
 def test_resume_when_moments_are_lost_then_the_next_update_is_another(
-    plain: Plain, folder: Path, fresh: Callable[..., CentralUpdater]
+    plain: Plain, folder: Path, fresh: Callable[..., SynchronousUpdater]
 ) -> None:
     # Otherwise the comparison above could not fail.
     (folder / "optimizer.bin").unlink()
@@ -158,7 +158,7 @@ def test_resume_when_moments_are_lost_then_the_next_update_is_another(
 
 
 def test_resume_when_the_trainer_saved_it_then_goes_on(
-    tiny_gpt2: GPT2LMHeadModel, fresh: Callable[..., CentralUpdater], tmp_path: Path, said: Callable[[], str]
+    tiny_gpt2: GPT2LMHeadModel, fresh: Callable[..., SynchronousUpdater], tmp_path: Path, said: Callable[[], str]
 ) -> None:
     from transformers.trainer_pt_utils import get_parameter_names
 
@@ -175,7 +175,7 @@ def test_resume_when_the_trainer_saved_it_then_goes_on(
     tiny_gpt2.save_pretrained(path)
     torch.save(loop.optimizer.optimizer.state_dict(), path / "optimizer.pt")
     found = open_checkpoint(path)
-    assert isinstance(found, ForeignCheckpoint)
+    assert isinstance(found, ExternalCheckpoint)
     options = found.model_options(ModelOptions(config_name="gpt2", config_overrides="n_layer=1"))
     assert (options.model_name_or_path, options.config_name, options.config_overrides) == (str(path), None, None)
     updater = fresh()
@@ -187,7 +187,7 @@ def test_resume_when_the_trainer_saved_it_then_goes_on(
 
 
 def test_resume_when_this_run_has_muon_then_their_adamw_is_refused(
-    folder: Path, fresh: Callable[..., CentralUpdater]
+    folder: Path, fresh: Callable[..., SynchronousUpdater]
 ) -> None:
     with pytest.raises(UserError, match=r"another model, --optim or --kfac \(it was AdamW\)"):
         resume(folder, fresh(optim="muon"))
@@ -195,7 +195,7 @@ def test_resume_when_this_run_has_muon_then_their_adamw_is_refused(
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_weights_when_saved_under_wrappers_then_are_found(
-    prefix: str, plain: Plain, folder: Path, fresh: Callable[..., CentralUpdater]
+    prefix: str, plain: Plain, folder: Path, fresh: Callable[..., SynchronousUpdater]
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -209,7 +209,7 @@ def test_weights_when_saved_under_wrappers_then_are_found(
 
 
 def test_resume_when_done_then_says_what_is_not_in_it(
-    folder: Path, fresh: Callable[..., CentralUpdater], said: Callable[[], str]
+    folder: Path, fresh: Callable[..., SynchronousUpdater], said: Callable[[], str]
 ) -> None:
     updater = fresh(adam_beta2=0.95, weight_decay=0.01)
     (folder / "kfac.pt").touch()
@@ -227,7 +227,7 @@ def test_resume_when_done_then_says_what_is_not_in_it(
 
 
 def test_resume_when_there_is_only_a_model_then_says_that_the_optimizer_starts_anew(
-    folder: Path, fresh: Callable[..., CentralUpdater], said: Callable[[], str]
+    folder: Path, fresh: Callable[..., SynchronousUpdater], said: Callable[[], str]
 ) -> None:
     for path in folder.iterdir():
         if path.name != "model.safetensors":
@@ -242,7 +242,7 @@ def test_find_when_the_run_has_foreign_ones_then_a_bare_flag_takes_the_newest(fo
     shutil.copytree(folder, folder.parent / "step_10")
     for asked in (True, "latest"):
         found = find_checkpoint(asked, folder.parent)
-        assert isinstance(found, ForeignCheckpoint)
+        assert isinstance(found, ExternalCheckpoint)
         assert found.step == 10
     with pytest.raises(UserError, match="best: there is no such checkpoint"):
         find_checkpoint("best", folder.parent)
@@ -280,7 +280,7 @@ class Bomb:
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "pytorch_model.bin"])
 def test_file_when_it_would_run_a_program_then_is_refused_in_one_line(
-    name: str, folder: Path, fresh: Callable[..., CentralUpdater], tmp_path: Path
+    name: str, folder: Path, fresh: Callable[..., SynchronousUpdater], tmp_path: Path
 ) -> None:
     if name == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
@@ -323,20 +323,22 @@ def test_file_when_cut_then_is_refused_before_anything_is_built(name: str, folde
     ids=["list", "other", "text", "rmsprop", "one parameter"],
 )
 def test_optimizer_when_it_is_none_of_this_model_then_is_refused(
-    content: Any, message: str, folder: Path, fresh: Callable[..., CentralUpdater]
+    content: Any, message: str, folder: Path, fresh: Callable[..., SynchronousUpdater]
 ) -> None:
     torch.save(content, folder / "optimizer.bin")
     with pytest.raises(UserError, match=message):
         resume(folder, fresh())
 
 
-def test_optimizer_when_the_run_has_another_then_is_refused(folder: Path, fresh: Callable[..., CentralUpdater]) -> None:
+def test_optimizer_when_the_run_has_another_then_is_refused(
+    folder: Path, fresh: Callable[..., SynchronousUpdater]
+) -> None:
     with pytest.raises(UserError, match=r"another model, --optim or --kfac \(it was AdamW\)"):
         resume(folder, fresh(optim="sgd"))
 
 
 def test_weights_when_of_another_model_then_name_the_difference(
-    folder: Path, fresh: Callable[..., CentralUpdater], tiny_gpt2: GPT2LMHeadModel
+    folder: Path, fresh: Callable[..., SynchronousUpdater], tiny_gpt2: GPT2LMHeadModel
 ) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -14,13 +14,13 @@ from llm.config.errors import UsageError, UserError
 from llm.config.options import HubOptions, Options, OutputOptions
 from llm.distributed.world import World
 from llm.files.lock import LockLostError
-from llm.training.run_dir.console import keep_journal, start_journal, stop_journal
-from llm.training.run_dir.folder import RunFolder, claimed
+from llm.training.run_dir.console import add_log_file, setup_logging, teardown_logging
+from llm.training.run_dir.folder import RunDirectory, claimed
 
 MAIN = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
-def status(folder: RunFolder) -> dict[str, object]:
+def status(folder: RunDirectory) -> dict[str, object]:
     facts: dict[str, object] = json.loads(folder.status.read_text())
     return facts
 
@@ -30,7 +30,7 @@ def output(**options: object) -> OutputOptions:
 
 
 def test_check_when_the_folder_is_new_then_makes_it_and_leaves_it_empty(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "runs" / "mine")
+    folder = RunDirectory(tmp_path / "runs" / "mine")
     folder.check(output())
     assert os.listdir(folder.path) == []
     assert str(folder) == f"output: {tmp_path / 'runs' / 'mine'}"
@@ -40,7 +40,7 @@ def test_check_when_the_folder_is_new_then_makes_it_and_leaves_it_empty(tmp_path
 def test_check_when_another_run_got_as_far_as_training_then_is_refused(tmp_path: Path, sign: str) -> None:
     (tmp_path / sign).touch()
     (tmp_path / "status.json").touch()
-    folder = RunFolder(tmp_path)
+    folder = RunDirectory(tmp_path)
     with pytest.raises(UserError, match=r"holds another run.*--resume_from_checkpoint.*--overwrite_output_dir"):
         folder.check(output())
     folder.check(output(overwrite_output_dir=True))
@@ -51,14 +51,14 @@ def test_check_when_another_run_got_as_far_as_training_then_is_refused(tmp_path:
 def test_check_when_there_are_only_a_users_files_or_a_failed_start_then_is_free(tmp_path: Path) -> None:
     for name in ("notes.txt", "config.toml", "status.json", "log.txt"):
         (tmp_path / name).touch()
-    RunFolder(tmp_path).check(output())
+    RunDirectory(tmp_path).check(output())
 
 
 def test_check_when_a_file_is_in_the_way_then_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match=r"cannot be written.*choose another folder") as refusal:
-            RunFolder(path).check(output())
+            RunDirectory(path).check(output())
         assert "\n" not in str(refusal.value)
 
 
@@ -71,7 +71,7 @@ def test_empty_when_asked_then_removes_a_runs_files_and_no_others(tmp_path: Path
     mine = ("notes.txt", "model.py", "data.jsonl", "my_model.safetensors", "README.txt")
     for name in (*written, *mine):
         (tmp_path / name).touch()
-    RunFolder(tmp_path).empty()
+    RunDirectory(tmp_path).empty()
     assert set(os.listdir(tmp_path)) == {*mine, "data", "log.txt", "status.json"}
     assert (tmp_path / "data" / "README.md").exists()
 
@@ -81,13 +81,13 @@ def test_empty_when_checkpoints_is_a_link_then_what_it_points_to_stays(tmp_path:
     (tmp_path / "scratch" / "step_1").touch()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
-    RunFolder(tmp_path / "run").empty()
+    RunDirectory(tmp_path / "run").empty()
     assert os.listdir(tmp_path / "run") == []
     assert (tmp_path / "scratch" / "step_1").exists()
 
 
 def test_claim_when_it_holds_then_the_folder_is_locked_and_described(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
+    folder = RunDirectory(tmp_path / "run")
     options = Options(
         output=OutputOptions(output_dir=str(folder.path), logging_steps=3), hub=HubOptions(hub_token="hf_secret")
     )
@@ -101,7 +101,7 @@ def test_claim_when_it_holds_then_the_folder_is_locked_and_described(tmp_path: P
             pytest.fail("two holders")
         assert status(folder)["state"] == "running"  # the refused one wrote nothing
         folder.write_status("done", step=7, exit_code=0)
-    stop_journal()
+    teardown_logging()
     assert not folder.lock.exists()
     assert (status(folder)["state"], status(folder)["step"]) == ("done", 7)
 
@@ -110,10 +110,10 @@ def test_claim_when_it_holds_then_the_folder_is_locked_and_described(tmp_path: P
     ("error", "code"), [(UserError("no text"), 1), (UsageError("no such"), 2), (ZeroDivisionError("bug"), 1)]
 )
 def test_claim_when_the_run_fails_then_status_says_why(tmp_path: Path, error: Exception, code: int) -> None:
-    folder = RunFolder(tmp_path / "run")
+    folder = RunDirectory(tmp_path / "run")
     with pytest.raises(type(error)), claimed(folder, Options(), MAIN):
         raise error
-    stop_journal()
+    teardown_logging()
     assert not folder.lock.exists()
     facts = status(folder)
     assert (facts["state"], facts["exit_code"]) == ("failed", code)
@@ -121,7 +121,7 @@ def test_claim_when_the_run_fails_then_status_says_why(tmp_path: Path, error: Ex
 
 
 def test_begin_when_fresh_then_clears_the_place_but_not_when_continuing(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDirectory(tmp_path)
     for fresh in (False, True):
         folder.metrics.touch()
         options = Options(output=output(overwrite_output_dir=True))
@@ -129,11 +129,11 @@ def test_begin_when_fresh_then_clears_the_place_but_not_when_continuing(tmp_path
             assert folder.metrics.exists()  # a mistake that is still to come must not cost the earlier run
             folder.begin(options, fresh=fresh)
             assert folder.metrics.exists() is not fresh
-        stop_journal()
+        teardown_logging()
 
 
 def test_claim_when_a_finished_run_has_no_checkpoint_then_a_bare_resume_is_refused(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDirectory(tmp_path)
     folder.write_status("done")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     options = Options(output=output(resume_from_checkpoint=True))
@@ -144,7 +144,7 @@ def test_claim_when_a_finished_run_has_no_checkpoint_then_a_bare_resume_is_refus
 
 
 def test_claim_when_a_start_was_killed_before_it_trained_then_is_taken_over(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDirectory(tmp_path)
     folder.log.write_text("output: here\n")
     folder.lock.write_text("{}")
     with claimed(folder, Options(output=output(resume_from_checkpoint=True)), MAIN):
@@ -155,16 +155,19 @@ def test_claim_when_a_start_was_killed_before_it_trained_then_is_taken_over(tmp_
 def test_claim_when_files_are_no_runs_then_is_refused(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "README.md").write_text("mine")
     options = Options(output=output(overwrite_output_dir=overwrite))
-    with pytest.raises(UserError, match="README\\.md, which no run wrote"), claimed(RunFolder(tmp_path), options, MAIN):
+    with (
+        pytest.raises(UserError, match="README\\.md, which no run wrote"),
+        claimed(RunDirectory(tmp_path), options, MAIN),
+    ):
         pytest.fail("it would be replaced")
 
 
 def test_claim_when_this_is_another_rank_then_writes_nothing(tmp_path: Path) -> None:
     class OtherRank(World):
-        def on_main(self, work):  # type: ignore[no-untyped-def]
+        def run_on_main(self, work):  # type: ignore[no-untyped-def]
             return None  # rank 0 succeeded
 
-    folder = RunFolder(tmp_path / "run")
+    folder = RunDirectory(tmp_path / "run")
     other = OtherRank(rank=1, size=2, local_rank=1, device=torch.device("cpu"))
     with pytest.raises(UserError), claimed(folder, Options(), other):
         raise UserError("no text")
@@ -172,7 +175,7 @@ def test_claim_when_this_is_another_rank_then_writes_nothing(tmp_path: Path) -> 
 
 
 def test_claim_when_another_run_took_the_folder_over_then_its_files_are_left_alone(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
+    folder = RunDirectory(tmp_path / "run")
     options = Options()
     with claimed(folder, options, MAIN):
         folder.begin(options, fresh=True)
@@ -185,7 +188,7 @@ def test_claim_when_another_run_took_the_folder_over_then_its_files_are_left_alo
         with pytest.raises(LockLostError):
             folder.require_ours(look=False)
         folder.write_status("stopped")
-    stop_journal()
+    teardown_logging()
     assert folder.status.read_text() == "of the other"
     assert json.loads(folder.lock.read_text())["pid"] == 7
     assert folder.claim is None
@@ -197,7 +200,7 @@ def test_status_when_there_is_no_room_for_a_second_file_then_takes_the_place_of_
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    folder = RunFolder(tmp_path)
+    folder = RunDirectory(tmp_path)
     folder.write_status("failed", reason="a long story " * 20)
     monkeypatch.setattr("llm.training.run_dir.folder.write_text", full)
     folder.write_status("stopped", step=3)
@@ -210,7 +213,7 @@ def test_status_when_there_is_no_room_for_a_second_file_then_takes_the_place_of_
 
 
 def test_sudden_end_when_this_start_has_not_begun_then_the_earlier_status_stays(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDirectory(tmp_path)
     folder.write_sudden_end("a second signal", 143)
     assert not folder.status.exists()
     for earlier in ({"state": "stopped", "pid": os.getpid()}, {"state": "running", "pid": os.getppid()}, {}):
@@ -228,11 +231,11 @@ def test_journal_when_its_disk_is_full_then_says_so_once_and_the_run_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     log = logging.getLogger("llm")
-    start_journal(is_main=True, rank=0)
-    keep_journal(Path("/dev/full"))
+    setup_logging(is_main=True, rank=0)
+    add_log_file(Path("/dev/full"))
     for number in range(3):
         log.info("line %d", number)
-    stop_journal()
+    teardown_logging()
     out, err = capsys.readouterr()
     assert out == "line 0\nline 1\nline 2\n"
     assert err == "/dev/full takes no more lines ([Errno 28] No space left on device)\n"

@@ -12,8 +12,8 @@ import pytest
 import llm.training.run_dir.trackers as tracking
 from llm.config.errors import UserError
 from llm.config.options import HubOptions, Options, TrackingOptions, TrainingOptions
-from llm.training.accelerator import start_machine
-from llm.training.run_dir.folder import RunFolder
+from llm.training.accelerator import start_compute
+from llm.training.run_dir.folder import RunDirectory
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def test_wandb_when_the_environment_says_so_then_counts_as_logged_in(monkeypatch
 
 
 def opened(path: Path, first_step: int, options: Options | None = None) -> tracking.Tracking:
-    machine = start_machine(TrainingOptions(use_cpu=True, mixed_precision="no"))
-    made = tracking.Tracking(machine.accelerator, RunFolder(path))
+    machine = start_compute(TrainingOptions(use_cpu=True, mixed_precision="no"))
+    made = tracking.Tracking(machine.accelerator, RunDirectory(path))
     made.start(["tensorboard"], options or Options(), first_step=first_step)
     return made
 
@@ -160,7 +160,7 @@ def test_tensorboard_when_resumed_then_shows_each_step_once(tmp_path: Path) -> N
 
 def test_tracking_when_there_is_no_folder_then_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    nothing = tracking.Tracking(start_machine(TrainingOptions(use_cpu=True, mixed_precision="no")).accelerator, None)
+    nothing = tracking.Tracking(start_compute(TrainingOptions(use_cpu=True, mixed_precision="no")).accelerator, None)
     nothing.start(["tensorboard"], Options(), first_step=0)
     nothing.record(1, {"loss": 1.0})
     nothing.close()
@@ -176,14 +176,14 @@ def test_options_when_given_to_trackers_then_are_flat_without_secrets() -> None:
 
 
 def test_tracker_when_it_does_not_start_then_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = start_machine(TrainingOptions(use_cpu=True, mixed_precision="no"))
+    machine = start_compute(TrainingOptions(use_cpu=True, mixed_precision="no"))
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no server\nand a long story")
 
     monkeypatch.setattr(machine.accelerator, "init_trackers", refuse)
     with pytest.raises(UserError, match=r"tensorboard, wandb does not start: no server$"):
-        tracking.Tracking(machine.accelerator, RunFolder(tmp_path)).start(
+        tracking.Tracking(machine.accelerator, RunDirectory(tmp_path)).start(
             ["tensorboard", "wandb"], Options(), first_step=0
         )
 
@@ -230,8 +230,8 @@ def test_wandb_when_a_run_is_resumed_then_it_is_the_same_one_and_nothing_is_sent
     monkeypatch.setattr("accelerate.tracking.WandBTracker.store_init_configuration", lambda *_: None)
 
     def started(first_step: int) -> tracking.Tracking:
-        machine = start_machine(TrainingOptions(use_cpu=True, mixed_precision="no"))
-        made = tracking.Tracking(machine.accelerator, RunFolder(tmp_path))
+        machine = start_compute(TrainingOptions(use_cpu=True, mixed_precision="no"))
+        made = tracking.Tracking(machine.accelerator, RunDirectory(tmp_path))
         made.start(["tensorboard", "wandb"], Options(), first_step=first_step)
         return made
 

@@ -127,14 +127,14 @@ def test_run_when_an_update_hangs_then_exits_with_stacks_and_says_so(tiny_option
     program = """
 import sys, time
 import llm.training.supervision.watchdog as watchdog
-from llm.training.updaters.synchronous import CentralUpdater
+from llm.training.updaters.synchronous import SynchronousUpdater
 from llm.trainers.gpt import main
-watchdog._LEAST_LIMIT_SECONDS, watchdog._LOOK_SECONDS, update = 2.0, 0.2, CentralUpdater.update
+watchdog._LEAST_LIMIT_SECONDS, watchdog._LOOK_SECONDS, update = 2.0, 0.2, SynchronousUpdater.update
 def hanging(self, batches, step, **more):
     if step == 3:
         time.sleep(1000)
     return update(self, batches, step, **more)
-CentralUpdater.update = hanging
+SynchronousUpdater.update = hanging
 sys.exit(main(sys.argv[1:]))
 """
     started = time.monotonic()

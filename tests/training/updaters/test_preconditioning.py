@@ -26,10 +26,10 @@ from llm.data.batches.loader import Batch
 from llm.distributed.world import World
 from llm.models.language_model import LanguageModel
 from llm.optim.registry import build_optimizer
-from llm.training.accelerator import Machine
-from llm.training.updaters.kfac_pytorch import KfacPytorch
-from llm.training.updaters.preconditioning import Kfac, Preconditioning, head_in_chunks, kfac_bytes
-from llm.training.updaters.synchronous import CentralUpdater
+from llm.training.accelerator import Compute
+from llm.training.updaters.kfac_pytorch import KfacPytorchPreconditioner
+from llm.training.updaters.preconditioning import KfacPreconditioner, Preconditioner, head_in_chunks, kfac_bytes
+from llm.training.updaters.synchronous import SynchronousUpdater
 
 RATE = 0.1
 
@@ -46,7 +46,7 @@ class Fragile(LanguageModel):
 
 def updater_of(
     model: PreTrainedModel, *, scale: float | None = None, max_grad_norm: float = 0.0, **options: Any
-) -> CentralUpdater:
+) -> SynchronousUpdater:
     """Plain gradient descent behind K-FAC, which looks and refreshes in every update; fp16's scaler at `scale`."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale is not None else None
     accelerator: Any = SimpleNamespace(
@@ -57,14 +57,14 @@ def updater_of(
     sgd = OptimizerOptions(optim="sgd", adam_beta1=0.0, learning_rate=RATE)
     optimizer = build_optimizer(model, sgd)
     chosen = KfacOptions(**{"kfac": True, "kfac_factor_update_steps": 1, "kfac_inv_update_steps": 1} | options)
-    return CentralUpdater(
-        machine=Machine(accelerator, World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))),
+    return SynchronousUpdater(
+        machine=Compute(accelerator, World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))),
         model=Fragile(model),
         optimizer=optimizer,
         schedule=lambda step: 1.0,
         max_grad_norm=max_grad_norm,
         seed=5,
-        preconditioning=Kfac(model, chosen, rate=lambda: optimizer.param_groups[0]["lr"], accumulation=2),
+        preconditioning=KfacPreconditioner(model, chosen, rate=lambda: optimizer.param_groups[0]["lr"], accumulation=2),
     )
 
 
@@ -145,7 +145,7 @@ def test_wish_for_a_checkpoint_when_a_rank_has_one_then_is_in_the_report(tiny_gp
 
 def test_head_when_its_loss_is_computed_by_chunks_then_is_left_alone() -> None:
     for vocab_size, number in ((97, 15), (3000, 14)):
-        made = Kfac(_llama(vocab_size), KfacOptions(kfac=True), rate=lambda: RATE, accumulation=1)
+        made = KfacPreconditioner(_llama(vocab_size), KfacOptions(kfac=True), rate=lambda: RATE, accumulation=1)
         taken, left, *_ = made.lines(1000)
         assert taken.startswith(f"K-FAC: {number} layers")
         assert ("lm_head (" in left) == (number == 14)
@@ -156,7 +156,7 @@ def test_head_when_its_logits_are_scaled_then_it_is_called_and_taken() -> None:
     model = GraniteForCausalLM(GraniteConfig(vocab_size=3000, tie_word_embeddings=False, logits_scaling=8.0, **sizes))
     assert head_in_chunks(model) == []
     assert (
-        Kfac(model, KfacOptions(kfac=True), rate=lambda: RATE, accumulation=1)
+        KfacPreconditioner(model, KfacOptions(kfac=True), rate=lambda: RATE, accumulation=1)
         .lines(1000)[0]
         .startswith("K-FAC: 15 layers")
     )
@@ -164,7 +164,7 @@ def test_head_when_its_logits_are_scaled_then_it_is_called_and_taken() -> None:
 
 def test_bytes_when_asked_then_are_those_of_the_state(tiny_gpt2: GPT2LMHeadModel) -> None:
     options = KfacOptions(kfac=True, kfac_method="inverse")
-    tensors, _ = Kfac(tiny_gpt2, options, rate=lambda: RATE, accumulation=1).state()
+    tensors, _ = KfacPreconditioner(tiny_gpt2, options, rate=lambda: RATE, accumulation=1).state()
     assert kfac_bytes(tiny_gpt2.config, options)[1] == sum(tensor.nbytes for tensor in tensors.values())
     assert kfac_bytes(tiny_gpt2.config, KfacOptions()) == (0, 0)
 
@@ -201,7 +201,7 @@ class StandIn:
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[KfacPytorch, StandIn]]:
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[KfacPytorchPreconditioner, StandIn]]:
     """Ours around the stand-in, and the stand-in."""
     made: list[StandIn] = []
 
@@ -214,15 +214,15 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[KfacPytorc
     monkeypatch.setitem(sys.modules, "kfac", package)
     monkeypatch.setitem(sys.modules, "kfac.preconditioner", module)
 
-    def build(model: PreTrainedModel, **options: Any) -> tuple[KfacPytorch, StandIn]:
+    def build(model: PreTrainedModel, **options: Any) -> tuple[KfacPytorchPreconditioner, StandIn]:
         chosen = KfacOptions(**{"kfac": True, "kfac_backend": "kfac-pytorch", **options})
-        return KfacPytorch(model, chosen, rate=lambda: 0.0, accumulation=3, scaler=None), made[-1]
+        return KfacPytorchPreconditioner(model, chosen, rate=lambda: 0.0, accumulation=3, scaler=None), made[-1]
 
     return build
 
 
 def test_kfac_pytorch_when_installed_then_is_driven_between_backward_and_clipping(
-    installed: Callable[..., tuple[KfacPytorch, StandIn]],
+    installed: Callable[..., tuple[KfacPytorchPreconditioner, StandIn]],
 ) -> None:
     model = _llama()
     one, inner = installed(model, kfac_damping=0.01, kfac_inv_update_steps=7)
@@ -240,18 +240,18 @@ def test_kfac_pytorch_when_installed_then_is_driven_between_backward_and_clippin
     assert float(found) == pytest.approx(2 * float(norm))
     one.discard()
     assert inner.num_resets == 1
-    other: Preconditioning
+    other: Preconditioner
     other, second = installed(model)
     other.load(*one.state())
     assert second.steps == 1
     assert torch.equal(second.layers["a.b"]["A"], torch.eye(2))  # type: ignore[arg-type]
     assert second.layers["a.b"]["G"] is None
     with pytest.raises(ValueError, match="another --kfac_backend"):
-        Kfac(model, KfacOptions(kfac=True), rate=lambda: 0.0, accumulation=1).load(*one.state())
+        KfacPreconditioner(model, KfacOptions(kfac=True), rate=lambda: 0.0, accumulation=1).load(*one.state())
 
 
 def test_kfac_pytorch_when_the_model_has_no_layer_for_it_then_is_refused(
-    installed: Callable[..., tuple[KfacPytorch, StandIn]], tiny_gpt2: GPT2LMHeadModel
+    installed: Callable[..., tuple[KfacPytorchPreconditioner, StandIn]], tiny_gpt2: GPT2LMHeadModel
 ) -> None:
     with pytest.raises(UserError, match="Conv1D, of which it would take none without a word"):
         installed(tiny_gpt2)
@@ -263,4 +263,4 @@ def test_kfac_pytorch_when_not_installed_then_says_where_it_is(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "kfac", None)
     options = KfacOptions(kfac=True, kfac_backend="kfac-pytorch")
     with pytest.raises(UserError, match=r"not installed here.*git\+https://github\.com/gpauloski/kfac-pytorch"):
-        KfacPytorch(_llama(), options, rate=lambda: 0.0, accumulation=1, scaler=None)
+        KfacPytorchPreconditioner(_llama(), options, rate=lambda: 0.0, accumulation=1, scaler=None)

@@ -24,8 +24,8 @@ from llm.config.options import OptimizerOptions, TrainingOptions
 from llm.data.batches.loader import Batch
 from llm.distributed.world import World
 from llm.optim.registry import build_optimizer
-from llm.training.accelerator import Machine, start_machine
-from llm.training.updaters.synchronous import CentralUpdater, StepReport
+from llm.training.accelerator import Compute, start_compute
+from llm.training.updaters.synchronous import StepReport, SynchronousUpdater
 
 VOCABULARY = 11
 RATE = 0.5
@@ -88,14 +88,14 @@ def expected(rows: Tensor, micro_batches: Sequence[Batch]) -> tuple[float, NDArr
 
 
 @pytest.fixture(scope="module")
-def machine() -> Machine:
-    return start_machine(TrainingOptions(use_cpu=True, mixed_precision="no"))
+def machine() -> Compute:
+    return start_compute(TrainingOptions(use_cpu=True, mixed_precision="no"))
 
 
-def updater_of(machine: Machine, model: nn.Module, *, max_grad_norm: float = 0.0, **options: Any) -> CentralUpdater:
+def updater_of(machine: Compute, model: nn.Module, *, max_grad_norm: float = 0.0, **options: Any) -> SynchronousUpdater:
     """Plain gradient descent at RATE (no momentum) unless the options say otherwise."""
     chosen = {"optim": "sgd", "adam_beta1": 0.0, "learning_rate": RATE, **options}
-    return CentralUpdater(
+    return SynchronousUpdater(
         machine=machine,
         model=model,
         optimizer=build_optimizer(model, OptimizerOptions.model_validate(chosen)),
@@ -120,7 +120,7 @@ SPLITS = {
 @pytest.mark.parametrize("ignored", [0.0, 0.9])
 @pytest.mark.parametrize("shapes", SPLITS.values(), ids=SPLITS)
 def test_gradient_when_micro_batches_hold_unequal_counts_is_that_of_the_token_mean(
-    machine: Machine, shapes: list[tuple[int, int]], ignored: float
+    machine: Compute, shapes: list[tuple[int, int]], ignored: float
 ) -> None:
     model, micro_batches = Bigrams(), batches(*shapes, ignored=ignored)
     before = model.rows.detach().clone()
@@ -133,7 +133,7 @@ def test_gradient_when_micro_batches_hold_unequal_counts_is_that_of_the_token_me
     assert (report.lr, report.skipped, report.stop) == (RATE, False, False)
 
 
-def test_gradient_when_a_means_mean_would_be_another_is_not_that_one(machine: Machine) -> None:
+def test_gradient_when_a_means_mean_would_be_another_is_not_that_one(machine: Compute) -> None:
     micro_batches = batches(*SPLITS["equal"], ignored=0.9)
     rows = Bigrams().rows
     mean_of_means = np.mean([expected(rows, [batch])[1] for batch in micro_batches], axis=0)
@@ -142,7 +142,7 @@ def test_gradient_when_a_means_mean_would_be_another_is_not_that_one(machine: Ma
     assert np.linalg.norm(mean_of_means - gradient) > 0.1 * np.linalg.norm(gradient)
 
 
-def test_gradient_when_one_micro_batch_holds_no_target_is_that_of_the_others(machine: Machine) -> None:
+def test_gradient_when_one_micro_batch_holds_no_target_is_that_of_the_others(machine: Compute) -> None:
     model, (one, other) = Bigrams(), batches((2, 6), (2, 6))
     before = model.rows.detach().clone()
     empty = Batch(other.ids, torch.full_like(other.targets, -100))
@@ -152,18 +152,18 @@ def test_gradient_when_one_micro_batch_holds_no_target_is_that_of_the_others(mac
     np.testing.assert_allclose(gradient_of(model, before), gradient, atol=1e-6)
 
 
-def test_ranks_when_there_are_two_then_each_scales_by_the_count_of_both(machine: Machine) -> None:
+def test_ranks_when_there_are_two_then_each_scales_by_the_count_of_both(machine: Compute) -> None:
     mine, others = batches((2, 6), (3, 6), ignored=0.5)
 
     class TwoRanks(World):
-        def sum_(self, tensor: Tensor) -> Tensor:
+        def all_reduce_sum(self, tensor: Tensor) -> Tensor:
             if not tensor.is_floating_point():
                 tensor += (others.targets != -100).sum()
             return tensor
 
     model = Bigrams()
     before = model.rows.detach().clone()
-    two = Machine(machine.accelerator, TwoRanks(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
+    two = Compute(machine.accelerator, TwoRanks(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
     updater_of(two, model).update([mine], 0)
     count = sum(int((batch.targets != -100).sum()) for batch in (mine, others))
     share = int((mine.targets != -100).sum()) / count
@@ -172,7 +172,7 @@ def test_ranks_when_there_are_two_then_each_scales_by_the_count_of_both(machine:
 
 
 @pytest.mark.parametrize("largest", [0.01, 1e3])
-def test_clipping_when_the_norm_is_beyond_then_only_the_length_changes(machine: Machine, largest: float) -> None:
+def test_clipping_when_the_norm_is_beyond_then_only_the_length_changes(machine: Compute, largest: float) -> None:
     model, micro_batches = Bigrams(), batches((4, 6), (2, 6))
     before = model.rows.detach().clone()
     _, gradient = expected(before, micro_batches)
@@ -184,7 +184,7 @@ def test_clipping_when_the_norm_is_beyond_then_only_the_length_changes(machine: 
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_update_when_the_gradient_is_not_finite_then_nothing_changes(machine: Machine, poison: float) -> None:
+def test_update_when_the_gradient_is_not_finite_then_nothing_changes(machine: Compute, poison: float) -> None:
     model, micro_batches = Bigrams(), batches((4, 6), (2, 6))
     updater = updater_of(machine, model, optim="adamw", adam_beta1=0.9, weight_decay=0.1)
     updater.update(micro_batches, 0)
@@ -201,7 +201,7 @@ def test_update_when_the_gradient_is_not_finite_then_nothing_changes(machine: Ma
     assert not torch.equal(model.rows, before)
 
 
-def test_update_when_no_target_counts_at_all_then_is_skipped(machine: Machine) -> None:
+def test_update_when_no_target_counts_at_all_then_is_skipped(machine: Compute) -> None:
     model, (batch,) = Bigrams(), batches((2, 6))
     before = model.rows.detach().clone()
     nothing = Batch(batch.ids, torch.full_like(batch.targets, -100))
@@ -209,7 +209,7 @@ def test_update_when_no_target_counts_at_all_then_is_skipped(machine: Machine) -
     assert torch.equal(model.rows, before)
 
 
-def test_update_when_some_were_made_then_what_is_there_is_searched_for_garbage_no_more(machine: Machine) -> None:
+def test_update_when_some_were_made_then_what_is_there_is_searched_for_garbage_no_more(machine: Compute) -> None:
     gc.unfreeze()
     updater = updater_of(machine, Bigrams())
     for step, settled in enumerate((False, False, True, True)):
@@ -218,7 +218,7 @@ def test_update_when_some_were_made_then_what_is_there_is_searched_for_garbage_n
     gc.unfreeze()
 
 
-def test_update_when_asked_to_stop_then_is_made_and_says_so(machine: Machine) -> None:
+def test_update_when_asked_to_stop_then_is_made_and_says_so(machine: Compute) -> None:
     model, micro_batches = Bigrams(), batches((2, 6))
     before = model.rows.detach().clone()
     report = updater_of(machine, model).update(micro_batches, 0, should_stop=lambda: True)
@@ -227,7 +227,7 @@ def test_update_when_asked_to_stop_then_is_made_and_says_so(machine: Machine) ->
     assert not torch.equal(model.rows, before)
 
 
-def test_update_when_the_stop_comes_between_micro_batches_then_is_abandoned(machine: Machine) -> None:
+def test_update_when_the_stop_comes_between_micro_batches_then_is_abandoned(machine: Compute) -> None:
     class Counting(Bigrams):
         calls = 0
 
@@ -251,7 +251,7 @@ def test_update_when_the_stop_comes_between_micro_batches_then_is_abandoned(mach
     assert torch.equal(model.rows, fresh.rows)
 
 
-def test_learning_rate_when_the_step_moves_on_then_is_that_steps(machine: Machine) -> None:
+def test_learning_rate_when_the_step_moves_on_then_is_that_steps(machine: Compute) -> None:
     model, micro_batches = Bigrams(), batches((2, 6))
     updater = updater_of(machine, model)
     before = model.rows.detach().clone()
@@ -261,7 +261,7 @@ def test_learning_rate_when_the_step_moves_on_then_is_that_steps(machine: Machin
 
 
 @pytest.mark.parametrize("options", [{"optim": "adamw", "adam_beta1": 0.9}, {"optim": "sgd", "adam_beta1": 0.9}])
-def test_state_when_loaded_into_another_then_continues_bit_identical(machine: Machine, options: dict[str, Any]) -> None:
+def test_state_when_loaded_into_another_then_continues_bit_identical(machine: Compute, options: dict[str, Any]) -> None:
     micro_batches = batches((4, 6), (3, 6), ignored=0.5)
     whole = Bigrams(dropout=0.2)
     first = updater_of(machine, whole, max_grad_norm=0.1, weight_decay=0.1, **options)
@@ -286,7 +286,7 @@ def test_state_when_loaded_into_another_then_continues_bit_identical(machine: Ma
 MUON = {"optim": "muon", "adam_beta1": 0.9, "muon_learning_rate": 0.1, "weight_decay": 0.1}
 
 
-def test_learning_rate_when_groups_have_peaks_of_their_own_then_share_the_schedule(machine: Machine) -> None:
+def test_learning_rate_when_groups_have_peaks_of_their_own_then_share_the_schedule(machine: Compute) -> None:
     model = Deeper()
     updater = updater_of(machine, model, **MUON)
     assert updater.update(batches((2, 6)), 3).lr == RATE / 4
@@ -294,7 +294,7 @@ def test_learning_rate_when_groups_have_peaks_of_their_own_then_share_the_schedu
     assert rates == {"blocks.0.weight": 0.1 / 4, "rows": RATE / 4, "blocks.0.bias": RATE / 4}
 
 
-def test_state_when_muon_is_loaded_into_another_then_continues_bit_identical(machine: Machine) -> None:
+def test_state_when_muon_is_loaded_into_another_then_continues_bit_identical(machine: Compute) -> None:
     micro_batches = batches((4, 6), (3, 6), ignored=0.5)
     whole, resumed = Deeper(dropout=0.2), Deeper(dropout=0.2)
     first, second = (updater_of(machine, model, max_grad_norm=0.1, **MUON) for model in (whole, resumed))
@@ -312,14 +312,14 @@ def test_state_when_muon_is_loaded_into_another_then_continues_bit_identical(mac
     assert all(torch.equal(one, two) for one, two in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
-def test_state_when_of_another_model_then_is_refused(machine: Machine) -> None:
+def test_state_when_of_another_model_then_is_refused(machine: Compute) -> None:
     updater = updater_of(machine, Bigrams(), optim="adamw")
     with pytest.raises(KeyError, match="columns"):
         updater.load({"columns/exp_avg": torch.zeros(1)}, updater.state()[1])
 
 
 @pytest.mark.parametrize(("saved", "asked"), [("adamw", "sgd"), ("sgd", "adamw"), ("adamw", "muon"), ("muon", "adamw")])
-def test_state_when_of_another_optimizer_then_is_refused(machine: Machine, saved: str, asked: str) -> None:
+def test_state_when_of_another_optimizer_then_is_refused(machine: Compute, saved: str, asked: str) -> None:
     first = updater_of(machine, Deeper(), optim=saved, adam_beta1=0.9)
     first.update(batches((2, 6)), 0)
     with pytest.raises((KeyError, ValueError)):
@@ -329,7 +329,7 @@ def test_state_when_of_another_optimizer_then_is_refused(machine: Machine, saved
 # The loss scaler of fp16, which a CPU runs as well as a GPU does.
 
 
-def scaled(scale: float = 1024.0) -> Machine:
+def scaled(scale: float = 1024.0) -> Compute:
     """A stand-in accelerator with a loss scaler, which the real one makes on CUDA devices only."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     accelerator = SimpleNamespace(
@@ -338,12 +338,12 @@ def scaled(scale: float = 1024.0) -> Machine:
         no_sync=lambda _: nullcontext(),
     )
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    return Machine(accelerator, world)  # type: ignore[arg-type]
+    return Compute(accelerator, world)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{"optim": "adamw", "adam_beta1": 0.9}, MUON], ids=["adamw", "muon"])
 def test_scaler_when_the_step_is_good_then_the_update_is_the_unscaled_one(
-    machine: Machine, options: dict[str, Any]
+    machine: Compute, options: dict[str, Any]
 ) -> None:
     micro_batches = batches((4, 6), (2, 6), ignored=0.5)
     plain, other = Deeper(), Deeper()
