@@ -13,9 +13,10 @@ import torch
 
 from llm.bench import main
 from llm.config.errors import UserError
+from llm.system.device_timer import DeviceTimer
 from llm.system.garbage_collection import freeze_heap
 from llm.training.profiling.measure import Measurement, StepBenchmark, measured_flops
-from llm.training.profiling.phases import DeviceTimer, StepTimer
+from llm.training.profiling.phases import StepTimer
 
 TINY = [
     *("--config_overrides", "n_layer=2,n_head=2,n_embd=32,vocab_size=97,n_positions=64", "--block_size", "32"),
@@ -135,7 +136,7 @@ def test_phases_when_watching_then_every_pass_is_counted_once() -> None:
     model.forward = lambda rows: (layer(rows).square().sum(), torch.tensor(len(rows)))  # type: ignore[method-assign]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     phases = StepTimer(DeviceTimer(torch.device("cpu")))
-    with phases.watching(model, optimizer):
+    with phases.attached(model, optimizer):
         for _ in range(2):
             for _ in range(3):
                 model(torch.randn(8, 64))[0].backward()

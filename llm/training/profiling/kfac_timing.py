@@ -7,7 +7,7 @@ from collections import deque
 from itertools import pairwise
 from typing import NamedTuple
 
-from llm.training.profiling.phases import DeviceTimer, Mark
+from llm.system.device_timer import DeviceTimer, Mark
 
 _NUM_UPDATES = 200
 

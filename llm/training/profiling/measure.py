@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from llm.config.errors import UserError
 from llm.data.batches.loader import Batch, BlockSource, training_batches
 from llm.hub.names import first_line
+from llm.system.device_timer import DeviceTimer
 from llm.system.memory import available_bytes, forget_peak, peak_bytes, resident_bytes
 from llm.system.precision import multiplies_bf16
 from llm.training.accelerator import Compute
 from llm.training.plan import Plan
-from llm.training.profiling.phases import DeviceTimer, StepTimer
+from llm.training.profiling.phases import StepTimer
 from llm.training.updaters.synchronous import SynchronousUpdater
 
 # Updates that pay for what happens once: memory is taken, kernels are chosen, the optimizer's state is made.
@@ -143,14 +144,14 @@ class StepBenchmark:
         for _ in range(num_warm_ups):
             self._update(next(batches))
         # On the device's time line: an update is given to it while it ends the one before, as in a run.
-        marks, data_seconds = [self._clock.mark()], 0.0
+        marks, data_seconds = [self._clock.record()], 0.0
         cpu = time.process_time()
         for _ in range(num_updates):
             begin = time.perf_counter()
             micro_batches = next(batches)
             data_seconds += time.perf_counter() - begin
             self._update(micro_batches)
-            marks.append(self._clock.mark())
+            marks.append(self._clock.record())
         self._clock.wait()
         cpu = time.process_time() - cpu
         seconds = [self._clock.seconds(*pair) for pair in itertools.pairwise(marks)]
@@ -222,7 +223,7 @@ class StepBenchmark:
     def _phase_seconds(self, batches: Iterator[list[Batch]], num_marked: int) -> dict[str, float]:
         """Of an update, mean; where K-FAC is on, all that it does is a phase, which is no part of the others."""
         phases = StepTimer(self._clock)
-        with phases.watching(self._updater.model, self._updater.optimizer):
+        with phases.attached(self._updater.model, self._updater.optimizer):
             for _ in range(num_marked):
                 self._update(next(batches))
         found = {name: seconds / num_marked for name, seconds in phases.seconds().items()}
@@ -257,13 +258,13 @@ class StepBenchmark:
     def _communication(self, batches: Iterator[list[Batch]]) -> float:
         """Seconds of an update with the exchange, less those of one without, interleaved."""
         read = [(next(batches), next(batches)) for _ in range(_NUM_MARKED)]
-        marks = [self._clock.mark()]
+        marks = [self._clock.record()]
         for exchanged, kept in read:
             self._update(exchanged)
-            marks.append(self._clock.mark())
+            marks.append(self._clock.record())
             with self._machine.accelerator.no_sync(self._updater.model):
                 self._update(kept)
-            marks.append(self._clock.mark())
+            marks.append(self._clock.record())
         self._clock.wait()
         seconds = [self._clock.seconds(*pair) for pair in itertools.pairwise(marks)]
         return statistics.median(seconds[::2]) - statistics.median(seconds[1::2])

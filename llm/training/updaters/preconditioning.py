@@ -16,8 +16,8 @@ from llm.config.options import KfacOptions
 from llm.kfac import KFACPreconditioner, dense_early
 from llm.models.lm_head import has_linear_lm_head
 from llm.models.loss import chunking_is_faster
+from llm.system.device_timer import DeviceTimer
 from llm.training.profiling.kfac_timing import Cost, UpdateIntervals
-from llm.training.profiling.phases import DeviceTimer
 from llm.training.run_dir.formatting import quantity
 
 log = logging.getLogger(__name__)
@@ -130,9 +130,9 @@ class KfacPreconditioner:
 
     def apply(self, grad_norm: Tensor, *, num_tokens: Tensor, loss_scale: Tensor) -> Tensor:
         """Preconditions; where each layer keeps its gradient's norm, so does the whole."""
-        begin = self._clock.mark()
+        begin = self._clock.record()
         self._kfac.step(num_tokens=num_tokens, loss_scale=loss_scale)
-        self._cost.note(self._step, begin, self._clock.mark())
+        self._cost.note(self._step, begin, self._clock.record())
         self._step += 1
         return grad_norm if _keeps_norms(self._options) else norm_of(self._parameters)
 
