@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from llm.config.bench import BenchOptions
-from llm.config.exit_codes import exit_code_of
+from llm.config.exit_codes import run_command
 from llm.config.reader import read_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and returns the exit code."""
-    return exit_code_of(lambda: _bench(sys.argv[1:] if argv is None else argv))
+    return run_command(lambda: _bench(sys.argv[1:] if argv is None else argv))
 
 
 def _bench(argv: Sequence[str]) -> int:

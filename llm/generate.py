@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.config.errors import UserError
-from llm.config.exit_codes import exit_code_of
+from llm.config.exit_codes import run_command
 from llm.config.generate import GenerateOptions
 from llm.config.options import ModelOptions, TokenizerOptions
 from llm.config.reader import read_options
@@ -22,7 +22,7 @@ _RULE_WIDTH = 79
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the samples to the standard output and returns the exit code."""
-    return exit_code_of(lambda: _generate(sys.argv[1:] if argv is None else argv))
+    return run_command(lambda: _generate(sys.argv[1:] if argv is None else argv))
 
 
 def _generate(argv: Sequence[str]) -> int:

@@ -16,14 +16,14 @@ from llm.clusters.allocation import JobAllocation, check_agents, find_allocation
 from llm.clusters.job_chain import Chain, chain_number, judge
 from llm.clusters.sites import Scheduler, read_site
 from llm.clusters.trainer_command import check_chain, read_trainer
-from llm.config.durations import seconds_of
+from llm.config.durations import parse_duration
 from llm.config.errors import Stopped, UsageError, UserError
-from llm.config.exit_codes import exit_code_of
+from llm.config.exit_codes import run_command
 from llm.config.launch import DoctorOptions, JobOptions, MeetingOptions, NodeOptions, ScriptOptions
-from llm.config.option import Group
+from llm.config.option import OptionGroup
 from llm.config.reader import read_options
 
-T = TypeVar("T", bound=Group)
+T = TypeVar("T", bound=OptionGroup)
 
 PROGRAM = "python -m llm.launch"
 _MISTAKES = (UserError.exit_code, UsageError.exit_code)
@@ -45,7 +45,7 @@ Starts a trainer (MODULE, llm.trainers.gpt if none is named) on one host or many
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Starts, prints or submits, and returns the exit code."""
-    return exit_code_of(lambda: _launch(list(sys.argv[1:] if argv is None else argv)))
+    return run_command(lambda: _launch(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _launch(argv: list[str]) -> int:
@@ -167,7 +167,7 @@ def _script(scheduler: Scheduler, argv: list[str]) -> int:
     if options.chain > 1:
         check_chain(trainer, resumes=True)
     try:
-        walltime = seconds_of(options.walltime)
+        walltime = parse_duration(options.walltime)
     except ValueError as error:
         raise UsageError(f"--walltime {options.walltime}: {error}") from None
     request = Request(
@@ -266,7 +266,7 @@ def _place(options: MeetingOptions, *, is_step: bool) -> JobAllocation:
     )
 
 
-def _words(options: Group, *rows: str) -> list[str]:
+def _words(options: OptionGroup, *rows: str) -> list[str]:
     """Options as they are handed on to the agents."""
     return [word for row in rows if (value := getattr(options, row)) is not None for word in (f"--{row}", str(value))]
 

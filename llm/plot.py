@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm.config.errors import UsageError, UserError
-from llm.config.exit_codes import exit_code_of
+from llm.config.exit_codes import run_command
 from llm.config.plot import PlotOptions
 from llm.config.reader import read_options
 
@@ -16,7 +16,7 @@ _KINDS = (".png", ".pdf", ".svg")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the picture and returns the exit code."""
-    return exit_code_of(lambda: _plot(sys.argv[1:] if argv is None else argv))
+    return run_command(lambda: _plot(sys.argv[1:] if argv is None else argv))
 
 
 def named_metrics(runs: Sequence[str]) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from tqdm import tqdm
 
 from llm.config.errors import UserError
-from llm.config.exit_codes import exit_code_of
+from llm.config.exit_codes import run_command
 from llm.config.prepare import PrepareOptions
 from llm.config.reader import read_options
 
@@ -38,7 +38,7 @@ _JOB_VERSION = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the shards, or verifies them, and returns the exit code."""
-    return exit_code_of(lambda: _prepare(sys.argv[1:] if argv is None else argv))
+    return run_command(lambda: _prepare(sys.argv[1:] if argv is None else argv))
 
 
 def _prepare(argv: Sequence[str]) -> int:

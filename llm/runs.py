@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm.config.errors import UserError
-from llm.config.exit_codes import exit_code_of
+from llm.config.exit_codes import run_command
 from llm.config.reader import read_options
 from llm.config.runs import RunsOptions
 from llm.training.run_dir.inspect import RunSummary, SavedCheckpoint, is_run, read_run, resume_command, status_line
@@ -20,7 +20,7 @@ _HEADER = ("step", "saved", "loss", "eval", "size", "age", "")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Lists the runs and returns the exit code."""
-    return exit_code_of(lambda: _list(sys.argv[1:] if argv is None else argv))
+    return run_command(lambda: _list(sys.argv[1:] if argv is None else argv))
 
 
 def _list(argv: Sequence[str]) -> int:

@@ -77,7 +77,7 @@ def test_help_when_asked_for_then_costs_half_a_second_and_no_torch() -> None:
         (["pbs", "--", "--lerning_rate", "1"], "did you mean --learning_rate?"),
         (["slurm", "--", "llm.trainers.gtp"], "llm.trainers.gtp: there is no module of that name"),
         (["pbs", "--", "--config", "missing.toml"], "--config missing.toml: no such file"),
-        (["pbs", "--walltime", "1:30", "--"], "--walltime 1:30: is no length of time"),
+        (["pbs", "--walltime", "1:30", "--"], "--walltime 1:30: not a duration"),
         (["pbs", "--chain", "2", "--"], "--chain needs the trainer's --output_dir"),
         (["job", "--chain", "2", "--", "--output_dir", "x"], "--chain needs the trainer's --resume_from_checkpoint"),
         (["slurm", "--chain", "2", "--", "--output_dir", "x", "--overwrite_output_dir"], "would remove"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llm.clusters.allocation import JobAllocation
-from llm.config.errors import UserError
+from llm.config.errors import UserError, first_line
 
 # How long an agent waits for its processes to save after a SIGTERM: less than the scheduler waits for it. PBS
 # kills after 10 s, Slurm after 30 (KillWait).
@@ -79,9 +79,9 @@ def run_agent(words: Sequence[str]) -> int:
         how = f"was ended by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
         raise UserError(f"rank {rank} on {here} {how}, and is not started again; what it said stands above") from None
     except RendezvousError as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{here} did not meet the other hosts ({said}); `python -m llm.launch doctor` says what to mend"
+            f"{here} did not meet the other hosts ({first_line(error)});"
+            " `python -m llm.launch doctor` says what to mend"
         ) from None
     return 0
 

@@ -63,7 +63,7 @@ def resolve(word: str, names: Collection[str]) -> list[str]:
     return _starting_with(word, names)
 
 
-def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+def closest_match(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name that looks most like a word, or None where none does."""
     import difflib
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llm.config.abbreviations import BUILT_IN, resolve
-from llm.config.flags import NO, YES, Flag
+from llm.config.flags import FALSE_WORDS, TRUE_WORDS, Flag
 
 NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|-inf|-nan", re.IGNORECASE)
 
@@ -35,7 +35,7 @@ class ParsedFlag:
         return self.word in ("", "--")
 
 
-def cut(argv: Sequence[str], flags: Mapping[str, Flag]) -> list[ParsedFlag]:
+def parse_argv(argv: Sequence[str], flags: Mapping[str, Flag]) -> list[ParsedFlag]:
     """The flags of a command line in order, each with its words.
 
     A flag takes one word; a tuple takes all up to the next flag; a switch takes a word only if that
@@ -75,7 +75,7 @@ def _count_words(names: tuple[str, ...], rest: Sequence[str], flags: Mapping[str
         return 0 if no_value else min(available, 1) if names == ("config",) else available
     if flag.takes_many:
         return available
-    if flag.is_switch and available and rest[0].lower() not in YES + NO:
+    if flag.is_switch and available and rest[0].lower() not in TRUE_WORDS + FALSE_WORDS:
         return 0
     return min(available, 1)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llm.config.option import Group, option
+from llm.config.option import OptionGroup, option
 from llm.config.options import Options
 
 # One row a line, however long: the table is read down its columns.
 # fmt: off
 
 
-class BenchGroup(Group):
+class BenchGroup(OptionGroup):
     """What is measured."""
 
     num_updates: int = option(20, "updates that are timed; some before them are not", ge=2, metavar="N")

@@ -1,4 +1,4 @@
-"""Mistakes that a person can mend: one line that names the cause and the mend, never a traceback."""
+"""Errors that a person can fix: one line that names the cause and the fix, never a traceback."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from __future__ import annotations
 class UserError(Exception):
     """Something outside the program is wrong: a file, a folder, a name, a library, the machine.
 
-    The message is one line (or a few, one a mistake); a command prints it after ``error: `` and exits
-    with ``exit_code``. An ``reported_elsewhere`` was met by another process of the run, which says it.
+    The message is one line, or one line a mistake. A command prints it after ``error: `` and exits with
+    ``exit_code``. ``reported_elsewhere`` is True where another process of the run hit the same error and
+    prints it.
     """
 
     exit_code = 1
@@ -21,11 +22,18 @@ class UsageError(UserError):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop and does; the message is the reason, such as SIGTERM or walltime.
+    """The run stops because it was asked to; the message is the reason, such as SIGTERM or walltime.
 
-    Like KeyboardInterrupt it is no `Exception`, since it may be raised in the middle of a library that takes
-    every one of those for a broken file. An ``reported_elsewhere`` was met by another process of the run.
+    Like KeyboardInterrupt it is not an `Exception`: it may be raised inside a library that takes every
+    `Exception` for a broken file. ``reported_elsewhere`` is True where another process of the run reports
+    the stop.
     """
 
     exit_code = 75
     reported_elsewhere = False
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that is not blank; the name of its type if there is none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)

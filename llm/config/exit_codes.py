@@ -13,7 +13,7 @@ EXIT_INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def exit_code_of(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit code.
 
     A `UserError` becomes ``error: ...`` lines and its own code; Ctrl-C says nothing and is 130; a

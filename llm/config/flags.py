@@ -16,10 +16,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from llm.config.abbreviations import BUILT_IN
-from llm.config.option import Group
+from llm.config.option import OptionGroup
 
-YES = ("true", "yes", "on", "t", "y", "1")
-NO = ("false", "no", "off", "f", "n", "0")
+TRUE_WORDS = ("true", "yes", "on", "t", "y", "1")
+FALSE_WORDS = ("false", "no", "off", "f", "n", "0")
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ class Flag:
             return word
         if bool in self.members:
             # Where any text is a value, a file may be called "no".
-            spellings = ("true", "false") if str in self.members else YES + NO
+            spellings = ("true", "false") if str in self.members else TRUE_WORDS + FALSE_WORDS
             if word.lower() in spellings:
-                return word.lower() in YES
+                return word.lower() in TRUE_WORDS
         for kind in (int, float):
             if kind in self.members:
                 with suppress(ValueError):
@@ -137,7 +137,7 @@ class Flag:
         return value
 
 
-def flags_of(table: type[Group]) -> dict[str, Flag]:
+def flags_of(table: type[OptionGroup]) -> dict[str, Flag]:
     """Every row of a table by name, in the order in which the table lists them.
 
     Raises:
@@ -145,7 +145,7 @@ def flags_of(table: type[Group]) -> dict[str, Flag]:
     """
     flags: dict[str, Flag] = {}
     for field_name, field in table.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Group):
+        if isinstance(field.annotation, type) and issubclass(field.annotation, OptionGroup):
             rows = {name: (field_name, row) for name, row in field.annotation.model_fields.items()}
         else:
             rows = {field_name: ("", field)}
@@ -156,12 +156,12 @@ def flags_of(table: type[Group]) -> dict[str, Flag]:
     return flags
 
 
-def groups_of(table: type[Group]) -> dict[str, type[Group]]:
+def groups_of(table: type[OptionGroup]) -> dict[str, type[OptionGroup]]:
     """The groups of a table by their field's name; {"": table} where the table is one itself."""
     groups = {
         name: field.annotation
         for name, field in table.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Group)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, OptionGroup)
     }
     return groups or {"": table}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from llm.config.option import Group, option
+from llm.config.option import OptionGroup, option
 
 
-class GenerateOptions(Group):
+class GenerateOptions(OptionGroup):
     """Text from a model."""
 
     model: str = option(..., "folder of a run or of a checkpoint, or Hub name", positional=True, metavar="MODEL")

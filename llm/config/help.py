@@ -8,13 +8,13 @@ import textwrap
 from typing import Any
 
 from llm.config.flags import Flag, flags_of, groups_of
-from llm.config.option import Group
+from llm.config.option import OptionGroup
 
 INDENT = 26
 LONGEST_LIST_OF_CHOICES = 40
 
 
-def help_text(table: type[Group], *, prog: str, description: str) -> str:
+def help_text(table: type[OptionGroup], *, prog: str, description: str) -> str:
     """The page, as wide as the terminal, ending in a line break."""
     width = max(40, shutil.get_terminal_size().columns - 2)
     flags = list(flags_of(table).values())

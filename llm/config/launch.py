@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from llm.config.durations import FORMS
-from llm.config.option import Group, option
+from llm.config.durations import DURATION_FORMATS
+from llm.config.option import OptionGroup, option
 
 # One row a line, however long: the table is read down its columns.
 # fmt: off
 
 
-class MeetingOptions(Group):
+class MeetingOptions(OptionGroup):
     """Which hosts there are, and where they meet."""
 
     nproc: int | None = option(None, "processes on each host (default: one an accelerator; 1 without any)", ge=1, metavar="N")
@@ -48,12 +48,12 @@ class DoctorOptions(MeetingOptions):
     inside: bool = option(False, "this is the agent of one host, such as the doctor starts on each")
 
 
-class ScriptOptions(Group):
+class ScriptOptions(OptionGroup):
     """The options of ``python -m llm.launch pbs`` and ``slurm``."""
 
     site: str = option("generic", "polaris, aurora, perlmutter, frontier, generic, or a TOML file like theirs", metavar="NAME")
     nodes: int = option(2, "hosts", ge=1, metavar="N")
-    walltime: float | str = option("1:00:00", f"longest time of one job: {FORMS}", metavar="TIME")
+    walltime: float | str = option("1:00:00", f"longest time of one job: {DURATION_FORMATS}", metavar="TIME")
     account: str | None = option(None, "project that pays", metavar="NAME")
     queue: str | None = option(None, "queue or partition (default: the site's)", metavar="NAME")
     name: str = option("gpt", "name of the job", metavar="NAME")

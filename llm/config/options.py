@@ -12,9 +12,9 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from llm.config.durations import FORMS, seconds_of
-from llm.config.option import Group, option
-from llm.config.weighted_dirs import weighted_folders
+from llm.config.durations import DURATION_FORMATS, parse_duration
+from llm.config.option import OptionGroup, option
+from llm.config.weighted_dirs import parse_weighted_dirs
 
 # One row a line, however long: the table is read down its columns.
 # fmt: off
@@ -35,7 +35,7 @@ SchedulerName = Literal[
 ]
 
 
-class DataOptions(Group):
+class DataOptions(OptionGroup):
     """Where the text comes from and how it becomes blocks of tokens."""
 
     dataset_name: str | None = option(None, "Hub dataset, local folder, or builtin:python (also used when no data is named)", metavar="NAME", replaces=("train_file", "validation_file", "train_dir", "validation_dir"))
@@ -55,7 +55,7 @@ class DataOptions(Group):
     dataloader_num_workers: int = option(0, "processes that read blocks ahead (0: the training process itself)", ge=0, metavar="N")
 
 
-class TokenizerOptions(Group):
+class TokenizerOptions(OptionGroup):
     """The tokenizer."""
 
     tokenizer_name: str | None = option(None, "Hub name, folder, char, or train:bpe (default: the model's own; from scratch train:bpe)", metavar="NAME")
@@ -63,7 +63,7 @@ class TokenizerOptions(Group):
     vocab_size: int | None = option(None, "tokens of a tokenizer trained by train:bpe (default 8192)", ge=258, metavar="N")
 
 
-class ModelOptions(Group):
+class ModelOptions(OptionGroup):
     """The model: loaded with its weights, or built from scratch."""
 
     model_name_or_path: str | None = option(None, "Hub name or folder whose weights are trained further", metavar="NAME")
@@ -77,7 +77,7 @@ class ModelOptions(Group):
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, about a third slower")
 
 
-class TrainingOptions(Group):
+class TrainingOptions(OptionGroup):
     """How long and how much at a time."""
 
     num_train_epochs: int = option(3, "times that the training text is read", ge=1, metavar="N")
@@ -90,11 +90,11 @@ class TrainingOptions(Group):
     use_cpu: bool = option(False, "use no accelerator")
     torch_compile: bool | Literal["auto", "blocks", "cudagraphs", "max-autotune"] = option("auto", "compile the training (true), also as CUDA graphs (cudagraphs, without accumulation) or with kernels chosen by trying (max-autotune), each layer alone (blocks), or nothing (false); auto: true for runs of 2,000 updates or more on CUDA, of 10,000 on a CPU, up to 50 million parameters", metavar="auto|true|false|...")
     max_skipped_updates: int = option(3, "updates in a row with a gradient that is not finite that end the run; one alone is skipped", ge=1, metavar="N")
-    max_time: float | str | None = option(None, f"save and stop that long after the start of the process: {FORMS}; a job's walltime is found by itself", metavar="TIME")
+    max_time: float | str | None = option(None, f"save and stop that long after the start of the process: {DURATION_FORMATS}; a job's walltime is found by itself", metavar="TIME")
     full_determinism: bool = option(False, "only deterministic kernels, and no TF32: the same bits on every run of a CUDA device, slower")
 
 
-class OptimizerOptions(Group):
+class OptimizerOptions(OptionGroup):
     """The optimizer."""
 
     optim: Literal["adamw", "sgd", "muon"] = option("adamw", "optimizer; muon is Muon for the matrices inside the blocks and AdamW for all else")
@@ -108,7 +108,7 @@ class OptimizerOptions(Group):
     max_grad_norm: float = option(1.0, "largest norm of the gradient, clipped beyond (0: no clipping)", ge=0, metavar="X")
 
 
-class ScheduleOptions(Group):
+class ScheduleOptions(OptionGroup):
     """The learning rate as a function of the update number."""
 
     lr_scheduler_type: SchedulerName = option("linear", "shape of the schedule (reduce_lr_on_plateau and greedy are refused)")
@@ -117,7 +117,7 @@ class ScheduleOptions(Group):
     min_lr_ratio: float | None = option(None, "floor of the cosine schedule, as a share of its peak", ge=0, le=1, metavar="X")
 
 
-class EvaluationOptions(Group):
+class EvaluationOptions(OptionGroup):
     """Evaluation and samples during training."""
 
     per_device_eval_batch_size: int = option(8, "blocks of one forward pass of an evaluation on one device", ge=1, metavar="N")
@@ -127,7 +127,7 @@ class EvaluationOptions(Group):
     sample_prompt: str | None = option(None, "text that samples continue (default: the tokenizer's first token)", metavar="TEXT")
 
 
-class OutputOptions(Group):
+class OutputOptions(OptionGroup):
     """What is kept, and where."""
 
     output_dir: str | None = option(None, "folder of the run (default: nothing is kept)", metavar="DIR")
@@ -141,14 +141,14 @@ class OutputOptions(Group):
     dry_run: bool = option(False, "print tokens, steps, parameters, memory, disk and learning rates, and stop")
 
 
-class TrackingOptions(Group):
+class TrackingOptions(OptionGroup):
     """Experiment trackers beside metrics.jsonl and TensorBoard, which every kept run writes."""
 
     with_tracking: bool = option(False, "send the records to the trackers of --report_to")
     report_to: str = option("all", "trackers: all (every installed one), tensorboard, wandb, trackio, comet_ml, mlflow, ...; several with commas", metavar="NAME")
 
 
-class HubOptions(Group):
+class HubOptions(OptionGroup):
     """The HuggingFace Hub."""
 
     push_to_hub: bool = option(False, "upload the finished folder")
@@ -156,7 +156,7 @@ class HubOptions(Group):
     hub_token: str | None = option(None, "access token (default: HF_TOKEN, or the one of hf auth login); never logged or stored", metavar="TOKEN", secret=True)
 
 
-class KfacOptions(Group):
+class KfacOptions(OptionGroup):
     """K-FAC preconditioning."""
 
     kfac: bool = option(False, "divide the gradients of linear layers by their curvature, before any --optim")
@@ -173,7 +173,7 @@ class KfacOptions(Group):
     kfac_backend: Literal["llm", "kfac-pytorch"] = option("llm", "whose K-FAC: this package's, or an installed kfac-pytorch")
 
 
-class Options(Group):
+class Options(OptionGroup):
     """The options of ``python -m llm.trainers.gpt``."""
 
     data: DataOptions = DataOptions()
@@ -255,7 +255,7 @@ def _mistakes_in_kfac(kfac: KfacOptions) -> list[str]:
 
 def _mistake_in_folders(words: tuple[str, ...]) -> str | None:
     try:
-        weighted_folders(words)
+        parse_weighted_dirs(words)
     except ValueError as error:
         return str(error)
     return None
@@ -264,7 +264,7 @@ def _mistake_in_folders(words: tuple[str, ...]) -> str | None:
 def _duration_mistake(flag: str, given: float | str | None) -> str | None:
     try:
         if given is not None:
-            seconds_of(given)
+            parse_duration(given)
     except ValueError as mistake:
         return f"{flag} {given}: {mistake}"
     return None

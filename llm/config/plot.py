@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llm.config.option import Group, option
+from llm.config.option import OptionGroup, option
 
 
-class PlotOptions(Group):
+class PlotOptions(OptionGroup):
     """Curves of one or more runs."""
 
     runs: tuple[str, ...] = option(..., "folders of runs, or their metrics.jsonl", positional=True, metavar="RUN")

@@ -7,19 +7,19 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from llm.config.option import Group, option
+from llm.config.option import OptionGroup, option
 from llm.config.options import DataOptions, TokenizerOptions
 
 # One row a line, however long: the table is read down its columns.
 # fmt: off
 
 
-def _same(table: type[Group], name: str) -> Any:
+def _same(table: type[OptionGroup], name: str) -> Any:
     """The trainer's own row of that name."""
     return copy(table.model_fields[name])
 
 
-class PrepareOptions(Group):
+class PrepareOptions(OptionGroup):
     """Text to token shards."""
 
     output_dir: str = option(..., "folder of the shards, which the trainer takes as --train_dir", metavar="DIR")

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from llm.config.abbreviations import BUILT_IN, nearest
-from llm.config.argv import ParsedFlag, cut
+from llm.config.abbreviations import BUILT_IN, closest_match
+from llm.config.argv import ParsedFlag, parse_argv
 from llm.config.errors import UsageError
 from llm.config.flags import Flag, flags_of, groups_of
-from llm.config.option import Group
+from llm.config.option import OptionGroup
 from llm.config.toml import toml_value
 
-T = TypeVar("T", bound=Group)
+T = TypeVar("T", bound=OptionGroup)
 
 
 @dataclass
@@ -65,7 +65,7 @@ def read_options(table: type[T], argv: Sequence[str], *, prog: str, description:
         UsageError: if anything is wrong; the message holds every mistake, one a line.
     """
     flags = flags_of(table)
-    given = cut(argv, flags)
+    given = parse_argv(argv, flags)
     _answer_questions(table, given, prog=prog, description=description)
     mistakes = _Mistakes()
     layers = [
@@ -98,7 +98,7 @@ def version_line() -> str:
         return f"llm-trainers {llm.__version__}"
 
 
-def _answer_questions(table: type[Group], given: Sequence[ParsedFlag], *, prog: str, description: str) -> None:
+def _answer_questions(table: type[OptionGroup], given: Sequence[ParsedFlag], *, prog: str, description: str) -> None:
     asked = {name for each in given if len(each.names) == 1 for name in each.names}
     if "help" in asked:
         from llm.config.help import help_text
@@ -135,7 +135,7 @@ def _add_unclear_flag(given: ParsedFlag, flags: Mapping[str, Flag], mistakes: _M
         candidates = ", ".join(f"--{name}" for name in given.names)
         mistakes.add(f"{given.word}: may mean {candidates}; write it out", *given.names)
         return
-    guess = nearest(given.word.lstrip("-"), (*flags, *BUILT_IN))
+    guess = closest_match(given.word.lstrip("-"), (*flags, *BUILT_IN))
     mend = f"did you mean --{guess}?" if guess else "see --help for all options"
     mistakes.add(f"{given.word}: unknown option; {mend}", guess)
 
@@ -164,7 +164,7 @@ def _read_plain_words(flags: Mapping[str, Flag], plain: list[str], layer: _Layer
             _read_words(flag, "", plain[:count], layer, mistakes)
             del plain[:count]
     for word in plain:
-        guess = nearest(word, flags, cutoff=0.8)
+        guess = closest_match(word, flags, cutoff=0.8)
         mend = f"did you mean --{guess}?" if guess else "options start with --"
         mistakes.add(f"{_shown(word)}: unexpected word; {mend}", guess)
 
@@ -173,7 +173,7 @@ def _read_plain_words(flags: Mapping[str, Flag], plain: list[str], layer: _Layer
 
 
 def _read_file(
-    table: type[Group], flags: Mapping[str, Flag], given: Sequence[ParsedFlag], mistakes: _Mistakes
+    table: type[OptionGroup], flags: Mapping[str, Flag], given: Sequence[ParsedFlag], mistakes: _Mistakes
 ) -> _Layer:
     layer = _Layer()
     names = [each.values[0] for each in given if each.names == ("config",) and each.values]
@@ -217,10 +217,10 @@ def _unknown_table(key: str, value: Any, groups: Mapping[str, Any], flags: Mappi
     if key in flags:
         return f"{key}: belongs in the table [{flags[key].group}]"
     if isinstance(value, dict):
-        guess = nearest(key, groups)
+        guess = closest_match(key, groups)
         mend = f"did you mean [{guess}]?" if guess else f"the tables are {', '.join(groups)}"
         return f"[{key}]: unknown table; {mend}"
-    guess = nearest(key, flags)
+    guess = closest_match(key, flags)
     mend = f"; did you mean {flags[guess].key}?" if guess else f"; the tables are {', '.join(groups)}"
     return f"{key}: unknown key{mend}"
 
@@ -238,7 +238,7 @@ def _read_key(
     full_key = f"{group}.{key}" if group else key
     if key not in flags:
         siblings = [flag.name for flag in flags.values() if flag.group == group]
-        guess = nearest(key, siblings) or nearest(key, flags)
+        guess = closest_match(key, siblings) or closest_match(key, flags)
         mend = f"did you mean {flags[guess].key}?" if guess else f"known are {', '.join(siblings)}"
         mistakes.add(f"{file}: {full_key}: unknown key; {mend}", guess)
     elif flags[key].group != group:
@@ -252,7 +252,7 @@ def _read_key(
 # Both
 
 
-def _drop_wrong_values(table: type[Group], flags: Mapping[str, Flag], layer: _Layer, mistakes: _Mistakes) -> None:
+def _drop_wrong_values(table: type[OptionGroup], flags: Mapping[str, Flag], layer: _Layer, mistakes: _Mistakes) -> None:
     """Take the values of a wrong type or out of bounds out of a layer, each with a mistake."""
     wrong = {name for name, value in layer.values.items() if not _is_finite(value)}
     for group_name, group in groups_of(table).items():
@@ -288,7 +288,7 @@ def _build(table: type[T], flags: Mapping[str, Flag], values: Mapping[str, Any],
 
 
 def _wrong_value(place: str, flag: Flag, value: Any) -> str:
-    guess = nearest(value, flag.choices) if isinstance(value, str) else None
+    guess = closest_match(value, flag.choices) if isinstance(value, str) else None
     return f"{place}: must be {flag.allowed}" + (f"; did you mean {guess}?" if guess else "")
 
 

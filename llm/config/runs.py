@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from llm.config.option import Group, option
+from llm.config.option import OptionGroup, option
 
 
-class RunsOptions(Group):
+class RunsOptions(OptionGroup):
     """The checkpoints of runs, and how their last starts ended."""
 
     runs: tuple[str, ...] = option(

@@ -8,15 +8,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm.config.argv import cut
+from llm.config.argv import parse_argv
 from llm.config.flags import flags_of
-from llm.config.option import Group
+from llm.config.option import OptionGroup
 from llm.config.options import Options
 
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def to_toml(options: Group) -> str:
+def to_toml(options: OptionGroup) -> str:
     """Options as TOML: one table a group, every row that has a value, and no secrets.
 
     What `read_options` makes of it through `--config` equals `options`, secrets apart.
@@ -52,7 +52,7 @@ def toml_value(value: Any) -> str:
     return str(value)
 
 
-def command_line(argv: Sequence[str], table: type[Group] = Options) -> str:
+def redacted_command_line(argv: Sequence[str], table: type[OptionGroup] = Options) -> str:
     """A command line as a shell would take it, with `***` in the place of secret values.
 
     Args:
@@ -61,7 +61,7 @@ def command_line(argv: Sequence[str], table: type[Group] = Options) -> str:
     """
     flags = flags_of(table)
     words: list[str] = []
-    for given in cut(argv, flags):
+    for given in parse_argv(argv, flags):
         # What follows an unknown flag may be a secret behind a misspelt name.
         is_open = given.is_plain or (
             bool(given.names) and not any(name in flags and flags[name].secret for name in given.names)

@@ -12,7 +12,7 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class WeightedFolder:
+class WeightedDir:
     """A folder and its share of what is read.
 
     Attributes:
@@ -24,7 +24,7 @@ class WeightedFolder:
     weight: Fraction | None
 
 
-def weighted_folders(words: Sequence[str]) -> list[WeightedFolder]:
+def parse_weighted_dirs(words: Sequence[str]) -> list[WeightedDir]:
     """The folders that the words name.
 
     What follows the last `=` is a weight if it is a number, unless there is a folder of the whole name.
@@ -46,11 +46,11 @@ def weighted_folders(words: Sequence[str]) -> list[WeightedFolder]:
         if folder.weight <= 0:
             raise ValueError(f"--train_dir {word}: a weight must be above 0; leave the folder out")
     total = sum(weights)
-    return [WeightedFolder(name, weight / total) for name, weight in zip(names, weights, strict=True)]
+    return [WeightedDir(name, weight / total) for name, weight in zip(names, weights, strict=True)]
 
 
-def _read(word: str) -> WeightedFolder:
+def _read(word: str) -> WeightedDir:
     name, equals, number = word.rpartition("=")
     if name and equals and _NUMBER.fullmatch(number) and not Path(word).expanduser().is_dir():
-        return WeightedFolder(name, Fraction(number))
-    return WeightedFolder(word, None)
+        return WeightedDir(name, Fraction(number))
+    return WeightedDir(word, None)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm.config.errors import UserError
 from llm.config.options import Options
-from llm.config.weighted_dirs import weighted_folders
+from llm.config.weighted_dirs import parse_weighted_dirs
 from llm.data.batches.blocks import Blocks, Ledger, cut_blocks, ledger
 from llm.data.batches.loader import Batch, BlockSource
 from llm.data.batches.mixture import mixed
@@ -188,7 +188,7 @@ def prepare_dataset(options: Options, world: World) -> TokenizedDataset:
 def _open_tokens(options: Options) -> TokenizedDataset:
     """Opens what is tokenized already: folders of shards, or token files, of ours or of other programs."""
     data = options.data
-    named = weighted_folders(data.train_dir or ())
+    named = parse_weighted_dirs(data.train_dir or ())
     folders = [named_folder(each.name, "--train_dir") for each in named]
     tokenizer = _tokenizer_of_tokens(options, folders)
     # Nothing of --train_dir is held out where other validation tokens are named.

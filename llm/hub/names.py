@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from llm.config.errors import UserError
+from llm.config.errors import UserError, first_line
 
 # Causal language models that people start from; only suggestions, any other name works too.
 WELL_KNOWN = (
@@ -78,12 +78,6 @@ def suggestion(name: str, known: Iterable[str]) -> str:
         return ""
     joined = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
     return f"; did you mean {joined}?"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, or its type."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
 
 
 def name_error(flag: str, name: str, missing: str, error: BaseException) -> UserError:

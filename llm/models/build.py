@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from llm.config.errors import UsageError, UserError
+from llm.config.errors import UsageError, UserError, first_line
 from llm.config.options import ModelOptions
-from llm.hub.names import first_line, name_error
+from llm.hub.names import name_error
 from llm.models.config import context_limit, load_config, read_config
 
 __all__ = ["build_model", "context_limit", "load_config", "read_config"]

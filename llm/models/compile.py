@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llm.hub.names import first_line
+from llm.config.errors import first_line
 from llm.models.language_model import LanguageModel
 
 log = logging.getLogger(__name__)

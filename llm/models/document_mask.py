@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llm.config.errors import UserError
-from llm.hub.names import first_line
+from llm.config.errors import UserError, first_line
 from llm.models.attention import public_name
 from llm.models.config import context_limit
 from llm.models.language_model import forward_apart, uses_flash

@@ -13,7 +13,7 @@ from torch.optim import SGD
 from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from llm.config.errors import UsageError
+from llm.config.errors import UsageError, first_line
 from llm.config.options import ScheduleOptions
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,5 @@ def _allowed(name: str) -> str:
 
 
 def _cause(error: Exception) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
     # Python puts the name of a function before it that no user has called.
-    return text.rpartition("() ")[2]
+    return first_line(error).rpartition("() ")[2]

@@ -12,10 +12,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llm.config.errors import UserError
+from llm.config.errors import UserError, first_line
 from llm.config.options import ModelOptions, TokenizerOptions
 from llm.files.atomic import whole_folder
-from llm.hub.names import first_line, name_error
+from llm.hub.names import name_error
 from llm.tokenization.vocabulary import bytes_of_tokens, is_character_level, tokenizer_hash
 
 __all__ = ["bytes_of_tokens", "is_character_level", "load_tokenizer", "tokenizer_hash"]

@@ -11,10 +11,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from llm.config.exit_codes import exit_code_of
+from llm.config.exit_codes import run_command
 from llm.config.options import Options
 from llm.config.reader import read_options
-from llm.config.toml import command_line
+from llm.config.toml import redacted_command_line
 
 PROGRAM = "python -m llm.trainers.gpt"
 
@@ -28,18 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 usage, 75 stopped by a signal with everything saved.
     """
-    return exit_code_of(lambda: _train(list(sys.argv[1:] if argv is None else argv)))
+    return run_command(lambda: _train(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _train(argv: list[str]) -> int:
     started = time.time()
     options = read_options(Options, argv, prog=PROGRAM, description="Pre-train or fine-tune a GPT-like model on text.")
     # Trackers store and upload the command line of the process: it keeps no secret.
-    sys.argv[1:] = shlex.split(command_line(argv))
+    sys.argv[1:] = shlex.split(redacted_command_line(argv))
     # Imported after the options are read, so that --help and mistakes cost no import of torch.
     from llm.training.run import train
 
-    return train(options, command=f"{PROGRAM} {command_line(argv)}", started=started)
+    return train(options, command=f"{PROGRAM} {redacted_command_line(argv)}", started=started)
 
 
 if __name__ == "__main__":

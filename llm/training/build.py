@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm.config.option import Group
+from llm.config.option import OptionGroup
 from llm.config.options import ModelOptions, Options
 from llm.models.activations import fuse_gelu
 from llm.models.attention import use_causal_attention
@@ -119,7 +119,7 @@ def _preconditioning(
     return made
 
 
-def _name_useless(options: Group, prefix: str, needed: str) -> None:
+def _name_useless(options: OptionGroup, prefix: str, needed: str) -> None:
     """Says which options of that prefix were given although nobody reads them without another one."""
     unused = [
         f"--{name}"

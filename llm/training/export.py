@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm.config.errors import UserError
+from llm.config.errors import UserError, first_line
 from llm.data.batches.loader import Batch
 from llm.files.atomic import sync_tree
 from llm.models.language_model import LanguageModel
@@ -61,8 +61,7 @@ def export_model(
         kept = folder / "unverified"
         shutil.rmtree(kept, ignore_errors=True)
         temporary.rename(kept)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the finished model was not verified ({reason}); it is kept in {kept}") from error
+        raise UserError(f"the finished model was not verified ({first_line(error)}); it is kept in {kept}") from error
     for path in temporary.iterdir():
         os.replace(path, folder / path.name)
     temporary.rmdir()

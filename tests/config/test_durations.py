@@ -1,10 +1,10 @@
-"""Lengths of time, as schedulers and people write them."""
+"""Durations in the forms that schedulers accept."""
 
 from __future__ import annotations
 
 import pytest
 
-from llm.config.durations import seconds_of
+from llm.config.durations import parse_duration
 from llm.config.errors import UsageError
 from llm.config.options import Options
 from llm.config.reader import read_options
@@ -29,25 +29,25 @@ from llm.config.reader import read_options
         (" 45 s ", 45),
     ],
 )
-def test_seconds_when_written_in_any_known_form_then_are_these(text: str | float, seconds: float) -> None:
-    assert seconds_of(text) == seconds
+def test_parse_duration_when_written_in_a_known_form_then_returns_seconds(text: str | float, seconds: float) -> None:
+    assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize(
     "text", ["", "soon", "1:3:00", "1:30:0", "5x", "m", "-5", "0", "0:00:00", "nan", "inf", "1e400"]
 )
-def test_seconds_when_it_is_no_length_of_time_then_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"no length of time|longer than nothing"):
-        seconds_of(text)
+def test_parse_duration_when_the_text_is_no_duration_then_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"not a duration|more than zero"):
+        parse_duration(text)
 
 
-def test_seconds_when_minutes_and_hours_are_not_told_apart_then_names_both_readings() -> None:
+def test_parse_duration_when_minutes_or_hours_may_be_meant_then_names_both_readings() -> None:
     with pytest.raises(ValueError, match=r"write 1:30:00 for hours, or 1m30s for minutes"):
-        seconds_of("1:30")
+        parse_duration("1:30")
 
 
 def test_max_time_when_it_is_wrong_then_is_one_line_of_usage() -> None:
-    with pytest.raises(UsageError, match=r"--max_time 1:30: is no length of time; write") as mistake:
+    with pytest.raises(UsageError, match=r"--max_time 1:30: not a duration; write") as mistake:
         read_options(Options, ["--max_time", "1:30"], prog="p", description="d")
     assert "\n" not in str(mistake.value)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm.config.errors import UsageError, UserError
-from llm.config.exit_codes import exit_code_of
+from llm.config.exit_codes import run_command
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError("one\ntwo"), 1), (UsageError("one\ntwo"), 2)])
@@ -20,7 +20,7 @@ def test_outcome_when_a_person_can_mend_it_is_lines_and_a_code(
     def command() -> int:
         raise error
 
-    assert exit_code_of(command) == code
+    assert run_command(command) == code
     assert capsys.readouterr().err == "error: one\nerror: two\n"
 
 
@@ -28,23 +28,23 @@ def test_outcome_when_interrupted_is_130_and_quiet(capsys: pytest.CaptureFixture
     def command() -> int:
         raise KeyboardInterrupt
 
-    assert exit_code_of(command) == 130
+    assert run_command(command) == 130
     assert capsys.readouterr() == ("", "")
 
 
 def test_outcome_when_all_is_well_is_the_commands_own() -> None:
-    assert exit_code_of(lambda: 75) == 75
+    assert run_command(lambda: 75) == 75
 
 
 def test_outcome_when_it_is_a_bug_keeps_the_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
-        exit_code_of(lambda: 1 // 0)
+        run_command(lambda: 1 // 0)
 
 
 def test_outcome_when_the_reader_left_is_quiet() -> None:
     script = (
-        "import sys; from llm.config.exit_codes import exit_code_of\n"
-        "sys.exit(exit_code_of(lambda: print('x' * 10**6) or 7))"
+        "import sys; from llm.config.exit_codes import run_command\n"
+        "sys.exit(run_command(lambda: print('x' * 10**6) or 7))"
     )
     shell = f'"{sys.executable}" -c "{script}" | true'
     done = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True, timeout=60)
@@ -58,10 +58,10 @@ def test_outcome_when_a_disk_is_full_then_is_one_line_and_other_errors_keep_thei
     def command() -> int:
         return os.write(os.open("/dev/full", os.O_WRONLY), b"x")
 
-    assert exit_code_of(command) == 1
+    assert run_command(command) == 1
     assert capsys.readouterr().err == "error: a file cannot be written (No space left on device); make room\n"
     with pytest.raises(FileNotFoundError):
-        exit_code_of(lambda: os.stat("/nowhere").st_size)
+        run_command(lambda: os.stat("/nowhere").st_size)
 
 
 def test_outcome_when_memory_is_not_enough_then_is_one_line_and_other_errors_keep_their_traceback(
@@ -74,9 +74,9 @@ def test_outcome_when_memory_is_not_enough_then_is_one_line_and_other_errors_kee
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
     for command in (lambda: len(torch.empty(2**50)), lambda: len(np.zeros(2**55)), accelerators):
-        assert exit_code_of(command) == 1
+        assert run_command(command) == 1
         found = capsys.readouterr().err
         assert found.startswith("error: out of memory (") and found.count("\n") == 1
         assert "--per_device_train_batch_size" in found
     with pytest.raises(RuntimeError, match=r"size mismatch|shapes"):
-        exit_code_of(lambda: len(torch.zeros(2, 3) @ torch.zeros(2, 3)))
+        run_command(lambda: len(torch.zeros(2, 3) @ torch.zeros(2, 3)))

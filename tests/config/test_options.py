@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pydantic import create_model
 
-from llm.config.abbreviations import BUILT_IN, LLM_PYTORCH, RUN_CLM, nearest, resolve
+from llm.config.abbreviations import BUILT_IN, LLM_PYTORCH, RUN_CLM, closest_match, resolve
 from llm.config.flags import flags_of
-from llm.config.option import Group, option
+from llm.config.option import OptionGroup, option
 from llm.config.options import Options
 from llm.config.reader import read_options
 
@@ -88,13 +88,13 @@ def test_options_when_listed_then_each_row_has_help_and_the_table_stays_readable
 
 
 def test_flags_of_when_two_groups_share_a_name_then_it_refuses() -> None:
-    one = create_model("One", __base__=Group, seed=(int, option(1, "a seed")))
-    two = create_model("Two", __base__=Group, seed=(int, option(1, "a seed")))
-    both = create_model("Both", __base__=Group, one=(one, one()), two=(two, two()))
+    one = create_model("One", __base__=OptionGroup, seed=(int, option(1, "a seed")))
+    two = create_model("Two", __base__=OptionGroup, seed=(int, option(1, "a seed")))
+    both = create_model("Both", __base__=OptionGroup, one=(one, one()), two=(two, two()))
     with pytest.raises(TypeError, match="seed"):
         flags_of(both)
     with pytest.raises(TypeError, match="config"):
-        flags_of(create_model("Reserved", __base__=Group, config=(int, option(1, "x"))))
+        flags_of(create_model("Reserved", __base__=OptionGroup, config=(int, option(1, "x"))))
 
 
 def test_resolve_when_a_prefix_was_unique_in_an_old_program_then_it_keeps_that_meaning() -> None:
@@ -118,5 +118,5 @@ def test_resolve_when_words_are_unknown_empty_or_dashed_then_it_says_so() -> Non
 
 
 def test_nearest_when_a_name_is_close_then_it_is_found_and_else_none() -> None:
-    assert nearest("learnig-rate", flags_of(Options)) == "learning_rate"
-    assert nearest("xyzzy", flags_of(Options)) is None
+    assert closest_match("learnig-rate", flags_of(Options)) == "learning_rate"
+    assert closest_match("xyzzy", flags_of(Options)) is None

@@ -14,7 +14,7 @@ from pydantic import model_validator
 import llm
 from llm.config.errors import UsageError
 from llm.config.flags import flags_of
-from llm.config.option import Group, option
+from llm.config.option import OptionGroup, option
 from llm.config.options import Options
 from llm.config.reader import read_options
 
@@ -36,7 +36,7 @@ def mistakes(*argv: str) -> list[str]:
     return str(raised.value).split("\n")
 
 
-class Sampling(Group):
+class Sampling(OptionGroup):
     """A command without groups."""
 
     model: str = option(..., "folder of the model", positional=True)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from llm.config.flags import Flag, flags_of
-from llm.config.option import Group, option
+from llm.config.option import OptionGroup, option
 from llm.config.options import Options
 from llm.config.reader import read_options
-from llm.config.toml import command_line, to_toml
+from llm.config.toml import redacted_command_line, to_toml
 
 TEXTS = [
     "plain",
@@ -33,7 +33,7 @@ VALUES: dict[Any, list[Any]] = {
 }
 
 
-class Flat(Group):
+class Flat(OptionGroup):
     """A command without groups."""
 
     checkpoint: str | None = option(None, "folder")
@@ -102,7 +102,7 @@ def test_to_toml_when_written_then_tables_are_the_groups_and_none_is_left_out() 
     ],
 )
 def test_command_line_when_a_secret_was_given_then_stars_stand_for_it(secret: list[str]) -> None:
-    line = command_line(["llm", *secret, "--seed", "1"])
+    line = redacted_command_line(["llm", *secret, "--seed", "1"])
     assert "hf_abc" not in line
     assert "***" in line
     assert line.endswith(" --seed 1")
@@ -110,4 +110,4 @@ def test_command_line_when_a_secret_was_given_then_stars_stand_for_it(secret: li
 
 def test_command_line_when_a_shell_reads_it_then_the_words_are_the_same() -> None:
     words = ["-m", "llm", "--train_file", "a b", "c*", "--sample_prompt=it's", "--kfac", "--", "-x"]
-    assert shlex.split(command_line(words[1:])) == words[1:]
+    assert shlex.split(redacted_command_line(words[1:])) == words[1:]

@@ -10,11 +10,11 @@ import pytest
 from llm.config.errors import UsageError
 from llm.config.options import Options
 from llm.config.reader import read_options
-from llm.config.weighted_dirs import weighted_folders
+from llm.config.weighted_dirs import parse_weighted_dirs
 
 
 def _read(*words: str) -> list[tuple[str, Fraction | None]]:
-    return [(folder.name, folder.weight) for folder in weighted_folders(words)]
+    return [(folder.name, folder.weight) for folder in parse_weighted_dirs(words)]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from llm.clusters.doctor.rendezvous import Rendezvous, open_store
+from llm.config.errors import first_line
 
 # What a process may be waiting for, by the stage that it is in.
 _STAGES = {
@@ -165,13 +166,9 @@ def _work(plan: Plan, rank: int, local_rank: int) -> None:
         meeting.say(f"stage/{rank}", stage)
         dist.barrier()
     except Exception as error:  # whatever it is, the doctor's reader is to see it in one line
-        _fail(meeting, rank, stage, f"{type(error).__name__}: {_first_line(error)}")
+        _fail(meeting, rank, stage, f"{type(error).__name__}: {first_line(error)}")
     # Neither a group that is broken nor one that is fine is worth the wait for its threads to end.
     os._exit(0)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def _form_group(plan: Plan, rank: int) -> None:

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from llm.config.abbreviations import nearest
+from llm.config.abbreviations import closest_match
 from llm.config.errors import UserError
-from llm.config.option import Group
+from llm.config.option import OptionGroup
 
 Scheduler = Literal["pbs", "slurm"]
 
 
-class SchedulerLines(Group):
+class SchedulerLines(OptionGroup):
     """What a job script of the site says to its scheduler.
 
     Attributes:
@@ -37,7 +37,7 @@ class SchedulerLines(Group):
         return directives
 
 
-class Site(Group):
+class Site(OptionGroup):
     """One computing centre.
 
     Attributes:
@@ -80,7 +80,7 @@ def read_site(name: str, scheduler: Scheduler) -> Site:
             reason = getattr(error, "strerror", None) or "it is no text"
             raise UserError(f"--site {name}: cannot be read ({reason})") from None
     else:
-        guess = nearest(name, known_sites())
+        guess = closest_match(name, known_sites())
         known = f"did you mean {guess}?" if guess else f"known are {', '.join(known_sites())}, and any TOML file"
         raise UserError(f"--site {name}: unknown; {known}")
     site = _read(name, text)

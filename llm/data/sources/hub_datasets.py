@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.config.errors import UserError
+from llm.config.errors import UserError, first_line
 from llm.data.sources.documents import Skipped, TextChunk, documents_of_rows
 from llm.data.sources.readers import cells, no_column
 
@@ -43,7 +43,7 @@ class TableRows:
                 yield from cells(batch.column(0))
         except OSError as error:  # the table lies in files, which may be damaged or gone
             raise UserError(
-                f"dataset {self.name}: cannot be read ({_first_line(error)});"
+                f"dataset {self.name}: cannot be read ({first_line(error).rstrip('.')});"
                 " remove it from HuggingFace's cache and load it again"
             ) from error
 
@@ -95,7 +95,7 @@ def load_saved(folder: Path) -> Mapping[str, Any]:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # as above
-        reason = _first_line(_real_cause(error))
+        reason = first_line(_real_cause(error)).rstrip(".")
         raise UserError(
             f"--dataset_name {folder}: cannot be loaded ({reason}); write it again with save_to_disk"
         ) from error
@@ -114,7 +114,7 @@ def loading_error(name: str, configuration: str | None, error: Exception) -> Use
         if configuration is None:
             return UserError(f"--dataset_name {name}: choose a configuration with --dataset_config_name: {known}")
         return UserError(f"--dataset_config_name {configuration}: {name} has no such configuration; it has {known}")
-    reason = _first_line(cause)
+    reason = first_line(cause).rstrip(".")
     if isinstance(cause, ConnectionError):
         mend = "connect this machine, or download the dataset elsewhere and name its folder"
     elif isinstance(cause, FileNotFoundError):
@@ -131,8 +131,3 @@ def _real_cause(error: BaseException) -> BaseException:
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

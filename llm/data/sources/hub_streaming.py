@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from llm.config.errors import UserError
+from llm.config.errors import UserError, first_line
 from llm.config.options import DataOptions
 from llm.data.sources.corpus import Corpus
 from llm.data.sources.documents import Skipped, TextChunk, documents_of_rows
@@ -46,9 +46,9 @@ class StreamRows:
             except StopIteration:
                 return
             except Exception as error:  # the library raises many kinds, and those of its HTTP client
-                reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise UserError(
-                    f"dataset {self.name}: the stream broke ({reason[0]}); start the same command again, it continues"
+                    f"dataset {self.name}: the stream broke ({first_line(error)});"
+                    " start the same command again, it continues"
                 ) from error
             if first and self.column not in row:
                 raise no_column(f"dataset {self.name}", self.column, row)

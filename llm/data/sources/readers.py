@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from llm.config.errors import UserError
+from llm.config.errors import UserError, first_line
 from llm.data.sources.documents import Skipped, TextChunk, documents_of_rows
 from llm.data.sources.files import DOCUMENT_KINDS, TextFile
 from llm.data.sources.json_array import items
@@ -114,8 +114,7 @@ def _parquet_rows(file: TextFile, column: str) -> Iterator[object]:
             for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=[column]):
                 yield from cells(batch.column(0))
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file.path}: broken Parquet file ({reason}); write it again") from None
+        raise UserError(f"{file.path}: broken Parquet file ({first_line(error)}); write it again") from None
 
 
 def cells(values: Any) -> list[object]:

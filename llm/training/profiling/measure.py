@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llm.config.errors import UserError
+from llm.config.errors import UserError, first_line
 from llm.data.batches.loader import Batch, BlockSource, training_batches
-from llm.hub.names import first_line
 from llm.system.device_timer import DeviceTimer
 from llm.system.memory import available_bytes, forget_peak, peak_bytes, resident_bytes
 from llm.system.precision import multiplies_bf16

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker, get_available_trackers
 
-from llm.config.errors import UserError
+from llm.config.errors import UserError, first_line
 from llm.config.flags import flags_of
 from llm.config.options import Options, TrackingOptions
 from llm.files.atomic import write_text
@@ -106,8 +106,7 @@ class Tracking:
                     tracker.store_init_configuration(_flat(options))
         except Exception as error:  # every tracker has its own kinds of failure
             names = ", ".join(trackers)
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"one of the trackers {names} does not start: {reason}") from error
+            raise UserError(f"one of the trackers {names} does not start: {first_line(error)}") from error
 
     def has_samples(self, step: int) -> bool:
         """Whether an earlier start has recorded the samples of this update already; asked on rank 0."""

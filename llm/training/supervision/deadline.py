@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from llm.clusters.walltime import job_end
-from llm.config.durations import seconds_of
+from llm.config.durations import parse_duration
 from llm.config.options import TrainingOptions
 from llm.distributed.world import World
 
@@ -71,7 +71,7 @@ def find_deadline(options: TrainingOptions, world: World, *, started: float) -> 
         started: when this process began, in seconds since the epoch; `--max_time` counts from there.
     """
     end, began = world.broadcast((job_end() if world.is_main else None, started))
-    return Deadline(None if options.max_time is None else began + seconds_of(options.max_time), end)
+    return Deadline(None if options.max_time is None else began + parse_duration(options.max_time), end)
 
 
 def _clock_time(moment: float) -> str:
