@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-_IGNORED = -100
+from llm.tokenization import IGNORE_INDEX
 
 
 class _Batch(Protocol):
@@ -26,14 +26,14 @@ class _Batch(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """Result of an evaluation, over the tokens of all ranks.
 
     Attributes:
-        loss: mean over the predicted tokens, nats.
-        perplexity: exp(loss); inf when that is too large for a number.
-        bits_per_byte: summed loss in bits over the UTF-8 bytes of the predicted tokens; nan
-            without bytes.
-        num_tokens: predicted tokens, over all ranks.
+        loss: mean loss per predicted token, in nats.
+        perplexity: exp(loss); inf when that overflows a float.
+        bits_per_byte: summed loss in bits, divided by the UTF-8 bytes of the predicted tokens; nan
+            when there are no bytes.
+        num_tokens: number of predicted tokens.
     """
 
     loss: float
@@ -53,21 +53,25 @@ def evaluate(
     sum_over_ranks: Callable[[Tensor], Tensor],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Evaluates the model in eval mode, weighting every token of every rank alike.
+    """Evaluate the model in eval mode; every token of every rank has the same weight.
 
-    All ranks call it together, each with its own batches, of which some rank may have none. The device is read once,
-    at the end. The model's mode is left as it was. None comes out, everywhere, where some rank had to stop early.
+    Call this function on all ranks together, each with its own batches. A rank may have no batches. The function reads
+    the device once, at the end, and restores the model's mode (train or eval).
 
     Args:
-        model: `forward(ids, targets, positions) -> (loss_sum, num_tokens)`; not wrapped by DDP,
-            whose forward waits for ranks that may have fewer batches.
-        batches: things with `ids`, `targets` and `positions` (which may be None), int64 [batch,
-            block]; a target of -100 is not predicted.
-        device: where the model is, and where tensors are summed over ranks.
-        token_bytes: int [vocab], UTF-8 bytes of each token; None to use `bytes_per_token`.
-        bytes_per_token: mean bytes of a token, used without a table.
-        sum_over_ranks: adds a float64 tensor (float32 on MPS) up over all ranks.
-        should_stop: whether this rank was asked to stop; asked before each batch.
+        model: `forward(ids, targets, positions) -> (loss_sum, num_tokens)`, both scalar tensors.
+            Not wrapped by DDP: ranks may have different numbers of batches, and DDP's forward would wait
+            for the other ranks.
+        batches: objects with the attributes `ids`, `targets` and `positions`, int64 [batch, block];
+            `positions` may be None. A target of `IGNORE_INDEX` is not predicted.
+        device: device of the model, on which tensors are also summed over ranks.
+        token_bytes: int [vocab], number of UTF-8 bytes of each token; None: use `bytes_per_token`.
+        bytes_per_token: mean number of bytes per token, used when `token_bytes` is None.
+        sum_over_ranks: returns the sum over all ranks of a float64 [4] tensor (float32 on MPS).
+        should_stop: returns whether this rank was asked to stop; called before each batch.
+
+    Returns:
+        The result, the same on all ranks; None on all ranks if any rank stopped early.
 
     Raises:
         ValueError: no rank had a token to predict.
@@ -76,20 +80,20 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        sums, is_cut = _sums_of_batches(model, batches, device, table, should_stop)
+        sums, stopped = _sums_of_batches(model, batches, device, table, should_stop)
     finally:
         model.train(training)
-    # Each batch's counts fit float32 exactly; their sum over a long text needs float64, which MPS lacks.
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.zeros(4, dtype=exact, device=device)
+    # float32 holds the counts of one batch exactly. Their sum over a long text needs float64, which MPS lacks.
+    sum_dtype = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.zeros(4, dtype=sum_dtype, device=device)
     if sums:
-        total[:3] += torch.stack(sums).to(exact).sum(0)
-    total[3] = is_cut
-    loss_sum, num_tokens, num_bytes, num_cut = sum_over_ranks(total).tolist()
-    if num_cut:
+        total[:3] += torch.stack(sums).to(sum_dtype).sum(0)
+    total[3] = stopped
+    loss_sum, num_tokens, num_bytes, num_stopped = sum_over_ranks(total).tolist()
+    if num_stopped:
         return None
     if num_tokens == 0:
-        raise ValueError("an evaluation needs at least one predicted token")
+        raise ValueError("evaluation: no rank had a token to predict; give at least one block of text")
     if table is None:
         num_bytes = num_tokens * bytes_per_token
     return _evaluation(loss_sum, num_tokens, num_bytes)
@@ -112,7 +116,7 @@ def _sums_of_batches(
     table: Tensor | None,
     should_stop: Callable[[], bool],
 ) -> tuple[list[Tensor], bool]:
-    """The sums of each batch, and whether a stop came before the last one."""
+    """Sums of each batch, float32 [3] each, and whether this rank stopped before its last batch."""
     sums: list[Tensor] = []
     for batch in batches:
         if should_stop():
@@ -122,14 +126,14 @@ def _sums_of_batches(
 
 
 def _sums(model: nn.Module, batch: _Batch, device: torch.device, table: Tensor | None) -> Tensor:
-    """float32 [3]: summed loss, tokens and bytes of one batch, left on the device."""
+    """Summed loss, number of tokens and number of bytes of one batch, float32 [3] on the device."""
     ids = batch.ids.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
     positions = None if batch.positions is None else batch.positions.to(device, non_blocking=True)
     loss_sum, num_tokens = model(ids, targets, positions)
     num_bytes = torch.zeros((), device=device)
     if table is not None:
-        num_bytes = (table[targets.clamp_min(0)] * (targets != _IGNORED)).sum()
+        num_bytes = (table[targets.clamp_min(0)] * (targets != IGNORE_INDEX)).sum()
     return torch.stack([loss_sum.float(), num_tokens.float(), num_bytes.float()])
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
 from llm.models.lm_head import has_linear_lm_head
-from llm.models.loss import IGNORED, chunked_loss, chunking_is_faster, loss_of_logits
+from llm.models.loss import chunked_loss, chunking_is_faster, loss_of_logits
+from llm.tokenization import IGNORE_INDEX
 
-__all__ = ["IGNORED", "LanguageModel", "forward_apart", "uses_flash"]
+__all__ = ["LanguageModel", "forward_apart", "uses_flash"]
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class LanguageModel(nn.Module):
                 return self._loss(ids, targets, positions)
 
     def _loss(self, ids: Tensor, targets: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        num_tokens = (targets != IGNORED).sum()
+        num_tokens = (targets != IGNORE_INDEX).sum()
         if self._is_chunked:
             head: Any = self.model.get_output_embeddings()
             states = _forward(self.model.base_model, ids, positions).last_hidden_state

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-IGNORED = -100
+from llm.tokenization import IGNORE_INDEX
 
 # Bytes of one chunk's logits in float32. Smaller ones read and write the head's gradient more often, larger ones
 # only take memory: 4 x 1,024 tokens of GPT-2's vocabulary make four chunks.
@@ -36,7 +36,7 @@ def loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
         logits: [rows, vocabulary].
         targets: int64 [rows]; -100 where there is none.
     """
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _sweep(
     of_bias = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if wanted[2] else None
     for begin, end in _chunks(len(hidden), len(head)):
         rows = hidden[begin:end]
-        counts = (targets[begin:end] != IGNORED)[:, None]
+        counts = (targets[begin:end] != IGNORE_INDEX)[:, None]
         aims = targets[begin:end].clamp_min(0)[:, None]
         logits = torch.mm(rows, head.t()) if added is None else torch.addmm(added, rows, head.t())
         logits[:, vocabulary:] = float("-inf")

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm.data.batches.blocks import Blocks
+from llm.tokenization import IGNORE_INDEX
 
 # Micro-batches that the reading thread is ahead of the device: enough for the longest pause of a disk to
 # pass unseen, and little memory.
 _AHEAD = 8
 _LOOK_SECONDS = 1.0
-_IGNORED = -100
 
 
 class BlockSource(Protocol):
@@ -228,7 +228,7 @@ def batch_of(rows: Sequence[NDArray[np.int64]]) -> Batch:
         return Batch(stacked[:, :-1].contiguous(), stacked[:, 1:].contiguous())
     ids, positions = stacked.unbind(1)
     # Nothing in front of a document's first token tells anything about it.
-    targets = ids[:, 1:].masked_fill(positions[:, 1:] == 0, _IGNORED)
+    targets = ids[:, 1:].masked_fill(positions[:, 1:] == 0, IGNORE_INDEX)
     return Batch(ids[:, :-1].contiguous(), targets, positions[:, :-1].contiguous())
 
 

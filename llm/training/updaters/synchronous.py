@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llm.data.batches.loader import Batch
-from llm.models.language_model import IGNORED
 from llm.system.garbage_collection import freeze_heap
+from llm.tokenization import IGNORE_INDEX
 from llm.training.accelerator import Compute
 from llm.training.seeding import seed_micro_batch
 from llm.training.updaters.preconditioning import NoPreconditioner, Preconditioner, norm_of
@@ -93,7 +93,7 @@ class SynchronousUpdater:
         device = self.world.device
         batches = [batch.to(device) for batch in micro_batches]
         num_tokens = self.world.all_reduce_sum(
-            torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
+            torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in batches]).sum()
         )
         loss = torch.zeros((), device=device)
         # DDP takes the mean over ranks; times their number it is the sum that we want.
