@@ -64,7 +64,7 @@ def write_shards(folder: Path) -> None:
     """Random ids in documents of a thousand, through the writer that `llm.prepare` uses."""
     from llm.data.shards.format import FOLDER_MAGIC, MANIFEST, SPLITS, VERSION
     from llm.data.shards.writer import ShardSpec, SplitWriter
-    from llm.tokenization.encoder import Piece
+    from llm.data.sources.documents import Piece
 
     draw = np.random.default_rng(0)
     form = ShardSpec(VOCABULARY_SIZE, "benchmark", NUM_TOKENS // NUM_SHARDS, None, eos_in_single_text=True)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,6 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from llm.config.errors import UserError
-from llm.data.sources.validation_split import Split
 from llm.system.worker_pool import Workers, usable_cores
 from llm.tokenization.split_patterns import EDGE_CASES, UnsuitableError
 from llm.tokenization.tiktoken_encoder import TiktokenEncoder, encode_packed, unpacked
@@ -35,13 +34,16 @@ _WORTH_LENGTH = 1 << 20
 _OVER_LINES = re.compile(r"(?:\n|Ċ|<0x0A>)(?!\n|Ċ|<0x0A>)(?s:.)")
 
 
-class Piece(NamedTuple):
-    """What is encoded at once: a document or a piece of a long one."""
+class HasText(Protocol):
+    """An object with a text to encode; what else it holds is the caller's."""
 
-    split: Split
-    text: str
-    begins: bool
-    ends: bool
+    @property
+    def text(self) -> str:
+        """Text that is encoded by one call."""
+        ...
+
+
+PieceT = TypeVar("PieceT", bound=HasText)
 
 
 class Encoder:
@@ -92,7 +94,7 @@ class Encoder:
         rest = iter(self._from_tokenizers([text for text, ids in zip(texts, quick, strict=True) if ids is None]))
         return [next(rest) if ids is None else ids for ids in quick]
 
-    def encode_batches(self, batches: Iterable[list[Piece]]) -> Iterator[tuple[list[Piece], list[NDArray[Any]]]]:
+    def encode_batches(self, batches: Iterable[list[PieceT]]) -> Iterator[tuple[list[PieceT], list[NDArray[Any]]]]:
         """Each batch with the ids of its pieces (uint32 or uint16), in the order of the batches.
 
         Where processes encode, a few batches are read ahead of their use.
@@ -100,7 +102,7 @@ class Encoder:
         Raises:
             UserError: the tokenizer gave an id beyond its vocabulary, or a process was killed.
         """
-        waiting: deque[tuple[list[Piece], Callable[[], list[NDArray[Any]]]]] = deque()
+        waiting: deque[tuple[list[PieceT], Callable[[], list[NDArray[Any]]]]] = deque()
         source, failure = iter(batches), None
         while True:
             try:

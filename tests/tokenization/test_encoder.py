@@ -6,16 +6,21 @@ import os
 import random
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from transformers import AutoTokenizer
 
 from llm.config.errors import UserError
 from llm.tokenization import encoder as encoding
-from llm.tokenization.encoder import Encoder, Piece, encoding_threads, vocabulary_size
+from llm.tokenization.encoder import Encoder, encoding_threads, vocabulary_size
 from llm.tokenization.tiktoken_encoder import TiktokenEncoder
 
 SHARED = Path(os.environ.get("LLM_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+
+
+class _Piece(NamedTuple):
+    text: str
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +143,7 @@ def test_encoding_when_text_is_short_then_no_engine_is_made(gpt2) -> None:
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_encode_batches_when_several_workers_then_order_kept(byte_tokenizer, at_once, num_workers: int) -> None:
-    given = [[Piece("train", f"{number} é \ufdd0" * (1 + number % 7), True, True)] * 3 for number in range(40)]
+    given = [[_Piece(f"{number} é \ufdd0" * (1 + number % 7))] * 3 for number in range(40)]
     given[7] *= 0
     with Encoder(byte_tokenizer, num_workers) as encoder:
         found = list(encoder.encode_batches(iter(given)))
@@ -155,7 +160,7 @@ def test_encode_batches_when_results_wait_then_reads_no_further_ahead(byte_token
     def given():
         for number in range(100):
             read.append(number)
-            yield [Piece("train", str(number), True, True)]
+            yield [_Piece(str(number))]
 
     with Encoder(byte_tokenizer, 2) as encoder:
         made = encoder.encode_batches(given())
@@ -168,7 +173,7 @@ def test_encode_batches_when_no_process_can_start_then_in_this_one_and_said(
 ) -> None:
     monkeypatch.setattr("sys.executable", "")
     with Encoder(byte_tokenizer, 2) as encoder:
-        [(_, ids)] = encoder.encode_batches([[Piece("train", "some words", True, True)]])
+        [(_, ids)] = encoder.encode_batches([[_Piece("some words")]])
     assert ids[0].tolist() == _ids(byte_tokenizer, "some words")
     assert "tokenizing in one process" in caplog.text
 

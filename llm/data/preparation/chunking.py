@@ -9,9 +9,8 @@ import numpy as np
 from tokenizers import AddedToken
 
 from llm.config.errors import UserError
-from llm.data.sources.documents import TextChunk
-from llm.data.sources.validation_split import Split
-from llm.tokenization.encoder import Encoder, Piece
+from llm.data.sources.documents import Piece, Split, TextChunk
+from llm.tokenization.encoder import Encoder
 
 # Characters. A batch's encodings take some hundred bytes a token meanwhile; smaller ones end more evenly.
 BATCH_LENGTH = 1 << 20

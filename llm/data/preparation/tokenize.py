@@ -18,10 +18,9 @@ from llm.data.preparation.chunking import batches
 from llm.data.shards.format import FOLDER_MAGIC, MANIFEST, SPLITS, VERSION
 from llm.data.shards.writer import ShardSpec, SplitWriter
 from llm.data.sources.corpus import Corpus, no_text
-from llm.data.sources.documents import Skipped, format_skipped
-from llm.data.sources.validation_split import Split
+from llm.data.sources.documents import Piece, Skipped, Split, format_skipped
 from llm.files.atomic import write_text
-from llm.tokenization.encoder import Encoder, Piece
+from llm.tokenization.encoder import Encoder
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from llm.config.errors import UserError
 from llm.data.shards.document_starts import Starts, StartsInFiles
 from llm.data.shards.memmap import TokenFile, Tokens
-from llm.data.sources.validation_split import Split
+from llm.data.sources.documents import Split
 from llm.files.atomic import write_text
 
 MAGIC = "llm-token-shard"

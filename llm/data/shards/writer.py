@@ -22,9 +22,9 @@ from llm.data.shards.format import (
     shard_path,
     starts_path,
 )
-from llm.data.sources.validation_split import Split
+from llm.data.sources.documents import Piece, Split
 from llm.files.atomic import sync_folder, write_bytes
-from llm.tokenization.encoder import Piece, smallest_dtype
+from llm.tokenization.encoder import smallest_dtype
 
 # No byte of UTF-8 has this value, so that the hash sees where documents end.
 _BOUNDARY = b"\xff"

@@ -16,11 +16,11 @@ from typing import Any, TypeAlias
 from llm.config.errors import UsageError, UserError
 from llm.config.options import DataOptions
 from llm.data.sources import python_library
-from llm.data.sources.documents import Skipped, TextChunk, TextSource, format_skipped
+from llm.data.sources.documents import Skipped, Split, TextChunk, TextSource, format_skipped
 from llm.data.sources.files import TextFile, folder_files, named_files
 from llm.data.sources.hub_datasets import is_saved, load_hub, load_saved, table_rows
 from llm.data.sources.readers import Files
-from llm.data.sources.validation_split import Split, SplitPoint, divide_by_hash, find_split_point, split_at
+from llm.data.sources.validation_split import SplitPoint, divide_by_hash, find_split_point, split_at
 
 log = logging.getLogger(__name__)
 

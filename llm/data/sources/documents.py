@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
+
+Split: TypeAlias = Literal["train", "validation"]
 
 
 class TextChunk(NamedTuple):
@@ -15,6 +17,22 @@ class TextChunk(NamedTuple):
     """
 
     text: str
+    ends: bool
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long document, that the tokenizer encodes by one call.
+
+    Attributes:
+        split: the split that the text belongs to.
+        text: the text.
+        begins: whether the document begins with this piece.
+        ends: whether the document ends with this piece.
+    """
+
+    split: Split
+    text: str
+    begins: bool
     ends: bool
 
 

@@ -6,13 +6,11 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
-from llm.data.sources.documents import TextChunk, utf8_length
-
-Split: TypeAlias = Literal["train", "validation"]
+from llm.data.sources.documents import Split, TextChunk, utf8_length
 
 # Bytes of UTF-8: a cut that far inside a document has some text in front of it.
 _LONGEST_CHARACTER = 4

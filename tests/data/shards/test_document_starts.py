@@ -125,7 +125,7 @@ def test_batch_when_a_target_begins_a_document_then_it_is_not_counted(shards: li
 
 def test_open_files_when_held_out_from_our_own_shards_then_their_starts_are_kept(tmp_path: Path) -> None:
     from llm.data.shards.writer import ShardSpec, SplitWriter
-    from llm.tokenization.encoder import Piece
+    from llm.data.sources.documents import Piece
 
     writer = SplitWriter(tmp_path, "train", ShardSpec(257, "hash", 16, 256, True))
     for _ in range(12):

@@ -27,9 +27,8 @@ from llm.data.shards.format import (
 )
 from llm.data.shards.memmap import TokenFile, Tokens
 from llm.data.shards.writer import ShardSpec, SplitWriter
-from llm.data.sources.documents import TextChunk
+from llm.data.sources.documents import Piece, TextChunk
 from llm.data.sources.validation_split import divide_by_hash
-from llm.tokenization.encoder import Piece
 
 EOS = 256
 
