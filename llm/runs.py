@@ -11,10 +11,9 @@ from llm.config.errors import UserError
 from llm.config.exit_codes import run_command
 from llm.config.reader import read_options
 from llm.config.runs import RunsOptions
+from llm.system.units import format_age, format_bytes
 from llm.training.run_dir.inspect import RunSummary, SavedCheckpoint, is_run, read_run, resume_command, status_line
 
-_SIZES = ((1, "B"), (1 << 10, "KiB"), (1 << 20, "MiB"), (1 << 30, "GiB"), (1 << 40, "TiB"))
-_AGES = ((1, "s"), (60, "min"), (3600, "h"), (86400, "d"))
 _HEADER = ("step", "saved", "loss", "eval", "size", "age", "")
 
 
@@ -69,7 +68,7 @@ def _lines(runs: Sequence[RunSummary]) -> list[str]:
             (
                 str(run.path),
                 f"{len(run.good)} good" + (f", {num_damaged} damaged" if num_damaged else ""),
-                _size(sum(checkpoint.num_bytes for checkpoint in run.checkpoints)),
+                format_bytes(sum(checkpoint.num_bytes for checkpoint in run.checkpoints)),
                 f"newest step {newest.step}, {_age(newest)} old" if newest else "no checkpoint",
                 status_line(run),
             )
@@ -118,7 +117,7 @@ def _row(checkpoint: SavedCheckpoint, run: RunSummary) -> tuple[str, ...]:
         "+".join(checkpoint.reasons) or "-",
         _loss(checkpoint.train_loss),
         _loss(checkpoint.eval_loss),
-        _size(checkpoint.num_bytes),
+        format_bytes(checkpoint.num_bytes),
         _age(checkpoint),
         ", ".join(marks),
     )
@@ -140,15 +139,8 @@ def _loss(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.3f}"
 
 
-def _size(num_bytes: int) -> str:
-    divisor, unit = max((size for size in _SIZES if size[0] <= max(num_bytes, 1)), key=lambda size: size[0])
-    return f"{num_bytes / divisor:.3g} {unit}"
-
-
 def _age(checkpoint: SavedCheckpoint) -> str:
-    seconds = max(time.time() - checkpoint.saved_at, 1)
-    divisor, unit = max((age for age in _AGES if age[0] <= seconds), key=lambda age: age[0])
-    return f"{seconds / divisor:.0f} {unit}"
+    return format_age(time.time() - checkpoint.saved_at)
 
 
 if __name__ == "__main__":

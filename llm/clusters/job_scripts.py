@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from llm.clusters.sites import Scheduler, Site
 from llm.clusters.trainer_command import DEFAULT
 from llm.config.errors import UserError
+from llm.system.units import format_duration
 
 # What a word may be that is not quoted in the script.
 _PLAIN = re.compile(r"[\w./:@%+,=-]+")
@@ -111,12 +112,13 @@ def _directives(scheduler: Scheduler, site: Site, request: Request) -> tuple[lis
     special = [line.replace("{nodes}", str(request.nodes)) for line in lines.directives]
     hosts = [line for line, raw in zip(special, lines.directives, strict=True) if "{nodes}" in raw]
     others = [line for line in special if line not in hosts]
+    walltime = format_duration(max(1, round(request.walltime_seconds)))  # both schedulers read H:MM:SS
     if scheduler == "pbs":
-        fixed = [f"-N {request.name}", "-j oe", "-r y", f"-l walltime={_clock(request.walltime_seconds)}"]
+        fixed = [f"-N {request.name}", "-j oe", "-r y", f"-l walltime={walltime}"]
         flag, account = "-q ", f"-A {account}"
     else:
         fixed = [f"--job-name={request.name}", "--output=%x.o%j", "--open-mode=append", "--requeue"]
-        fixed += [f"--time={_clock(request.walltime_seconds)}", "--ntasks-per-node=1"]
+        fixed += [f"--time={walltime}", "--ntasks-per-node=1"]
         flag, account = f"{lines.queue_flag or '--partition'}=", f"--account={account}"
     return [*fixed, *([f"{flag}{queue}"] if queue else []), *others], account, hosts
 
@@ -156,9 +158,3 @@ def _last_line(request: Request, container: str | None, module: str) -> str:
 def _quoted(word: str) -> str:
     """The word as bash has to be given it; nothing in it is expanded."""
     return word if _PLAIN.fullmatch(word) else '"' + re.sub(r'([\\"$`])', r"\\\1", word) + '"'
-
-
-def _clock(seconds: float) -> str:
-    """H:MM:SS, as both schedulers read it."""
-    whole = max(1, round(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

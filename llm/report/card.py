@@ -14,6 +14,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from llm.system.units import format_duration
+
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 _LIMITS = """\
@@ -182,7 +184,7 @@ def _training(facts: RunFacts) -> list[tuple[str, str]]:
         ("tokens seen", f"{num:,}"),
         ("tokens seen per parameter", f"{num / max(1, facts.num_parameters):.3g}"),
         ("last training loss", None if facts.train_loss is None else f"{facts.train_loss:.4f}"),
-        ("duration", None if seconds is None else _duration(seconds)),
+        ("duration", None if seconds is None else format_duration(round(seconds))),
         ("hardware", facts.hardware),
     ]
     return [(name, value) for name, value in rows if value is not None]
@@ -212,9 +214,3 @@ def _fenced(language: str, code: str) -> str:
 
 def _link(hub_id: str) -> str:
     return f"[{hub_id}](https://huggingface.co/{hub_id})"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

@@ -9,9 +9,9 @@ from transformers import PretrainedConfig
 
 from llm.config.errors import UserError
 from llm.config.options import KfacOptions
+from llm.system.units import format_quantity
 from llm.training.checkpoints.layout import saved_steps
 from llm.training.estimates import count_numbers
-from llm.training.run_dir.formatting import quantity
 from llm.training.updaters.preconditioning import kfac_bytes
 
 # The newest checkpoint, the one before it, and one that is being written.
@@ -45,6 +45,7 @@ def require_room(checkpoints: Path, config: PretrainedConfig, optim: str, kfac: 
         number = max(1, number - len(present))
     if free < number * one:
         raise UserError(
-            f"--output_dir {checkpoints.parent}: {number} checkpoints of {quantity(one)}B need "
-            f"{quantity(number * one)}B, and {quantity(free)}B are free; make room, or choose another folder"
+            f"--output_dir {checkpoints.parent}: {number} checkpoints of {format_quantity(one)}B need "
+            f"{format_quantity(number * one)}B, and {format_quantity(free)}B are free; make room, or choose another "
+            "folder"
         )

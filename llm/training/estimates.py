@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llm.config.options import KfacOptions, OptimizerOptions, OutputOptions
 from llm.optim.groups import hidden_matrices
+from llm.system.units import format_quantity
 from llm.training.plan import Plan
-from llm.training.run_dir.formatting import quantity
 from llm.training.updaters.preconditioning import kfac_bytes
 
 _BYTES_OF_A_NUMBER = 4  # weights, gradients and what the optimizer keeps are fp32
@@ -41,12 +41,13 @@ def dry_run_lines(
         f"tokens: {'at most ' if plan.document_mask else ''}{plan.tokens_per_step:,} an update, "
         f"{plan.num_steps * plan.tokens_per_step:,} in all",
         f"parameters: {num_parameters:,}",
-        f"memory of one device: about {quantity(2 * weights + kept)}B for weights, gradients "
-        f"and {optimizer.optim}, about {quantity(activations)}B for activations in fp32"
-        + f", about {quantity(kfac_memory)}B for K-FAC"
+        f"memory of one device: about {format_quantity(2 * weights + kept)}B for weights, gradients "
+        f"and {optimizer.optim}, about {format_quantity(activations)}B for activations in fp32"
+        + f", about {format_quantity(kfac_memory)}B for K-FAC"
         * kfac.kfac,
-        f"disk: {quantity(weights)}B for the finished model, "
-        f"about {quantity(weights + kept + kfac_disk)}B for each checkpoint ({_num_checkpoints(plan, output)} kept)",
+        f"disk: {format_quantity(weights)}B for the finished model, "
+        f"about {format_quantity(weights + kept + kfac_disk)}B for each checkpoint "
+        f"({_num_checkpoints(plan, output)} kept)",
         f"learning rate: {_rates(optimizer.learning_rate, schedule, plan.num_steps)}",
         *[f"learning rate of Muon: {_rates(optimizer.muon_learning_rate, schedule, plan.num_steps)}"]
         * (optimizer.optim == "muon"),

@@ -20,6 +20,7 @@ from llm.data.shards.writer import ShardSpec, SplitWriter
 from llm.data.sources.corpus import Corpus, no_text
 from llm.data.sources.documents import Piece, Skipped, Split, format_skipped
 from llm.files.atomic import write_text
+from llm.system.units import format_duration
 from llm.tokenization.encoder import Encoder
 
 log = logging.getLogger(__name__)
@@ -209,7 +210,7 @@ class _Progress:
             rest = ""
             if counts.total_bytes is not None and counts.seconds_left is not None:
                 share = min(100 * counts.num_bytes / max(counts.total_bytes, 1), 100)
-                rest = f", {share:.0f} %, eta {_clock(counts.seconds_left)}"
+                rest = f", {share:.0f} %, eta {format_duration(counts.seconds_left)}"
             self._line("tokenizing", counts, rest)
 
     def end(self, skipped: Skipped) -> None:
@@ -239,8 +240,3 @@ class _Progress:
             counts.num_bytes / max(counts.num_tokens, 1),
             rest,
         )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

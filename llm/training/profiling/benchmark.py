@@ -23,13 +23,13 @@ from llm.hub.connection import come_online
 from llm.models.build import context_limit, load_config, read_config
 from llm.models.compile import is_compiled
 from llm.models.flops import flops_per_token, peak_flops
+from llm.system.units import format_quantity
 from llm.tokenization.load import CHARACTERS, DEFAULT_VOCAB_SIZE, TRAINED, load_tokenizer
 from llm.training.accelerator import Compute, restore_process, start_compute
 from llm.training.build import build_language_model, build_updater
 from llm.training.plan import Plan, check_training, choose_block_size, choose_seed, plan_run, plan_schedule
 from llm.training.profiling.measure import Measurement, StepBenchmark, SyntheticBlocks, measured_flops
 from llm.training.run_dir.console import setup_logging, teardown_logging
-from llm.training.run_dir.formatting import quantity
 from llm.training.seeding import seed_weights
 
 log = logging.getLogger(__name__)
@@ -187,11 +187,12 @@ def _lines(found: Measurement, facts: dict[str, Any]) -> list[str]:
     return [
         f"update: {found.median_seconds * 1e3:.1f} ms, the median of {len(found.seconds)}{means} ({low:.1f} to"
         f" {high:.1f}; CPU {found.cpu_seconds * 1e3:.1f}), of {found.tokens:,} tokens",
-        f"speed: {quantity(found.tokens_per_second)} tok/s",
-        f"arithmetic: {quantity(facts['flops_per_token'])}FLOP a token, {quantity(record['flops'])}FLOP/s:"
+        f"speed: {format_quantity(found.tokens_per_second)} tok/s",
+        f"arithmetic: {format_quantity(facts['flops_per_token'])}FLOP a token,"
+        f" {format_quantity(record['flops'])}FLOP/s:"
         f" {record['share_of_measured_flops']:.1%} of what this device does in {facts['arithmetic']} products"
-        f" ({quantity(facts['measured_flops'])}FLOP/s, measured now); {sheet}",
-        f"memory: {quantity(found.peak_bytes)}B at most",
+        f" ({format_quantity(facts['measured_flops'])}FLOP/s, measured now); {sheet}",
+        f"memory: {format_quantity(found.peak_bytes)}B at most",
         "time: " + ", ".join(f"{name} {share:.1%}" for name, share in record["shares"].items()),
         *([] if exchange is None else [f"communication: {exchange * 1e3:.1f} ms of an update that nothing hides"]),
     ]
@@ -201,8 +202,9 @@ def _sweep_line(found: Measurement, facts: dict[str, Any]) -> str:
     record = _record(found, facts)
     return (
         f"micro_batch {found.micro_batch} | {found.median_seconds * 1e3:.1f} ms"
-        f" | {quantity(found.tokens_per_second)} tok/s | {record['share_of_measured_flops']:.1%} of the products' rate"
-        f" | {quantity(found.peak_bytes)}B"
+        f" | {format_quantity(found.tokens_per_second)} tok/s"
+        f" | {record['share_of_measured_flops']:.1%} of the products' rate"
+        f" | {format_quantity(found.peak_bytes)}B"
     )
 
 

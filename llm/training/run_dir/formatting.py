@@ -8,6 +8,7 @@ from llm.data.batches.blocks import Ledger
 from llm.data.batches.loader import BlockSource
 from llm.data.batches.mixture import Mixture
 from llm.data.shards.format import Streams
+from llm.system.units import format_duration, format_quantity
 
 # Below that share of the time nobody would train faster with faster data.
 _NOTABLE_WAIT = 0.01
@@ -25,7 +26,7 @@ def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seco
         f"loss {record['loss']:.3f}" if record["loss"] is not None else "loss not finite",
         f"lr {record['lr']:.1e}",
         f"grad_norm {record['grad_norm']:.2f}",
-        f"{quantity(record['tokens_per_second'])} tok/s",
+        f"{format_quantity(record['tokens_per_second'])} tok/s",
     ]
     if "mfu" in record:
         parts.append(f"mfu {record['mfu']:.1%}")
@@ -33,7 +34,7 @@ def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seco
         parts.append(f"data_wait {record['data_wait']:.1%}")
     if record["num_skipped"]:
         parts.append(f"skipped {record['num_skipped']}")
-    return " | ".join([*parts, f"eta {clock(eta_seconds)}"])
+    return " | ".join([*parts, f"eta {format_duration(eta_seconds)}"])
 
 
 def evaluation_line(step: int, record: dict[str, Any]) -> str:
@@ -62,17 +63,3 @@ def mixture_lines(streams: Streams, blocks: BlockSource, num_samples: int) -> li
         f"mixture: {source.name} | {float(share):.2%} | {len(source.text.tokens):,} tokens | read {epochs:.2f} times"
         for source, share, epochs in zip(streams.sources, blocks.shares, blocks.num_epochs(num_samples), strict=True)
     ]
-
-
-def quantity(value: float) -> str:
-    """Such as `950`, `48.2k`, `1.31M`, `5.2G`."""
-    for divisor, unit in ((1, ""), (1e3, "k"), (1e6, "M"), (1e9, "G")):
-        if value / divisor < 999.5:  # beyond, three digits would round to the next unit
-            return f"{value / divisor:.3g}{unit}"
-    return f"{value / 1e12:.3g}T"
-
-
-def clock(seconds: float) -> str:
-    """Such as `0:12:31`."""
-    minutes, second = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"

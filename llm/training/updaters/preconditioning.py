@@ -17,8 +17,8 @@ from llm.kfac import KFACPreconditioner, dense_early
 from llm.models.lm_head import has_linear_lm_head
 from llm.models.loss import chunking_is_faster
 from llm.system.device_timer import DeviceTimer
+from llm.system.units import format_quantity
 from llm.training.profiling.kfac_timing import Cost, UpdateIntervals
-from llm.training.run_dir.formatting import quantity
 
 log = logging.getLogger(__name__)
 
@@ -162,9 +162,9 @@ class KfacPreconditioner:
         return [
             f"K-FAC: {len(report.layers)} layers, factors every {options.kfac_factor_update_steps} and {bases} every "
             f"{options.kfac_inv_update_steps} updates; "
-            f"{quantity(report.factor_bytes)}B of factors and {quantity(report.inverse_bytes)}B of "
-            f"{bases} here, {quantity(report.capture_bytes)}B more while it looks at the curvature; computed to add "
-            f"matrix work of {report.cost(tokens_per_step):.0%} of the model's own",
+            f"{format_quantity(report.factor_bytes)}B of factors and {format_quantity(report.inverse_bytes)}B of "
+            f"{bases} here, {format_quantity(report.capture_bytes)}B more while it looks at the curvature; "
+            f"computed to add matrix work of {report.cost(tokens_per_step):.0%} of the model's own",
             *_lines_of_skipped(report.skipped | self._uncalled),
             *_meanings(options),
         ]

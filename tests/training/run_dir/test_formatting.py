@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from llm.data.batches.blocks import Ledger
-from llm.training.run_dir.formatting import clock, evaluation_line, ledger_line, quantity, training_line
+from llm.training.run_dir.formatting import evaluation_line, ledger_line, training_line
 
 RECORD = {
     "loss": 3.51249,
@@ -52,23 +50,3 @@ def test_ledger_line_when_documents_are_kept_apart_then_says_that_some_are_not_p
     line = ledger_line(Ledger(1_003_841, 111_489, 33, 31), document_mask=True)
     assert line.startswith("tokens: 1,003,841 to train on")
     assert line.endswith("; document mask: the first token of a document is read, but never predicted")
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(0, "0"), (7.25, "7.25"), (950, "950"), (48_200, "48.2k"), (1.314e6, "1.31M"), (5.2e9, "5.2G"), (3e12, "3T")],
-)
-def test_quantity_when_large_then_has_three_digits_and_a_unit(value: float, expected: str) -> None:
-    assert quantity(value) == expected
-
-
-@pytest.mark.parametrize(("value", "expected"), [(999.6, "1k"), (999_600, "1M"), (999.7e6, "1G"), (999.4, "999")])
-def test_quantity_when_rounding_reaches_the_next_unit_then_takes_it(value: float, expected: str) -> None:
-    assert quantity(value) == expected
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"), [(0, "0:00:00"), (59.9, "0:00:59"), (3600, "1:00:00"), (360_061, "100:01:01")]
-)
-def test_clock_when_long_then_counts_hours_on(seconds: float, expected: str) -> None:
-    assert clock(seconds) == expected
