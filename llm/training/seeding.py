@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import torch
 
-_MASK = (1 << 64) - 1
+from llm.system.hashing import GOLDEN_GAMMA, mix64
 
 
 def derive_seed(*numbers: int) -> int:
-    """A well-spread 63-bit number that depends on all the given ones and their order.
-
-    Source: the finaliser of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number
-    Generators, 2014), applied after each number.
-    """
+    """Return a 63-bit seed that depends on all the numbers and on their order: `mix64` after each of them."""
     state = 0
     for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
+        state = mix64(state + number + GOLDEN_GAMMA)
     return state >> 1
 
 

@@ -17,9 +17,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from llm.system.hashing import GOLDEN_GAMMA, mix64, mix64_array
+
 _NUM_ROUNDS = 8
-_WORD = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 # Places are asked for one after the other: computed so many at a time, each costs a fiftieth.
 _STRETCH = 1024
 
@@ -62,7 +62,7 @@ def seed_of_source(seed: int, number: int) -> int:
 
     It never changes from one version to the next: runs are resumed by it.
     """
-    return _mixed(_mixed(seed + _GOLDEN) ^ _mixed(number + 1))
+    return mix64(mix64(seed + GOLDEN_GAMMA) ^ mix64(number + 1))
 
 
 def _permuted(numbers: NDArray[np.uint64], num_bits: int, keys: tuple[int, ...]) -> NDArray[np.uint64]:
@@ -72,27 +72,12 @@ def _permuted(numbers: NDArray[np.uint64], num_bits: int, keys: tuple[int, ...])
     high_mask = np.uint64((1 << (num_bits - num_bits // 2)) - 1)
     high, low = numbers >> low_bits, numbers & low_mask
     for first, second in zip(keys[::2], keys[1::2], strict=True):
-        high ^= _all_mixed(low ^ np.uint64(first)) & high_mask
-        low ^= _all_mixed(high ^ np.uint64(second)) & low_mask
+        high ^= mix64_array(low ^ np.uint64(first)) & high_mask
+        low ^= mix64_array(high ^ np.uint64(second)) & low_mask
     return high << low_bits | low
 
 
 @lru_cache(maxsize=16)
 def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    start = _mixed(_mixed(seed + _GOLDEN) + epoch + _GOLDEN)
-    return tuple(_mixed(start + number * _GOLDEN) for number in range(1, _NUM_ROUNDS + 1))
-
-
-def _mixed(word: int) -> int:
-    """`_all_mixed` of one number, of which the lowest 64 bits count."""
-    return int(_all_mixed(np.array([word & _WORD], dtype=np.uint64))[0])
-
-
-def _all_mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: 64 bits to 64 bits, each of them depending on all.
-
-    NumPy's products of unsigned integers drop what is beyond 64 bits, as is wanted here.
-    """
-    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return words ^ words >> np.uint64(31)
+    start = mix64(mix64(seed + GOLDEN_GAMMA) + epoch + GOLDEN_GAMMA)
+    return tuple(mix64(start + number * GOLDEN_GAMMA) for number in range(1, _NUM_ROUNDS + 1))
