@@ -7,6 +7,9 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+Groups = list[dict[str, Any]]
+"""Parameter groups as a torch optimizer takes them."""
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trained parameters: one group with weight decay, one without; no group is empty.

@@ -16,7 +16,7 @@ from llm.models.build import build_model
 from llm.models.compile import compile_training
 from llm.models.document_mask import require_document_mask
 from llm.models.language_model import LanguageModel
-from llm.optim.registry import build_optimizer
+from llm.optim.registry import OPTIMIZERS, build_optimizer, unused_prefixes
 from llm.training.accelerator import Compute
 from llm.training.plan import Plan
 from llm.training.updaters.kfac_pytorch import KfacPytorchPreconditioner
@@ -76,8 +76,8 @@ def build_updater(
     """What makes the updates of a plan; the model goes to its device."""
     # On the device before the optimizer and the preconditioner see it.
     wrapped = machine.accelerator.prepare_model(language_model)
-    if options.optimizer.optim != "muon":
-        _name_useless(options.optimizer, "muon_", "--optim muon")
+    for name, prefix in unused_prefixes(options.optimizer.optim).items():
+        _name_useless(options.optimizer, prefix, f"--optim {name}")
     optimizer = build_optimizer(language_model.model, options.optimizer)
     return SynchronousUpdater(
         machine=machine,
@@ -97,10 +97,11 @@ def _preconditioning(
     if not kfac.kfac:
         _name_useless(kfac, "kfac_", "--kfac")
         return NoPreconditioner()
-    main = next(group for group in optimizer.param_groups if group["initial_lr"] == optimizer.defaults["lr"])
+    spec = OPTIMIZERS[options.optimizer.optim]
 
     def rate() -> float:
-        return float(main["lr"])
+        # By index, each time: loading an optimizer's state replaces its groups.
+        return float(optimizer.param_groups[spec.main_group]["lr"])
 
     made: Preconditioner
     if kfac.kfac_backend == "kfac-pytorch":
@@ -111,11 +112,8 @@ def _preconditioning(
         made = KfacPreconditioner(model, kfac, rate=rate, accumulation=plan.accumulation)
     for line in made.lines(plan.tokens_per_step):
         log.info("%s", line)
-    if options.optimizer.optim == "muon":
-        log.warning(
-            "--optim muon with --kfac: Muon gives all singular values of its matrices' steps one length, so that of "
-            "K-FAC's direction only the turn is left; adamw is the optimizer that it was measured with"
-        )
+    if spec.kfac_warning is not None:
+        log.warning("--optim %s with --kfac: %s", spec.name, spec.kfac_warning)
     return made
 
 

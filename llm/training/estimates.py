@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llm.config.options import KfacOptions, OptimizerOptions, OutputOptions
-from llm.optim.groups import hidden_matrices
+from llm.optim.registry import OPTIMIZERS
 from llm.system.units import format_quantity
 from llm.training.plan import Plan
 from llm.training.updaters.preconditioning import kfac_bytes
@@ -49,23 +49,25 @@ def dry_run_lines(
         f"about {format_quantity(weights + kept + kfac_disk)}B for each checkpoint "
         f"({_num_checkpoints(plan, output)} kept)",
         f"learning rate: {_rates(optimizer.learning_rate, schedule, plan.num_steps)}",
-        *[f"learning rate of Muon: {_rates(optimizer.muon_learning_rate, schedule, plan.num_steps)}"]
-        * (optimizer.optim == "muon"),
+        *[
+            f"learning rate of {label}: {_rates(getattr(optimizer, option), schedule, plan.num_steps)}"
+            for label, option in OPTIMIZERS[optimizer.optim].other_rates.items()
+        ],
     ]
 
 
 def count_numbers(config: PretrainedConfig, optim: str) -> tuple[int, int]:
-    """Parameters of the model that the configuration describes, tied ones once, and what the optimizer keeps of them.
+    """Count the parameters of the model that the configuration describes, and the values that the optimizer keeps.
 
-    Nothing is allocated. Of an optimizer that is not known here two numbers a parameter are assumed.
+    Nothing is allocated. A tied parameter counts once.
+
+    Args:
+        config: of the model.
+        optim: `--optim`.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    num_parameters = sum(sizes.values())
-    # Momentum alone: of all with SGD, of the hidden matrices with Muon.
-    with_one = {"sgd": sizes, "muon": hidden_matrices(model) if optim == "muon" else {}}.get(optim, {})
-    return num_parameters, 2 * num_parameters - sum(sizes[name] for name in with_one)
+    return sum(parameter.numel() for parameter in model.parameters()), OPTIMIZERS[optim].count_states(model)
 
 
 def _rates(peak: float, schedule: Callable[[int], float], num_steps: int) -> str:

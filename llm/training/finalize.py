@@ -17,6 +17,7 @@ from llm.config.options import Options
 from llm.data.batches.loader import batch_of
 from llm.files.atomic import write_text
 from llm.hub.push import push_folder
+from llm.optim.registry import unused_prefixes
 from llm.report.card import RunFacts, model_card
 from llm.report.curves import draw_curves
 from llm.training.callbacks.actions import Actions, Gathered
@@ -147,17 +148,14 @@ def _hyperparameters(actions: Actions) -> dict[str, object]:
     """What decides the result beside the data and the model."""
     plan, options = actions.plan, actions.options
     optimizer, schedule = options.optimizer, options.schedule
+    unused = tuple(unused_prefixes(optimizer.optim).values())
     return {
         "global_batch_size": plan.global_batch,
         "max_train_steps": plan.num_steps,
         "seed": plan.seed,
         "document_mask": plan.document_mask,
         "mixed_precision": actions.machine.precision,
-        **{
-            name: value
-            for name, value in optimizer.model_dump().items()
-            if optimizer.optim == "muon" or not name.startswith("muon_")
-        },
+        **{name: value for name, value in optimizer.model_dump().items() if not name.startswith(unused)},
         **{name: value for name, value in options.kfac.model_dump().items() if options.kfac.kfac and value is not None},
         **{name: value for name, value in schedule.model_dump().items() if value not in (None, {})},
     }

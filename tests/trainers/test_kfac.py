@@ -182,6 +182,18 @@ def test_compat_when_given_then_its_numbers_are_the_anchors(
     assert farthest(weights(tmp_path / "ours"), weights(tmp_path / "compat")) > 1e-3
 
 
+def test_resume_when_the_step_is_clipped_by_the_learning_rate_then_ends_with_the_same_bits(
+    train: Train, tiny_options: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_options, *KFAC, "--kfac_kl_clip", "1e-6", "--optim", "sgd", "--learning_rate", "0.1"]
+    words += ["--max_train_steps", "6", "--checkpointing_steps", "3"]
+    assert train(*words, "--output_dir", tmp_path / "whole").code == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    keep_only(tmp_path / "killed", 3)
+    assert train(*words, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint").code == 0
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
 def test_muon_when_combined_then_says_what_is_left_of_kfac(train: Train, tiny_options: list[str]) -> None:
     outcome = train(*tiny_options, *KFAC, "--optim", "muon", "--max_train_steps", "2")
     assert outcome.code == 0, outcome.err

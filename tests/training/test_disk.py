@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from transformers import GPT2Config
 
 from llm.config.errors import UserError
 from llm.config.options import KfacOptions
+from llm.optim.registry import OPTIMIZERS
 from llm.training.disk import require_room
 from llm.training.estimates import count_numbers
 
@@ -26,10 +28,13 @@ def free(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return disk
 
 
-@pytest.mark.parametrize(("optim", "tensors"), [("adamw", 3), ("sgd", 2), ("unheard-of", 3)])
+@pytest.mark.parametrize(("optim", "tensors"), [("adamw", 3), ("sgd", 2), ("three-states", 4)])
 def test_room_when_three_checkpoints_do_not_fit_then_is_refused_with_both_numbers(
-    tmp_path: Path, free: SimpleNamespace, optim: str, tensors: int
+    tmp_path: Path, free: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, optim: str, tensors: int
 ) -> None:
+    adamw = OPTIMIZERS["adamw"]
+    three_states = replace(adamw, name="three-states", count_states=lambda model: 3 * model.num_parameters())
+    monkeypatch.setitem(OPTIMIZERS, "three-states", three_states)
     free.free = 3 * tensors * ONE
     require_room(tmp_path / "checkpoints", CONFIG, optim, KfacOptions(), is_fresh=True)
     free.free -= 1

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from llm.config.errors import UserError
 from llm.config.options import ModelOptions
 from llm.optim.groups import parameter_groups
+from llm.optim.registry import OPTIMIZERS
 from llm.training.checkpoints.layout import external_optimizer
 from llm.training.updaters.synchronous import SynchronousUpdater
 
@@ -40,10 +41,8 @@ _UNREAD = (
 # Names in the group without decay. Source: run_clm_no_trainer.py of transformers, before and since 4.26;
 # llm-pytorch has the latter.
 _UNDECAYED = (("bias", "layer_norm.weight"), ("bias", "LayerNorm.weight"))
-_OPTIMIZERS = {
-    frozenset({"step", "exp_avg", "exp_avg_sq"}): "AdamW",
-    frozenset({"momentum_buffer"}): "SGD",
-}
+# The class of an optimizer, by the names of the tensors that it keeps for a parameter.
+_CLASSES = {spec.external_state: spec.optimizer_class.__name__ for spec in OPTIMIZERS.values() if spec.external_state}
 _START_ANEW = "take the file away to start with a new optimizer"
 
 
@@ -236,10 +235,12 @@ def _by_parameter(
         keys = frozenset(key for state in states.values() for key in state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is refused: it holds no optimizer's state; {_START_ANEW}") from error
-    name = _OPTIMIZERS.get(keys)
+    name = _CLASSES.get(keys)
     if name is None:
         kept = ", ".join(sorted(map(str, keys))) or "nothing"
-        raise UserError(f"{path} holds {kept}: this is neither AdamW's nor SGD's state; {_START_ANEW}")
+        raise UserError(
+            f"{path} holds {kept}: this is not the state of {' or '.join(_CLASSES.values())}; {_START_ANEW}"
+        )
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for order in _orders(model):
         if [len(group) for group in groups] != [len(group) for group in order]:

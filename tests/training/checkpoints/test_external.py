@@ -310,7 +310,7 @@ def test_file_when_cut_then_is_refused_before_anything_is_built(name: str, folde
         ({"state": {0: {"exp_avg": "x"}}, "param_groups": [{"params": [0]}]}, "holds no optimizer's state"),
         (
             {"state": {0: {"square_avg": torch.zeros(2)}}, "param_groups": [{"params": [0]}]},
-            "neither AdamW's nor SGD's",
+            "not the state of AdamW or SGD",
         ),
         (
             {
