@@ -25,7 +25,7 @@ from llm.config.plot import PlotOptions
 from llm.config.prepare import PrepareOptions
 from llm.config.reader import read_options
 from llm.config.runs import RunsOptions
-from llm.data.batches.blocks import Ledger
+from llm.data.batches.ledger import Ledger, ledger_line
 from llm.generate import main as generate
 from llm.hub.connection import come_online
 from llm.launch import main as launch_cluster
@@ -33,7 +33,6 @@ from llm.plot import main as plot
 from llm.prepare import main as prepare
 from llm.runs import main as list_runs
 from llm.trainers.gpt import main as train
-from llm.training.run_dir.formatting import ledger_line
 from tests.hub_cache import plant_model
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""From the options to a tokenizer and tokenized text: the leaves that do the work are introduced here."""
+"""From the options to a tokenizer and tokenized text: this module joins sources, tokenization and shards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from llm.config.errors import UserError
 from llm.config.options import Options
 from llm.config.weighted_dirs import parse_weighted_dirs
-from llm.data.batches.blocks import Blocks, Ledger, cut_blocks, ledger
+from llm.data.batches.blocks import Blocks, cut_blocks
+from llm.data.batches.ledger import Ledger, ledger, ledger_line, mixture_lines
 from llm.data.batches.loader import Batch, BlockSource
 from llm.data.batches.mixture import mixed
 from llm.data.preparation.cache import tokenize
@@ -39,23 +40,131 @@ from llm.tokenization.load import (
     load_tokenizer,
     tokenizer_hash,
 )
-from llm.training.plan import Plan
-from llm.training.run_dir.formatting import ledger_line
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _CHUNK_TOKENS = 1 << 22
 
 
-@dataclass(frozen=True)
-class TokenizedDataset:
-    """The tokenizer and the tokenized text of a run.
+class StopSignal(Protocol):
+    """A request to stop the run, as far as opening a text needs it.
 
     Attributes:
-        name: what people call the text.
-        tokenizer: makes and reads its ids.
-        tokenizer_hash: of the tokenizer's behaviour.
-        streams: the ids, in two splits.
+        reason: the cause of the request, such as SIGTERM or walltime; None before there is one.
+    """
+
+    reason: str | None
+
+    def __call__(self) -> bool:
+        """Return whether this process was asked to stop."""
+
+    def interrupting(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Return `work` such that a request raises `Stopped` inside of it, in the main thread."""
+
+
+class TokenizedDataset(Protocol):
+    """The tokenizer and the tokenized text of a run: everything that a run needs from its text.
+
+    `PreparedDataset` and `StreamingDataset` implement it. The methods with a body here suit a text that is complete
+    before training starts.
+
+    Attributes:
+        name: name of the text in logs and in the model card.
+        tokenizer: the tokenizer of the ids.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+
+    def identity(self) -> dict[str, str]:
+        """Return the hashes, at least `data_hash`, that a checkpoint and the run that resumes it must share."""
+
+    def blocks(self, block_size: int, *, document_mask: bool) -> tuple[BlockSource, Blocks | None]:
+        """Return the training blocks, and the validation blocks or None if there are none.
+
+        Args:
+            block_size: tokens predicted in a block.
+            document_mask: whether rows carry the positions inside their documents.
+
+        Raises:
+            UserError: the training text does not fill one block.
+        """
+
+    def bytes_of_ids(self) -> tuple[torch.Tensor | None, float]:
+        """Return the bytes of text that each id stands for, and their mean over the validation text.
+
+        Returns:
+            int32 [vocabulary] on the CPU, or None if only the mean is known; the mean is 0 without validation text.
+        """
+
+    def ledger(self, block_size: int) -> Ledger:
+        """Return the token counts that are known now."""
+
+    def opening_lines(self, blocks: BlockSource, *, num_samples: int, document_mask: bool) -> list[str]:
+        """Return the log lines about the tokens before training.
+
+        Args:
+            blocks: the training blocks.
+            num_samples: blocks that the whole run reads.
+            document_mask: whether attention, positions and loss stay inside a document.
+        """
+
+    def num_unreached_tokens(self, blocks: BlockSource, num_samples: int) -> int:
+        """Return the number of tokens in training blocks that a run of `num_samples` blocks does not read."""
+
+    def closing_lines(self, blocks: BlockSource, num_samples: int) -> list[str]:
+        """Return the log lines about the tokens that are known only after training."""
+        return []
+
+    def wait_for_batches(
+        self,
+        batches: Iterator[list[Batch]],
+        blocks: BlockSource,
+        *,
+        first_step: int,
+        num_steps: int,
+        global_batch: int,
+        should_stop: Callable[[], bool],
+    ) -> Iterator[list[Batch]]:
+        """Return the batches, each as soon as its tokens are available.
+
+        Args:
+            batches: this rank's micro-batches, one list a step, from step `first_step` on.
+            blocks: the training blocks that `batches` reads.
+            first_step: number of the first step, from 0.
+            num_steps: steps of the whole run.
+            global_batch: blocks of one step over all ranks.
+            should_stop: whether this rank was asked to stop.
+        """
+        return batches
+
+    def check(self) -> None:
+        """Raise the error that ended the batches early, if there is one; call after the batches have ended."""
+        return
+
+    def require_same_on_all(self, world: World) -> None:
+        """Check that every rank has the text and the tokenizer of rank 0.
+
+        Raises:
+            UserError: on a rank that has another text or tokenizer.
+        """
+        if world.broadcast(self.identity()) != self.identity():
+            raise UserError(
+                f"rank {world.rank} has another text or tokenizer than rank 0: give every node the same files, or one "
+                "HF_HOME that all nodes share"
+            )
+
+
+@dataclass(frozen=True)
+class PreparedDataset(TokenizedDataset):
+    """A text whose tokens are all on disk before training starts.
+
+    Attributes:
+        name: name of the text in logs and in the model card.
+        tokenizer: the tokenizer of the ids.
+        tokenizer_hash: hash of the tokenizer's behaviour.
+        streams: the ids of both splits.
     """
 
     name: str
@@ -63,101 +172,81 @@ class TokenizedDataset:
     tokenizer_hash: str
     streams: Streams
 
-    def bytes_of_ids(self) -> tuple[torch.Tensor | None, float]:
-        """How many bytes of text an id stands for, checked on the validation text.
-
-        Returns:
-            int32 [vocabulary], and the mean over the validation text; the table is None where its sum over
-            that text is not the text's length (a tokenizer that changes text), so that the mean must do.
-            Where nothing says how long the text is (files of other programs), the table is believed.
-        """
-        stream = self.streams.validation
-        if stream is None or not len(stream.tokens):
-            return None, 0.0
-        table = bytes_of_tokens(self.tokenizer)
-        num_tokens = len(stream.tokens)
-        chunks = (stream.tokens[start : start + _CHUNK_TOKENS] for start in range(0, num_tokens, _CHUNK_TOKENS))
-        num_bytes = sum(int(_lookup(table, chunk).sum()) for chunk in chunks)
-        if stream.num_bytes is None or num_bytes == stream.num_bytes:
-            return torch.from_numpy(table), num_bytes / num_tokens
-        log.info("bits per byte: from the mean bytes of a token, since the tokenizer does not keep every byte")
-        return None, stream.num_bytes / num_tokens
-
     def identity(self) -> dict[str, str]:
-        """What a checkpoint must share with the run that continues it."""
+        """Return the hashes of the text and of the tokenizer."""
         return {"data_hash": self.streams.data_hash, "tokenizer_hash": self.tokenizer_hash}
 
-    def cut(self, block_size: int, *, document_mask: bool) -> tuple[BlockSource, Blocks | None]:
-        """The blocks for training, and those for validation, None if there are none.
-
-        Raises:
-            UserError: the training text makes not even one block.
-        """
+    def blocks(self, block_size: int, *, document_mask: bool) -> tuple[BlockSource, Blocks | None]:
+        """Cut both splits into blocks; see `TokenizedDataset.blocks`."""
         return cut_blocks(self.streams, block_size, document_mask=document_mask)
 
+    def bytes_of_ids(self) -> tuple[torch.Tensor | None, float]:
+        """Count the bytes of the ids on the validation text; see `bytes_of_ids`."""
+        return bytes_of_ids(self.tokenizer, self.streams.validation)
+
     def ledger(self, block_size: int) -> Ledger:
-        """Where every token of the text is."""
+        """Count the tokens of both splits."""
         return ledger(self.streams, block_size)
 
-    def ledger_line(self, block_size: int, *, document_mask: bool) -> str:
-        """The same in words, before the training."""
-        return ledger_line(self.ledger(block_size), document_mask=document_mask)
+    def opening_lines(self, blocks: BlockSource, *, num_samples: int, document_mask: bool) -> list[str]:
+        """Return the ledger, and for a mixture one line a source."""
+        return [
+            ledger_line(self.ledger(blocks.block_size), document_mask=document_mask),
+            *mixture_lines(self.streams, blocks, num_samples),
+        ]
 
-    def num_unreached_tokens(self, plan: Plan) -> int:
-        """Tokens of the training blocks that the run does not read."""
-        return plan.num_unreached_tokens
+    def num_unreached_tokens(self, blocks: BlockSource, num_samples: int) -> int:
+        """Return the number of tokens in training blocks that a run of `num_samples` blocks does not read."""
+        return blocks.num_unread(num_samples) * blocks.block_size
 
-    def closing_lines(self, plan: Plan) -> list[str]:
-        """What is known of the tokens only after the training."""
-        return []
 
-    def wait_for_batches(
-        self,
-        batches: Iterator[list[Batch]],
-        blocks: BlockSource,
-        plan: Plan,
-        *,
-        first_step: int,
-        should_stop: Callable[[], bool],
-    ) -> Iterator[list[Batch]]:
-        """The batches, each when its tokens are there: at once."""
-        return batches
+def bytes_of_ids(tokenizer: PreTrainedTokenizerBase, validation: Stream | None) -> tuple[torch.Tensor | None, float]:
+    """Return the bytes of text that each id stands for, checked on the validation text.
 
-    def check(self) -> None:
-        """Raises what ended the batches before their time."""
+    Args:
+        tokenizer: the tokenizer of the ids.
+        validation: the tokens of the validation text, None if there is none.
 
-    def require_same_on_all(self, world: World) -> None:
-        """Every rank trains on rank 0's text, or none does.
+    Returns:
+        int32 [vocabulary] on the CPU, and the mean over the validation text. The table is None where its sum over
+        that text differs from the text's length (the tokenizer changes text); then only the mean is right. Where
+        the length of the text is unknown (files of other programs), the table is trusted. Without validation text:
+        (None, 0.0).
 
-        Raises:
-            UserError: on a rank whose node found other files.
-        """
-        if world.broadcast(self.identity()) != self.identity():
-            raise UserError(
-                f"rank {world.rank} has another text or tokenizer than rank 0: give every node the same files, or one "
-                "HF_HOME that all can see"
-            )
+    Raises:
+        UserError: the validation text holds an id that the tokenizer does not have.
+    """
+    if validation is None or not len(validation.tokens):
+        return None, 0.0
+    table = bytes_of_tokens(tokenizer)
+    num_tokens = len(validation.tokens)
+    chunks = (validation.tokens[start : start + _CHUNK_TOKENS] for start in range(0, num_tokens, _CHUNK_TOKENS))
+    num_bytes = sum(int(_lookup(table, chunk).sum()) for chunk in chunks)
+    if validation.num_bytes is None or num_bytes == validation.num_bytes:
+        return torch.from_numpy(table), num_bytes / num_tokens
+    log.info("bits per byte: from the mean bytes of a token, since the tokenizer does not keep every byte")
+    return None, validation.num_bytes / num_tokens
 
 
 def _lookup(table: npt.NDArray[np.int32], ids: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    """The bytes of each id; files of other programs may hold ids that the tokenizer does not know."""
+    """Return the bytes of each id; files of other programs may hold ids that the tokenizer does not have."""
     if ids.size and int(ids.max()) >= len(table):
         raise UserError(
             f"the validation tokens hold id {ids.max()}, but the tokenizer has {len(table)} tokens:"
             " name the one they were made with as --tokenizer_name"
         )
-    found: npt.NDArray[np.int32] = table[ids]
-    return found
+    num_bytes: npt.NDArray[np.int32] = table[ids]
+    return num_bytes
 
 
-def prepare_dataset(options: Options, world: World) -> TokenizedDataset:
-    """Opens the corpus, loads or trains the tokenizer, and tokenizes what no cache holds yet; or opens shards.
+def prepare_dataset(options: Options, world: World) -> PreparedDataset:
+    """Open the corpus, load or train the tokenizer, and tokenize what is not cached; or open token shards.
 
-    Meant for `World.main_first`: rank 0 fills the caches, the others find them full. So `--overwrite_cache` is
-    rank 0's alone.
+    Run it inside `World.main_first`: rank 0 fills the caches and the other ranks read them. Therefore
+    `--overwrite_cache` applies to rank 0 only.
 
     Raises:
-        UserError: the text or the tokenizer is not what it was said to be.
+        UserError: the text or the tokenizer is missing or is not of the kind that the options state.
     """
     if options.data.train_dir or any(map(is_token_file, options.data.train_file or ())):
         return _open_tokens(options)
@@ -166,7 +255,7 @@ def prepare_dataset(options: Options, world: World) -> TokenizedDataset:
     tokenizer = load_tokenizer(
         options.tokenizer,
         options.model,
-        # Held-out characters too: a character that no id stands for could not be predicted, or measured.
+        # Held-out characters are included: a character without an id could be neither predicted nor measured.
         texts=lambda: corpus.texts(held_out=options.tokenizer.tokenizer_name == CHARACTERS),
         corpus_fingerprint=corpus.fingerprint,
         cache_dir=cache_dir,
@@ -182,42 +271,51 @@ def prepare_dataset(options: Options, world: World) -> TokenizedDataset:
             eos_in_single_text=not is_character_level(tokenizer),
             watch=watch,
         )
-    return TokenizedDataset(corpus.name, tokenizer, identity, streams)
+    return PreparedDataset(corpus.name, tokenizer, identity, streams)
 
 
-def _open_tokens(options: Options) -> TokenizedDataset:
-    """Opens what is tokenized already: folders of shards, or token files, of ours or of other programs."""
+def _open_tokens(options: Options) -> PreparedDataset:
+    """Open text that is tokenized already: folders of shards or token files, also those of other programs."""
     data = options.data
-    named = parse_weighted_dirs(data.train_dir or ())
-    folders = [named_folder(each.name, "--train_dir") for each in named]
+    weighted = parse_weighted_dirs(data.train_dir or ())
+    folders = [named_folder(entry.name, "--train_dir") for entry in weighted]
     tokenizer = _tokenizer_of_tokens(options, folders)
-    # Nothing of --train_dir is held out where other validation tokens are named.
-    share = 0 if data.validation_dir is not None else data.validation_split_percentage
-    opener = _TokenReader(tokenizer, tokenizer_hash(tokenizer), vocabulary_size(tokenizer), data.document_mask)
+    # With --validation_dir nothing of --train_dir is held out.
+    percentage = 0 if data.validation_dir is not None else data.validation_split_percentage
+    reader = _TokenReader(tokenizer, tokenizer_hash(tokenizer), vocabulary_size(tokenizer), data.document_mask)
     if not folders:
         files = data.train_file or ()
         if not all(map(is_token_file, (*files, *(data.validation_file or ())))):
             raise UserError("--train_file, --validation_file: token files and text are mixed; give one kind")
-        streams = opener.checked(open_files(files, data.validation_file, share, opener.size, opener.identity))
+        streams = reader.checked(open_files(files, data.validation_file, percentage, reader.size, reader.identity))
     else:
-        found = opener.folders(folders, share)
-        # Of one folder a weight says nothing.
-        weights = [each.weight for each in named]
-        streams = found[0] if len(found) == 1 else mixed([each.name for each in named], weights, found)
+        texts = reader.folders(folders, percentage)
+        # The weight of a single folder has no effect.
+        weights = [entry.weight for entry in weighted]
+        streams = texts[0] if len(texts) == 1 else mixed([entry.name for entry in weighted], weights, texts)
     if data.validation_dir is not None:
-        other = opener.folder(named_folder(data.validation_dir, "--validation_dir"), 0)
-        streams = replace(streams, validation=other.validation or other.train, data_hash=_joined(streams, other))
+        other = reader.folder(named_folder(data.validation_dir, "--validation_dir"), 0)
+        streams = replace(streams, validation=other.validation or other.train, data_hash=_joint_hash(streams, other))
     validation = streams.validation
     log.info(
         "tokens of %s: %s for training, %s for validation",
-        *(streams.name, f"{len(streams.train.tokens):,}", f"{len(validation.tokens) if validation else 0:,}"),
+        streams.name,
+        f"{len(streams.train.tokens):,}",
+        f"{len(validation.tokens) if validation else 0:,}",
     )
-    return TokenizedDataset(streams.name, tokenizer, opener.identity, streams)
+    return PreparedDataset(streams.name, tokenizer, reader.identity, streams)
 
 
 @dataclass(frozen=True)
 class _TokenReader:
-    """Opens tokens of one tokenizer."""
+    """Opens tokens of one tokenizer.
+
+    Attributes:
+        tokenizer: the tokenizer of the ids.
+        identity: hash of the tokenizer's behaviour.
+        size: number of ids of the tokenizer.
+        document_mask: whether document starts are needed.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     identity: str
@@ -225,32 +323,32 @@ class _TokenReader:
     document_mask: bool
 
     def folder(self, folder: Path, percentage: float) -> Streams:
-        """A folder's tokens, of ours or of another program's."""
+        """Open a folder of token shards, or of another program's tokens, of which `percentage` is held out."""
         if is_folder_of_shards(folder):
             return self.checked(open_folder(folder, tokenizer_hash=self.identity))
         return self.checked(open_external_folder(folder, percentage, self.size))
 
     def folders(self, folders: Sequence[Path], percentage: float) -> list[Streams]:
-        """The tokens of folders that are to be mixed.
+        """Open folders that are to be mixed.
 
         Raises:
             OtherTokenizerError: they are not of one tokenizer.
         """
-        found: list[Streams] = []
+        texts: list[Streams] = []
         for folder in folders:
             try:
-                found.append(self.folder(folder, percentage))
+                texts.append(self.folder(folder, percentage))
             except OtherTokenizerError as error:
-                if not found:
+                if not texts:
                     raise
                 raise OtherTokenizerError(
                     f"--train_dir {folder}: not of the tokenizer of {folders[0]};"
-                    " what is mixed must be made with one and the same --tokenizer_name"
+                    " folders that are mixed must be made with the same --tokenizer_name"
                 ) from error
-        return found
+        return texts
 
     def checked(self, streams: Streams) -> Streams:
-        """The same, with document starts if they are wanted.
+        """Return the text, with document starts if they are needed.
 
         Raises:
             OtherTokenizerError: it was made for another vocabulary.
@@ -264,26 +362,28 @@ class _TokenReader:
         return self._with_starts(streams) if self.document_mask else streams
 
     def _with_starts(self, streams: Streams) -> Streams:
-        parts = [streams.train] if streams.validation is None else [streams.train, streams.validation]
-        if all(part.starts is not None for part in parts):
+        splits = [streams.train] if streams.validation is None else [streams.train, streams.validation]
+        if all(split.starts is not None for split in splits):
             return streams
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise UserError(
                 f"--document_mask: {streams.name} does not say where documents start, and the tokenizer has no"
-                " end-of-text token to find them by; leave it out, or make shards with llm.prepare"
+                " end-of-text token to find them by; leave the option out, or make shards with llm.prepare"
             )
         log.info("document mask: in %s a document ends with %s", streams.name, self.tokenizer.eos_token)
-        train, *held_out = [replace(part, starts=part.starts or StartsAfterEos(part.tokens, eos)) for part in parts]
+        train, *held_out = [
+            replace(split, starts=split.starts or StartsAfterEos(split.tokens, eos)) for split in splits
+        ]
         return replace(streams, train=train, validation=held_out[0] if held_out else None)
 
 
-def _joined(one: Streams, other: Streams) -> str:
-    return blake2b(f"{one.data_hash} {other.data_hash}".encode(), digest_size=16).hexdigest()
+def _joint_hash(streams: Streams, validation: Streams) -> str:
+    return blake2b(f"{streams.data_hash} {validation.data_hash}".encode(), digest_size=16).hexdigest()
 
 
 def _check_ids(stream: Stream, size: int) -> None:
-    """Ids of another vocabulary are mostly seen at once; the others when their block is read."""
+    """Check the first ids, where another vocabulary mostly shows; the rest is checked when its block is read."""
     head = stream.tokens[:_CHUNK_TOKENS]
     if len(head) and int(head.max()) >= size:
         raise OtherTokenizerError(
@@ -293,28 +393,28 @@ def _check_ids(stream: Stream, size: int) -> None:
 
 
 def _tokenizer_of_tokens(options: Options, folders: Sequence[Path]) -> PreTrainedTokenizerBase:
-    """The named tokenizer, else the first beside the shards, else the model's own; none is ever trained."""
-    named = options.tokenizer
-    beside = [folder / "tokenizer" for folder in folders if (folder / "tokenizer").is_dir()]
-    if named.tokenizer_name is None and beside:
-        named = named.model_copy(update={"tokenizer_name": str(beside[0])})
-    if named.tokenizer_name in (CHARACTERS, TRAINED) or not (
-        named.tokenizer_name or options.model.model_name_or_path or options.model.config_name
+    """Load the named tokenizer, else the first one beside the shards, else the model's; none is trained."""
+    chosen = options.tokenizer
+    stored = [folder / "tokenizer" for folder in folders if (folder / "tokenizer").is_dir()]
+    if chosen.tokenizer_name is None and stored:
+        chosen = chosen.model_copy(update={"tokenizer_name": str(stored[0])})
+    if chosen.tokenizer_name in (CHARACTERS, TRAINED) or not (
+        chosen.tokenizer_name or options.model.model_name_or_path or options.model.config_name
     ):
-        raise UserError("tokens are given, not text: name the tokenizer they were made with as --tokenizer_name")
+        raise _tokenizer_is_missing()
 
     def no_text() -> Iterator[str]:
-        raise UserError("tokens are given, not text: name the tokenizer they were made with as --tokenizer_name")
+        raise _tokenizer_is_missing()
 
-    return load_tokenizer(named, options.model, texts=no_text, corpus_fingerprint="tokens", cache_dir=Path())
+    return load_tokenizer(chosen, options.model, texts=no_text, corpus_fingerprint="tokens", cache_dir=Path())
 
 
-def detect_hub(options: Options, world: World) -> None:
-    """Asks once whether the Hub is there, if something is to be had or left there; otherwise goes offline.
+def _tokenizer_is_missing() -> UserError:
+    return UserError("tokens are given, not text: name the tokenizer they were made with as --tokenizer_name")
 
-    Libraries that are not told so retry for half a minute a name. With nothing on the Hub there is nothing
-    to ask, and no library has a reason to.
-    """
+
+def hub_names(options: Options) -> list[str]:
+    """Return the names of data, tokenizer and model that are not local paths: they may be on the Hub."""
     data, tokenizer = options.data.dataset_name, options.tokenizer.tokenizer_name
     names = (
         None if data is None or data.startswith("builtin:") else data,
@@ -322,9 +422,17 @@ def detect_hub(options: Options, world: World) -> None:
         options.model.model_name_or_path,
         options.model.config_name,
     )
-    on_the_hub = [name for name in names if name and not Path(name).exists()]
-    wanted = bool(on_the_hub) or options.hub.push_to_hub
-    if not world.run_on_main(lambda: wanted and hub_is_reachable()):
-        if on_the_hub:
-            log.info("the Hub cannot be reached: %s must be on this machine", " and ".join(on_the_hub))
+    return [name for name in names if name and not Path(name).exists()]
+
+
+def detect_hub(options: Options, world: World) -> None:
+    """Probe the Hub once if the run reads from it or pushes to it; else, or without an answer, go offline.
+
+    Libraries that are not offline retry for half a minute a name when the network is down.
+    """
+    names = hub_names(options)
+    needs_hub = bool(names) or options.hub.push_to_hub
+    if not world.run_on_main(lambda: needs_hub and hub_is_reachable()):
+        if names:
+            log.info("the Hub cannot be reached: %s must be on this machine", " and ".join(names))
         go_offline()

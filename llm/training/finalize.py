@@ -48,7 +48,10 @@ def finish(actions: Actions, *, command: str) -> None:
     if actions.options.evaluation.sample_steps is not None:
         with suppress(Stopped):
             actions.sample(num_samples=_NUM_FINAL_SAMPLES)
-    for line in [*actions.updater.preconditioning.closing_lines(), *actions.text.closing_lines(actions.plan)]:
+    for line in [
+        *actions.updater.preconditioning.closing_lines(),
+        *actions.text.closing_lines(actions.blocks, actions.plan.num_samples),
+    ]:
         log.info("%s", line)
     gathered = actions.gather_last()
     with actions.watchdog.phase("the finished model and its papers"):
@@ -97,7 +100,7 @@ def _results(actions: Actions) -> dict[str, Any]:
         "seed": actions.plan.seed,
         **actions.text.identity(),
         "ledger": asdict(actions.text.ledger(actions.plan.block_size)),
-        "num_unreached_tokens": actions.text.num_unreached_tokens(actions.plan),
+        "num_unreached_tokens": actions.text.num_unreached_tokens(actions.blocks, actions.plan.num_samples),
     }
     if newest is not None:
         results |= {

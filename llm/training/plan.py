@@ -47,6 +47,11 @@ class Plan:
         return self.global_batch * self.block_size
 
     @property
+    def num_samples(self) -> int:
+        """Blocks that the whole run reads, over all epochs."""
+        return self.num_steps * self.global_batch
+
+    @property
     def num_epochs(self) -> float | None:
         """Epochs that the updates read, as a fraction; None of a stream."""
         return None if self.num_blocks is None else self.num_steps * self.global_batch / self.num_blocks

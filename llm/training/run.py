@@ -32,7 +32,6 @@ from llm.training.loop import Event, run_updates
 from llm.training.plan import Plan, check_training, choose_block_size, plan_run, plan_schedule, resolved
 from llm.training.run_dir.console import ProgressBar, setup_logging, teardown_logging
 from llm.training.run_dir.folder import RunDirectory, claimed
-from llm.training.run_dir.formatting import mixture_lines
 from llm.training.run_dir.trackers import Tracking, choose_trackers
 from llm.training.seeding import seed_weights
 from llm.training.supervision.deadline import find_deadline
@@ -116,17 +115,18 @@ def _run(
     check_training(options, num_ranks=world.size)
     kfac_bytes(read_config(start.model), options.kfac)  # refuses a model with nothing for it
     with watchdog.phase("the text"):
-        text = stack.enter_context(open_dataset(options, world, start.checkpoint, stop))
+        text = stack.enter_context(
+            open_dataset(options, world, start.dataset_revision(options.data.dataset_name), stop)
+        )
     config = load_config(start.model, text.tokenizer)
     block_size = choose_block_size(options.data.block_size, limit, context_limit(config, text.tokenizer))
     masked = options.data.document_mask
-    blocks, validation = text.cut(block_size, document_mask=masked)
+    blocks, validation = text.blocks(block_size, document_mask=masked)
     text.require_same_on_all(world)
     plan = plan_run(options.training, blocks, num_ranks=world.size, seed=start.seed, document_mask=masked)
     start.check(plan, text)
     schedule = plan_schedule(options, plan)
-    _say(text.ledger_line(block_size, document_mask=masked))
-    _say(*mixture_lines(text.streams, blocks, plan.num_steps * plan.global_batch), str(plan))
+    _say(*text.opening_lines(blocks, num_samples=plan.num_samples, document_mask=masked), str(plan))
     if options.output.dry_run:
         _say(*dry_run_lines(config, plan, options.optimizer, schedule, options.output, options.kfac))
         return EXIT_DONE
@@ -168,8 +168,9 @@ def _make_updates(options: Options, actions: Actions, bar: ProgressBar) -> bool:
     batches = actions.text.wait_for_batches(
         _batches(options, plan, actions.world, actions.blocks, progress.step),
         actions.blocks,
-        plan,
         first_step=progress.step,
+        num_steps=plan.num_steps,
+        global_batch=plan.global_batch,
         should_stop=actions.stop,
     )
     with actions.watchdog.phase("what follows an update"):

@@ -1,9 +1,8 @@
-"""Blocks of tokens, and the ledger of what becomes of every token."""
+"""Blocks of tokens: the rows that a model reads."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -110,29 +109,6 @@ class Blocks:
         return self._read(shuffled_index(place, num_blocks, seed=seed, epoch=epoch))
 
 
-@dataclass(frozen=True)
-class Ledger:
-    """Where the tokens of a text are. Their sum is all of them.
-
-    Attributes:
-        train_tokens: in blocks for training.
-        validation_tokens: in blocks for validation.
-        dropped_train: behind the last block for training, fewer than a block.
-        dropped_validation: behind the last block for validation, fewer than a block.
-    """
-
-    train_tokens: int
-    validation_tokens: int
-    dropped_train: int
-    dropped_validation: int
-
-    @property
-    def total(self) -> int:
-        """All tokens of the text, end-of-text tokens included."""
-        held_out = self.validation_tokens + self.dropped_validation
-        return self.train_tokens + self.dropped_train + held_out
-
-
 def cut_blocks(
     streams: Streams, block_size: int, *, document_mask: bool = False
 ) -> tuple[Blocks | Mixture, Blocks | None]:
@@ -179,17 +155,3 @@ def _cut(text: Stream, block_size: int, vocabulary_size: int, document_mask: boo
     starts = text.starts if document_mask else None
     assert starts is not None or not document_mask
     return Blocks(text.tokens, block_size, vocabulary_size=vocabulary_size, starts=starts)
-
-
-def ledger(streams: Streams, block_size: int) -> Ledger:
-    """Counts the tokens of a text for a block size."""
-    texts = [source.text for source in streams.sources] or [streams.train]
-    train = [Blocks(text.tokens, block_size) for text in texts]
-    held_out = streams.validation.tokens if streams.validation is not None else np.zeros(0)
-    validation = Blocks(held_out, block_size)
-    return Ledger(
-        sum(blocks.num_tokens for blocks in train),
-        validation.num_tokens,
-        sum(blocks.num_dropped for blocks in train),
-        validation.num_dropped,
-    )

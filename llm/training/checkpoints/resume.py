@@ -59,6 +59,13 @@ class Start:
         kept = training.model_copy(update={"global_batch_size": int(self.checkpoint.state["plan"]["global_batch"])})
         return options.model_copy(update={"training": kept})
 
+    def dataset_revision(self, dataset_name: str | None) -> str | None:
+        """Return the commit of the Hub dataset `dataset_name` that the checkpoint was made on; None if it has none."""
+        if not isinstance(self.checkpoint, Checkpoint):
+            return None
+        name, _, revision = str(self.checkpoint.state["identity"].get("revision", "")).rpartition("@")
+        return revision if name == dataset_name else None
+
     def check(self, plan: Plan, text: TokenizedDataset) -> None:
         """Refuses to continue another run under this one's name; before any weight is loaded.
 

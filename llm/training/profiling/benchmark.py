@@ -134,7 +134,7 @@ def _samples(
     text = machine.world.main_first("the text", lambda: prepare_dataset(options, machine.world))
     config = load_config(options.model, text.tokenizer)
     block_size = choose_block_size(data.block_size, limit, context_limit(config, text.tokenizer))
-    blocks, _ = text.cut(block_size, document_mask=data.document_mask)
+    blocks, _ = text.blocks(block_size, document_mask=data.document_mask)
     return config, text.tokenizer, blocks
 
 

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm.data.batches.blocks import Ledger
-from llm.data.batches.loader import BlockSource
-from llm.data.batches.mixture import Mixture
-from llm.data.shards.format import Streams
 from llm.system.units import format_duration, format_quantity
 
 # Below that share of the time nobody would train faster with faster data.
 _NOTABLE_WAIT = 0.01
 _LONG_PERPLEXITY = 1e6
-
-
-# How many documents begin inside a block is not known without reading where all of them start.
-APART = "; document mask: the first token of a document is read, but never predicted"
 
 
 def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seconds: float) -> str:
@@ -43,23 +35,3 @@ def evaluation_line(step: int, record: dict[str, Any]) -> str:
     # Of a run that went astray: two hundred digits would say no more.
     shown = f"{perplexity:.2f}" if perplexity < _LONG_PERPLEXITY else f"{perplexity:.3g}"
     return f"eval step {step} | loss {record['eval_loss']:.3f} | ppl {shown} | bits/byte {record['bits_per_byte']:.3f}"
-
-
-def ledger_line(ledger: Ledger, *, document_mask: bool = False) -> str:
-    """Such as `tokens: 1,003,854 to train on + 111,540 held out + 37 dropped = 1,115,431`."""
-    dropped = ledger.dropped_train + ledger.dropped_validation
-    masked = APART if document_mask else ""
-    return (
-        f"tokens: {ledger.train_tokens:,} to train on + {ledger.validation_tokens:,} held out "
-        f"+ {dropped:,} dropped = {ledger.total:,}{masked}"
-    )
-
-
-def mixture_lines(streams: Streams, blocks: BlockSource, num_samples: int) -> list[str]:
-    """Of each source such as `mixture: data/a | 70.00% | 1,003,854 tokens | read 1.43 times`; of one text none."""
-    if not isinstance(blocks, Mixture):
-        return []
-    return [
-        f"mixture: {source.name} | {float(share):.2%} | {len(source.text.tokens):,} tokens | read {epochs:.2f} times"
-        for source, share, epochs in zip(streams.sources, blocks.shares, blocks.num_epochs(num_samples), strict=True)
-    ]

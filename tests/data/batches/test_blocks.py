@@ -1,4 +1,4 @@
-"""Blocks and the ledger."""
+"""Blocks of tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llm.config.errors import UserError
-from llm.data.batches.blocks import Blocks, cut_blocks, ledger
+from llm.data.batches.blocks import Blocks, cut_blocks
 from llm.data.shards.format import Stream, Streams
 from llm.data.shards.memmap import TokenFile, Tokens
 
@@ -62,14 +62,6 @@ def test_blocks_when_sent_to_a_process_then_the_file_is_not(tmp_path: Path) -> N
     assert len(sent) < 1000
     assert pickle.loads(sent)[7].tolist() == blocks[7].tolist()
     assert pickle.loads(pickle.dumps(Blocks(np.arange(20), 8)))[1].tolist() == list(range(8, 17))
-
-
-def test_ledger_when_any_sizes_then_tokens_add_up() -> None:
-    for num_train in range(0, 40, 3):
-        for num_validation in (None, 0, 1, 8, 9, 30):
-            book = ledger(_streams(num_train, num_validation), 8)
-            assert book.total == num_train + (num_validation or 0)
-            assert max(book.dropped_train, book.dropped_validation) < 8
 
 
 def test_cut_blocks_when_training_text_is_short_then_refused_with_the_mend() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from llm.config.errors import UserError
-from llm.data.batches.blocks import Blocks, cut_blocks, ledger
+from llm.data.batches.blocks import Blocks, cut_blocks
+from llm.data.batches.ledger import ledger
 from llm.data.batches.mixture import Mixture, mixed
 from llm.data.shards.document_starts import ConcatenatedStarts, StartsAfterEos
 from llm.data.shards.format import Stream, Streams

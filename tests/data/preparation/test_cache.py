@@ -14,7 +14,7 @@ import pytest
 
 from llm.config.errors import UserError
 from llm.config.options import DataOptions
-from llm.data.batches.blocks import ledger
+from llm.data.batches.ledger import ledger
 from llm.data.preparation import cache as module
 from llm.data.preparation.cache import tokenize
 from llm.data.shards.format import Streams

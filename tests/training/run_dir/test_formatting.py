@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from llm.data.batches.blocks import Ledger
-from llm.training.run_dir.formatting import evaluation_line, ledger_line, training_line
+from llm.training.run_dir.formatting import evaluation_line, training_line
 
 RECORD = {
     "loss": 3.51249,
@@ -39,14 +38,3 @@ def test_evaluation_line_when_written_then_is_the_documented_one() -> None:
     assert evaluation_line(500, record) == "eval step 500 | loss 3.204 | ppl 24.63 | bits/byte 1.402"
     astray = {"eval_loss": 460.5, "perplexity": 9.9953e199, "bits_per_byte": 201.43}
     assert evaluation_line(500, astray) == "eval step 500 | loss 460.500 | ppl 1e+200 | bits/byte 201.430"
-
-
-def test_ledger_line_when_written_then_adds_up() -> None:
-    line = ledger_line(Ledger(1_003_841, 111_489, 33, 31))
-    assert line == "tokens: 1,003,841 to train on + 111,489 held out + 64 dropped = 1,115,394"
-
-
-def test_ledger_line_when_documents_are_kept_apart_then_says_that_some_are_not_predicted() -> None:
-    line = ledger_line(Ledger(1_003_841, 111_489, 33, 31), document_mask=True)
-    assert line.startswith("tokens: 1,003,841 to train on")
-    assert line.endswith("; document mask: the first token of a document is read, but never predicted")
