@@ -168,14 +168,14 @@ def measure_llm(path: Path, tokenizer_dir: Path, workers: int, *, check: bool) -
     from transformers import AutoTokenizer
 
     from llm.config.options import DataOptions
-    from llm.data.preparation.cache import tokenize
+    from llm.data.preparation.cache import load_or_tokenize
     from llm.data.sources.corpus import open_corpus
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     with tempfile.TemporaryDirectory() as cache:
         clock = _Clock()
         options = DataOptions(train_file=(str(path),), validation_split_percentage=0, preprocessing_num_workers=workers)
-        streams = tokenize(
+        streams = load_or_tokenize(
             open_corpus(options), tokenizer, tokenizer_hash="benchmark", options=options, cache_dir=Path(cache)
         )
         found = {**clock.read(), "num_tokens": len(streams.train.tokens)}

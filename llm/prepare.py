@@ -79,7 +79,7 @@ def _prepare(argv: Sequence[str]) -> int:
 def _verify(folder: Path) -> int:
     """Prints a line for every shard, and one for the tokenizer; 1 if one is damaged."""
     from llm.data.shards.format import verify
-    from llm.tokenization.load import tokenizer_hash
+    from llm.tokenization.vocabulary import tokenizer_hash
 
     num_damaged, expected = 0, set()
     for shard, damage in verify(folder):
@@ -123,7 +123,7 @@ def _speaking() -> Iterator[None]:
 def _open_text(options: PrepareOptions) -> Corpus:
     """The text that the options name, nothing read yet; a dataset of the Hub comes as a stream."""
     from llm.data.sources.corpus import open_corpus
-    from llm.data.sources.hub_streaming import open_stream
+    from llm.data.sources.hub_streaming import open_streaming_corpus
     from llm.hub.connection import go_offline, hub_is_reachable
 
     name = options.dataset_name
@@ -134,7 +134,7 @@ def _open_text(options: PrepareOptions) -> Corpus:
         print(f"the Hub cannot be reached: {' and '.join(on_the_hub)} must be on this machine", file=sys.stderr)
         go_offline()
         is_remote = False
-    return open_stream(options.data) if is_remote else open_corpus(options.data)
+    return open_streaming_corpus(options.data) if is_remote else open_corpus(options.data)
 
 
 def _claim(folder: Path, options: PrepareOptions, corpus: Corpus) -> None:
@@ -189,11 +189,11 @@ def _write(folder: Path, options: PrepareOptions, corpus: Corpus, lock: Lock) ->
     from llm.data.preparation.progress_bar import text_progress_bar
     from llm.data.preparation.tokenize import write_shards
     from llm.tokenization.encoder import encoding_threads
-    from llm.tokenization.load import is_character_level, tokenizer_hash
+    from llm.tokenization.vocabulary import is_character_level, tokenizer_hash
 
     with encoding_threads(options.preprocessing_num_workers):
         tokenizer = _tokenizer(folder, options, corpus)
-        with text_progress_bar() as watch:
+        with text_progress_bar() as on_progress:
             write_shards(
                 corpus,
                 tokenizer,
@@ -202,7 +202,7 @@ def _write(folder: Path, options: PrepareOptions, corpus: Corpus, lock: Lock) ->
                 shard_size=options.shard_size,
                 eos_in_single_text=not is_character_level(tokenizer),
                 num_workers=options.preprocessing_num_workers,
-                watch=watch,
+                on_progress=on_progress,
                 check=lock.check,
             )
 
@@ -221,7 +221,7 @@ def _tokenizer(folder: Path, options: PrepareOptions, corpus: Corpus) -> PreTrai
         made = load_tokenizer(
             options.tokenizer,
             ModelOptions(),
-            texts=lambda: corpus.texts(held_out=True) if held_out else _first(corpus.texts()),
+            texts=lambda: corpus.texts(include_validation=True) if held_out else _first(corpus.texts()),
             corpus_fingerprint=corpus.fingerprint,
             cache_dir=Path(constants.HF_HOME) / "llm",
         )

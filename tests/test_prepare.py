@@ -73,7 +73,7 @@ def test_prepare_when_run_then_shards_that_say_everything(
 def test_prepare_when_on_a_terminal_then_a_bar_and_lines_above_it(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_LENGTH", 20_000)
+    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_CHARS", 20_000)
     monkeypatch.setattr("llm.data.preparation.progress_bar._DELAY_SECONDS", 0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert main(_words(rows, tiny_gpt2_dir, tmp_path / "out", "--validation_split_percentage", "0")) == 0
@@ -172,7 +172,7 @@ def test_prepare_when_a_hub_dataset_then_streamed_and_held_out_by_hash(
     tiny_gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(400)]}).to_iterable_dataset()
-    monkeypatch.setattr(hub_streams, "load_stream", lambda *_: ({"train": table}, "commit"))
+    monkeypatch.setattr(hub_streams, "load_streaming_dataset", lambda *_: ({"train": table}, "commit"))
     monkeypatch.setattr("llm.hub.connection.hub_is_reachable", lambda: True)
     words = ["--dataset_name", "some/set", "--tokenizer_name", str(tiny_gpt2_dir), "--shard_size", "500"]
     assert main([*words, "--validation_split_percentage", "20", "--output_dir", str(tmp_path / "a")]) == 0
@@ -186,7 +186,7 @@ def test_prepare_when_a_stream_breaks_then_one_line_and_the_next_start_continues
     tiny_gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = [{"text": f"document {i} " * 20} for i in range(200)]
-    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_LENGTH", 4000)
+    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_CHARS", 4000)
     monkeypatch.setattr("llm.hub.connection.hub_is_reachable", lambda: True)
 
     def prepare(folder: Path, length: int) -> int:
@@ -196,7 +196,7 @@ def test_prepare_when_a_stream_breaks_then_one_line_and_the_next_start_continues
                 if length < len(texts):
                     raise ConnectionError("the line is dead")
 
-        monkeypatch.setattr(hub_streams, "load_stream", lambda *_: ({"train": Table()}, "commit"))
+        monkeypatch.setattr(hub_streams, "load_streaming_dataset", lambda *_: ({"train": Table()}, "commit"))
         words = ["--dataset_name", "some/set", "--tokenizer_name", str(tiny_gpt2_dir), "--shard_size", "1000"]
         return main([*words, "--output_dir", str(folder)])
 
@@ -212,12 +212,12 @@ def test_prepare_when_a_stream_breaks_then_one_line_and_the_next_start_continues
 # Killed while it imports, it has done nothing: the clock of a kill starts at the first text.
 SLOWLY = """
 import sys, time
-from llm.data.preparation import chunking as cutting
+from llm.data.preparation import chunking
 from llm.tokenization.encoder import Encoder
 from llm import prepare
 encode = Encoder.encode
 told = []
-cutting.BATCH_LENGTH = 30_000
+chunking.BATCH_CHARS = 30_000
 def slow(self, texts):
     if not told:
         told.append(sys.stderr.write("ready\\n"))
@@ -231,13 +231,13 @@ sys.exit(prepare.main(sys.argv[1:]))
 # The same by processes, which take any text here; their numbers are told.
 SLOWLY_BY_TWO = """
 import sys, time
-from llm.data.preparation import chunking as cutting
+from llm.data.preparation import chunking
 from llm.tokenization import encoder as encoding
 from llm.tokenization.encoder import Encoder
 from llm import prepare
 begin = Encoder._begin
 told = []
-cutting.BATCH_LENGTH = 30_000
+chunking.BATCH_CHARS = 30_000
 encoding._WORTH_LENGTH = 0
 def slow(self, texts):
     begun = begin(self, texts)
@@ -344,7 +344,7 @@ def test_prepare_when_killed_while_saving_the_tokenizer_then_its_files_go(
 def test_prepare_when_its_folder_was_taken_over_then_writes_no_more_and_says_so(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_LENGTH", 20_000)
+    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_CHARS", 20_000)
     folder, finish, finished = tmp_path / "out", SplitWriter._finish_shard, []
 
     def taken_over_meanwhile(writer: SplitWriter) -> None:
@@ -417,7 +417,9 @@ def test_recipe_when_run_with_stand_ins_then_shards(
     first = recipe.read_text().splitlines()[0]
     assert first.startswith("# ") and ("second" in first or "time" in first)
     table = datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(300)]}).to_iterable_dataset()
-    monkeypatch.setattr(hub_streams, "load_stream", lambda *_: ({"train": table, "validation": table}, "commit"))
+    monkeypatch.setattr(
+        hub_streams, "load_streaming_dataset", lambda *_: ({"train": table, "validation": table}, "commit")
+    )
     monkeypatch.setattr("llm.hub.connection.hub_is_reachable", lambda: True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_folder").mkdir()

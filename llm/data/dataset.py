@@ -22,24 +22,18 @@ from llm.data.batches.blocks import Blocks, cut_blocks
 from llm.data.batches.ledger import Ledger, ledger, ledger_line, mixture_lines
 from llm.data.batches.loader import Batch, BlockSource
 from llm.data.batches.mixture import mixed
-from llm.data.preparation.cache import tokenize
+from llm.data.preparation.cache import load_or_tokenize
 from llm.data.preparation.progress_bar import text_progress_bar
 from llm.data.shards.document_starts import StartsAfterEos
 from llm.data.shards.external_formats import is_token_file, open_external_folder, open_files
 from llm.data.shards.format import OtherTokenizerError, Stream, Streams, is_folder_of_shards, open_folder
 from llm.data.sources.corpus import open_corpus
-from llm.data.sources.files import named_folder
+from llm.data.sources.files import resolve_folder
 from llm.distributed.world import World
 from llm.hub.connection import go_offline, hub_is_reachable
 from llm.tokenization.encoder import vocabulary_size
-from llm.tokenization.load import (
-    CHARACTERS,
-    TRAINED,
-    bytes_of_tokens,
-    is_character_level,
-    load_tokenizer,
-    tokenizer_hash,
-)
+from llm.tokenization.load import CHARACTERS, TRAINED, load_tokenizer
+from llm.tokenization.vocabulary import is_character_level, token_byte_counts, tokenizer_hash
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -218,7 +212,7 @@ def bytes_of_ids(tokenizer: PreTrainedTokenizerBase, validation: Stream | None) 
     """
     if validation is None or not len(validation.tokens):
         return None, 0.0
-    table = bytes_of_tokens(tokenizer)
+    table = token_byte_counts(tokenizer)
     num_tokens = len(validation.tokens)
     chunks = (validation.tokens[start : start + _CHUNK_TOKENS] for start in range(0, num_tokens, _CHUNK_TOKENS))
     num_bytes = sum(int(_lookup(table, chunk).sum()) for chunk in chunks)
@@ -256,20 +250,20 @@ def prepare_dataset(options: Options, world: World) -> PreparedDataset:
         options.tokenizer,
         options.model,
         # Held-out characters are included: a character without an id could be neither predicted nor measured.
-        texts=lambda: corpus.texts(held_out=options.tokenizer.tokenizer_name == CHARACTERS),
+        texts=lambda: corpus.texts(include_validation=options.tokenizer.tokenizer_name == CHARACTERS),
         corpus_fingerprint=corpus.fingerprint,
         cache_dir=cache_dir,
     )
     identity = tokenizer_hash(tokenizer)
-    with text_progress_bar() as watch:
-        streams = tokenize(
+    with text_progress_bar() as on_progress:
+        streams = load_or_tokenize(
             corpus,
             tokenizer,
             tokenizer_hash=identity,
             options=options.data if world.is_main else options.data.model_copy(update={"overwrite_cache": False}),
             cache_dir=cache_dir,
             eos_in_single_text=not is_character_level(tokenizer),
-            watch=watch,
+            on_progress=on_progress,
         )
     return PreparedDataset(corpus.name, tokenizer, identity, streams)
 
@@ -278,7 +272,7 @@ def _open_tokens(options: Options) -> PreparedDataset:
     """Open text that is tokenized already: folders of shards or token files, also those of other programs."""
     data = options.data
     weighted = parse_weighted_dirs(data.train_dir or ())
-    folders = [named_folder(entry.name, "--train_dir") for entry in weighted]
+    folders = [resolve_folder(entry.name, "--train_dir") for entry in weighted]
     tokenizer = _tokenizer_of_tokens(options, folders)
     # With --validation_dir nothing of --train_dir is held out.
     percentage = 0 if data.validation_dir is not None else data.validation_split_percentage
@@ -294,7 +288,7 @@ def _open_tokens(options: Options) -> PreparedDataset:
         weights = [entry.weight for entry in weighted]
         streams = texts[0] if len(texts) == 1 else mixed([entry.name for entry in weighted], weights, texts)
     if data.validation_dir is not None:
-        other = reader.folder(named_folder(data.validation_dir, "--validation_dir"), 0)
+        other = reader.folder(resolve_folder(data.validation_dir, "--validation_dir"), 0)
         streams = replace(streams, validation=other.validation or other.train, data_hash=_joint_hash(streams, other))
     validation = streams.validation
     log.info(

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from llm.config.errors import UserError
 from llm.system.worker_pool import Workers, usable_cores
 from llm.tokenization.split_patterns import EDGE_CASES, UnsuitableError
-from llm.tokenization.tiktoken_encoder import TiktokenEncoder, encode_packed, unpacked
+from llm.tokenization.tiktoken_encoder import TiktokenEncoder, encode_packed, unpack
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Encoder:
         if self._workers is None:
             return partial(self.encode, texts)
         made = self._workers.submit(encode_packed, texts, smallest_dtype(self.vocabulary_size))
-        return lambda: self._completed(texts, unpacked(*made.result()))
+        return lambda: self._completed(texts, unpack(*made.result()))
 
     @property
     def added_tokens(self) -> list[AddedToken]:

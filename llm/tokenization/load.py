@@ -16,9 +16,6 @@ from llm.config.errors import UserError, first_line
 from llm.config.options import ModelOptions, TokenizerOptions
 from llm.files.atomic import whole_folder
 from llm.hub.names import name_error
-from llm.tokenization.vocabulary import bytes_of_tokens, is_character_level, tokenizer_hash
-
-__all__ = ["bytes_of_tokens", "is_character_level", "load_tokenizer", "tokenizer_hash"]
 
 log = logging.getLogger(__name__)
 

@@ -140,7 +140,7 @@ def encode_packed(engine: TiktokenEncoder, texts: list[str], dtype: str) -> tupl
     return lengths, np.concatenate(some, dtype=dtype, casting="same_kind") if some else np.array([], dtype=dtype)
 
 
-def unpacked(lengths: NDArray[np.int64], ids: NDArray[Any]) -> list[NDArray[Any] | None]:
+def unpack(lengths: NDArray[np.int64], ids: NDArray[Any]) -> list[NDArray[Any] | None]:
     """The ids of each text again, None where there are none, as views of what `encode_packed` gave."""
     found: list[NDArray[Any] | None] = []
     start = 0

@@ -42,7 +42,7 @@ def is_character_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "\n" in vocab and all(len(token) == 1 for token in vocab if token not in special)
 
 
-def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int32]:
+def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> npt.NDArray[np.int32]:
     """UTF-8 bytes of text that each id stands for.
 
     Exact for byte-level and character tokenizers, where the sum over the ids of a text is the

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from llm.evaluation.perplexity import evaluate
 from llm.models.language_model import LanguageModel
 from llm.tokenization import IGNORE_INDEX
-from llm.tokenization.load import bytes_of_tokens
+from llm.tokenization.vocabulary import token_byte_counts
 
 
 @dataclass
@@ -64,7 +64,7 @@ def test_evaluate_when_token_bytes_given_then_counts_bytes_of_targets() -> None:
 
 def test_evaluate_when_real_model_then_loss_is_mean_cross_entropy(tiny_gpt2: PreTrainedModel, byte_tokenizer) -> None:
     rows = torch.randint(0, 256, (5, 33))
-    table = torch.from_numpy(bytes_of_tokens(byte_tokenizer))
+    table = torch.from_numpy(token_byte_counts(byte_tokenizer))
     batches = [Batch(rows[:3, :-1], rows[:3, 1:]), Batch(rows[3:, :-1], rows[3:, 1:])]
     result = _evaluate(LanguageModel(tiny_gpt2), batches, token_bytes=table)
     tiny_gpt2.eval()

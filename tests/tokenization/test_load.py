@@ -10,14 +10,8 @@ from transformers import AutoTokenizer, GPT2Config
 
 from llm.config.errors import UserError
 from llm.config.options import ModelOptions, TokenizerOptions
-from llm.tokenization.load import (
-    END_OF_TEXT,
-    byte_level_bpe,
-    bytes_of_tokens,
-    character_tokenizer,
-    load_tokenizer,
-    tokenizer_hash,
-)
+from llm.tokenization.load import END_OF_TEXT, byte_level_bpe, character_tokenizer, load_tokenizer
+from llm.tokenization.vocabulary import token_byte_counts, tokenizer_hash
 
 ODD = "a  b\n\n\tc\r\nd é ß 😀 日本 ' , . 'tis  \n"
 
@@ -150,16 +144,16 @@ def test_folder_when_tokenizer_is_broken_then_refuses_in_one_line(tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
-def test_bytes_of_tokens_when_byte_level_or_characters_then_sum_to_the_text(byte_tokenizer, tiny_text: Path) -> None:
+def test_token_byte_counts_when_byte_level_or_characters_then_sum_to_the_text(byte_tokenizer, tiny_text: Path) -> None:
     bpe = byte_level_bpe(iter([tiny_text.read_text(), ODD]), 400)
     for tokenizer in (byte_tokenizer, bpe, character_tokenizer(set(ODD))):
-        counts = bytes_of_tokens(tokenizer)
+        counts = token_byte_counts(tokenizer)
         assert counts.shape == (len(tokenizer),)
         assert counts[_ids(tokenizer, ODD)].sum() == len(ODD.encode())
         assert counts[tokenizer.eos_token_id] == 0
 
 
-def test_bytes_of_tokens_when_sentencepiece_then_counts_spaces_and_bytes() -> None:
+def test_token_byte_counts_when_sentencepiece_then_counts_spaces_and_bytes() -> None:
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
@@ -169,7 +163,7 @@ def test_bytes_of_tokens_when_sentencepiece_then_counts_spaces_and_bytes() -> No
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
     tokenizer.add_tokens(["  "])
-    assert bytes_of_tokens(tokenizer).tolist() == [0, 4, 2, 1, 1, 2]
+    assert token_byte_counts(tokenizer).tolist() == [0, 4, 2, 1, 1, 2]
 
 
 def test_tokenizer_hash_when_truncation_is_on_then_stays(tiny_text: Path) -> None:

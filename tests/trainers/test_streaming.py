@@ -44,7 +44,7 @@ sys.exit(main())
 SMALL = """
 import llm.data.preparation.chunking
 from llm.data.streaming import writer_process as stream_writer
-llm.data.preparation.chunking.BATCH_LENGTH = 2000
+llm.data.preparation.chunking.BATCH_CHARS = 2000
 original = stream_writer.write_stream
 def write_stream(pipe, job):
     original(pipe, job)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm.config.errors import UserError
 from llm.config.options import DataOptions
-from llm.data.preparation.tokenize import SHARD_SIZE, Watch, write_shards
+from llm.data.preparation.tokenize import SHARD_SIZE, ProgressCallback, write_shards
 from llm.data.shards.format import VERSION, ShardError, Streams, open_folder
 from llm.data.sources.corpus import Corpus
 from llm.files.atomic import sync_folder, sync_tree
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _SECONDS_UNTIL_ABANDONED = 24 * 3600.0
 
 
-def tokenize(
+def load_or_tokenize(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -40,7 +40,7 @@ def tokenize(
     options: DataOptions,
     cache_dir: Path,
     eos_in_single_text: bool = True,
-    watch: Watch | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> Streams:
     """The streams of a text: from the cache, or else made and put there.
 
@@ -54,7 +54,7 @@ def tokenize(
         options: whether to tokenize again, and with how many processes.
         cache_dir: where streams are kept, in a folder `tokens`.
         eos_in_single_text: whether a split that is one document ends with the token, too.
-        watch: shown how far it is, None: lines are logged.
+        on_progress: shown how far it is, None: lines are logged.
 
     Raises:
         UserError: the text cannot be read, holds nothing, or the cache cannot be written.
@@ -74,7 +74,7 @@ def tokenize(
             shard_size=SHARD_SIZE,
             eos_in_single_text=eos_in_single_text,
             num_workers=num_workers,
-            watch=watch,
+            on_progress=on_progress,
         )
     made = _open(folder)
     if made is None:

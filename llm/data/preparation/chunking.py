@@ -13,12 +13,12 @@ from llm.data.sources.documents import Piece, Split, TextChunk
 from llm.tokenization.encoder import Encoder
 
 # Characters. A batch's encodings take some hundred bytes a token meanwhile; smaller ones end more evenly.
-BATCH_LENGTH = 1 << 20
-LONG_DOCUMENT = 4 << 20
-PIECE_LENGTH = 1 << 16
+BATCH_CHARS = 1 << 20
+LONG_DOCUMENT_CHARS = 4 << 20
+PIECE_CHARS = 1 << 16
 
 # Characters that would be encoded whole because no place to cut was found: they take two gigabytes.
-LONGEST_PIECE = 1 << 25
+LONGEST_PIECE_CHARS = 1 << 25
 
 # How much of a long document is encoded whole and in pieces, to see whether that is the same.
 _TRIAL_LENGTH = 1 << 18
@@ -62,12 +62,12 @@ class Chunker:
         self._used: list[str] = []
         self._place: re.Pattern[str] | None = None
 
-    def cut(self, text: str) -> list[str]:
+    def split(self, text: str) -> list[str]:
         """Pieces of a text, at the first place after every so many characters; the last has no place in it."""
-        found = [text] if self._place is None else cut(text, PIECE_LENGTH, self._place)
-        if self._untried and len(found[-1]) >= LONG_DOCUMENT // 2 and self._try(found[-1]):
+        found = [text] if self._place is None else split_text(text, PIECE_CHARS, self._place)
+        if self._untried and len(found[-1]) >= LONG_DOCUMENT_CHARS // 2 and self._try(found[-1]):
             assert self._place is not None
-            found[-1:] = cut(found[-1], PIECE_LENGTH, self._place)
+            found[-1:] = split_text(found[-1], PIECE_CHARS, self._place)
         return found
 
     def _try(self, text: str) -> bool:
@@ -77,7 +77,7 @@ class Chunker:
         whole = self._encoder.encode([text])[0]
         passed = []
         for place in [*self._untried]:
-            pieces = cut(text, _TRIAL_PIECE_LENGTH, re.compile(place))
+            pieces = split_text(text, _TRIAL_PIECE_LENGTH, re.compile(place))
             if len(pieces) < _FEWEST_TRIAL_PIECES:
                 continue
             self._untried.remove(place)
@@ -108,7 +108,7 @@ def _is_plain(added_tokens: list[AddedToken]) -> bool:
     return not any(re.search(rf"\s|.[{_STOPS}]", token.content) or _swallows_unseen(token) for token in added_tokens)
 
 
-def batches(
+def batch_pieces(
     parts: Iterable[tuple[Split, TextChunk]], encoder: Encoder, name: str = "the text"
 ) -> Iterator[list[Piece]]:
     """Groups the text into lists of pieces worth encoding at once, about a megabyte each.
@@ -123,17 +123,19 @@ def batches(
     """
     batch: list[Piece] = []
     length = 0
-    for piece in pieces(parts, encoder, name):
+    for piece in split_documents(parts, encoder, name):
         batch.append(piece)
         length += len(piece.text)
-        if length >= BATCH_LENGTH:
+        if length >= BATCH_CHARS:
             yield batch
             batch, length = [], 0
     if batch:
         yield batch
 
 
-def pieces(parts: Iterable[tuple[Split, TextChunk]], encoder: Encoder, name: str = "the text") -> Iterator[Piece]:
+def split_documents(
+    parts: Iterable[tuple[Split, TextChunk]], encoder: Encoder, name: str = "the text"
+) -> Iterator[Piece]:
     """Documents whole, but long ones in pieces if the ids stay the same.
 
     The last piece of a document that goes on in another split has `ends` false.
@@ -165,7 +167,7 @@ class _Document:
         self._name = name
         self._texts: list[str] = []
         self._length = 0
-        self._limit = LONG_DOCUMENT
+        self._limit = LONG_DOCUMENT_CHARS
         self._begins = True
 
     def add(self, text: str) -> Iterator[Piece]:
@@ -174,18 +176,18 @@ class _Document:
         self._length += len(text)
         if self._length < self._limit:
             return
-        found = self._cutter.cut("".join(self._texts))
+        found = self._cutter.split("".join(self._texts))
         for head in found[:-1]:
             yield Piece(self.split, head, self._begins, ends=False)
             self._begins = False
         self._texts, self._length = found[-1:], len(found[-1])
-        if self._length >= LONGEST_PIECE:
+        if self._length >= LONGEST_PIECE_CHARS:
             raise UserError(
                 f"{self._name} has {self._length / 1e6:.0f} million characters without a place where the tokenizer"
                 " surely splits; break it into lines or rows, or choose another --tokenizer_name"
             )
         # Where nothing can be cut, joining again and again must not take quadratic time.
-        self._limit = min(max(LONG_DOCUMENT, 2 * self._length), LONGEST_PIECE)
+        self._limit = min(max(LONG_DOCUMENT_CHARS, 2 * self._length), LONGEST_PIECE_CHARS)
 
     def close(self, *, ends: bool) -> Iterator[Piece]:
         """Gives out the last piece."""
@@ -194,7 +196,7 @@ class _Document:
             yield Piece(self.split, text, self._begins, ends)
 
 
-def cut(text: str, length: int, place: re.Pattern[str]) -> list[str]:
+def split_text(text: str, length: int, place: re.Pattern[str]) -> list[str]:
     """Cuts a text at the first place after every `length` characters; nothing is lost."""
     found: list[str] = []
     start = 0

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from llm.data.preparation.tokenize import Counts, Watch
+    from llm.data.preparation.tokenize import ProgressCallback, TokenizeProgress
 
 _DELAY_SECONDS = 0.5
 
 
 @contextmanager
-def text_progress_bar() -> Iterator[Watch | None]:
+def text_progress_bar() -> Iterator[ProgressCallback | None]:
     """What to show the progress to while the block runs: MB, MB/s, tokens and the time left.
 
     None if the standard error is no terminal. The bar goes with the block.
@@ -37,7 +37,7 @@ def text_progress_bar() -> Iterator[Watch | None]:
         leave=False,
     ) as bar:
 
-        def show(counts: Counts) -> None:
+        def show(counts: TokenizeProgress) -> None:
             # What an earlier attempt left tells nothing of the speed of this one.
             bar.initial, bar.start_t = counts.num_bytes_found, time.time() - counts.seconds
             bar.total = counts.total_bytes

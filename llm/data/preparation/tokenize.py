@@ -14,10 +14,10 @@ from typing import NamedTuple, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from llm.data.preparation.chunking import batches
+from llm.data.preparation.chunking import batch_pieces
 from llm.data.shards.format import FOLDER_MAGIC, MANIFEST, SPLITS, VERSION
 from llm.data.shards.writer import ShardSpec, SplitWriter
-from llm.data.sources.corpus import Corpus, no_text
+from llm.data.sources.corpus import Corpus, no_text_error
 from llm.data.sources.documents import Piece, Skipped, Split, format_skipped
 from llm.files.atomic import write_text
 from llm.system.units import format_duration
@@ -32,7 +32,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 _UNFINISHED = (*(f".{split}_*.tmp" for split in SPLITS), f".{MANIFEST}.*.tmp")
 
 
-class Counts(NamedTuple):
+class TokenizeProgress(NamedTuple):
     """How far tokenizing is.
 
     Attributes:
@@ -64,7 +64,7 @@ class Counts(NamedTuple):
         return max(self.total_bytes - self.num_bytes, 0) / self.bytes_per_second
 
 
-Watch: TypeAlias = Callable[[Counts], None]
+ProgressCallback: TypeAlias = Callable[[TokenizeProgress], None]
 
 
 def write_shards(
@@ -76,7 +76,7 @@ def write_shards(
     shard_size: int,
     eos_in_single_text: bool,
     num_workers: int | None = None,
-    watch: Watch | None = None,
+    on_progress: ProgressCallback | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> None:
     """Tokenizes a text into a folder, from where an earlier attempt with the same arguments was killed.
@@ -94,7 +94,7 @@ def write_shards(
         shard_size: tokens of a shard.
         eos_in_single_text: whether a split that is one document ends with the token, too.
         num_workers: processes that encode, None: one for each core.
-        watch: shown how far it is after every megabyte or so, None: a line is logged every few seconds.
+        on_progress: shown how far it is after every megabyte or so, None: a line is logged every few seconds.
         check: called before every megabyte or so that is written; what it raises ends the work.
 
     Raises:
@@ -111,7 +111,7 @@ def write_shards(
             encoder.vocabulary_size, tokenizer_hash, shard_size, tokenizer.eos_token_id, eos_in_single_text
         )
         writers = {split: stack.enter_context(closing(SplitWriter(folder, split, form))) for split in SPLITS}
-        progress = _Progress(corpus, list(writers.values()), watch)
+        progress = _Progress(corpus, list(writers.values()), on_progress)
         _write_documents(corpus, encoder, writers, skipped, progress, check)
     progress.end(skipped)
     check()
@@ -132,7 +132,7 @@ def _write_documents(
     progress: _Progress,
     check: Callable[[], object],
 ) -> None:
-    found = batches(corpus.parts(skipped), encoder, corpus.name)
+    found = batch_pieces(corpus.chunks(skipped), encoder, corpus.name)
     for batch, ids in encoder.encode_batches(_not_in_shards(found, writers, progress)):
         for piece, piece_ids in zip(batch, ids, strict=True):
             writers[piece.split].add(piece, piece_ids)
@@ -147,9 +147,9 @@ def _write_documents(
 
 def _require_text(corpus: Corpus, writers: Mapping[Split, SplitWriter], skipped: Skipped) -> None:
     if writers["train"].num_documents == 0:
-        raise no_text(corpus.name, skipped)
+        raise no_text_error(corpus.name, skipped)
     if corpus.validation is not None and writers["validation"].num_documents == 0:
-        raise no_text(f"the validation text of {corpus.name}", skipped)
+        raise no_text_error(f"the validation text of {corpus.name}", skipped)
 
 
 def _write_manifest(
@@ -186,10 +186,10 @@ def _not_in_shards(
 class _Progress:
     """Shows how far a long text is, or says it every few seconds, and at the end what came of it."""
 
-    def __init__(self, corpus: Corpus, writers: list[SplitWriter], watch: Watch | None) -> None:
+    def __init__(self, corpus: Corpus, writers: list[SplitWriter], on_progress: ProgressCallback | None) -> None:
         self._corpus = corpus
         self._writers = writers
-        self._watch = watch
+        self._on_progress = on_progress
         self._start = self._told = time.monotonic()
         # Tokens that an earlier attempt left: they cost this one nothing but reading.
         self._tokens_found = sum(writer.num_tokens for writer in writers)
@@ -202,8 +202,8 @@ class _Progress:
         if sum(writer.num_tokens for writer in self._writers) == self._tokens_found:
             self._bytes_found = sum(writer.num_bytes for writer in self._writers)
             self._start = now
-        if self._watch is not None:
-            self._watch(self._counts(now))
+        if self._on_progress is not None:
+            self._on_progress(self._counts(now))
         elif now - self._told >= _SECONDS_BETWEEN_LINES:
             self._told = now
             counts = self._counts(now)
@@ -218,8 +218,8 @@ class _Progress:
             log.warning("%s: skipped %s", self._corpus.name, format_skipped(skipped))
         self._line("tokenized", self._counts(time.monotonic()), "")
 
-    def _counts(self, now: float) -> Counts:
-        return Counts(
+    def _counts(self, now: float) -> TokenizeProgress:
+        return TokenizeProgress(
             num_bytes=sum(writer.num_bytes for writer in self._writers),
             num_bytes_found=self._bytes_found,
             total_bytes=self._corpus.num_bytes,
@@ -228,7 +228,7 @@ class _Progress:
             seconds=now - self._start,
         )
 
-    def _line(self, verb: str, counts: Counts, rest: str) -> None:
+    def _line(self, verb: str, counts: TokenizeProgress, rest: str) -> None:
         log.info(
             "%s %s: %.1f MB, %.1f MB/s, %s documents, %s tokens, %.2f bytes a token%s",
             verb,

@@ -27,7 +27,7 @@ from llm.config.errors import UserError
 from llm.data.shards.document_starts import ConcatenatedStarts, SlicedStarts, StartsInFiles
 from llm.data.shards.format import ForeignShardError, Stream, Streams, TruncatedShardError, open_shard
 from llm.data.shards.memmap import MappedTokens, TokenFile, Tokens, TokenSegment
-from llm.data.sources.files import named_paths, split_of
+from llm.data.sources.files import resolve_paths, split_in_path
 from llm.data.sources.hub_datasets import is_saved, load_saved
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,9 @@ def open_files(
         OtherTokenizerError: a shard of ours is of another tokenizer than that of the hash.
         UserError: a file is missing, truncated, or of an unknown layout.
     """
-    paths = [named_paths(train, "--train_file")]
+    paths = [resolve_paths(train, "--train_file")]
     if validation is not None:
-        paths.append(named_paths(validation, "--validation_file"))
+        paths.append(resolve_paths(validation, "--validation_file"))
     for path in (path for part in paths for path in part if _is_shard(path)):
         open_shard(path, tokenizer_hash=tokenizer_hash)
     streams = [_of_paths(part) for part in paths]
@@ -81,8 +81,8 @@ def open_external_folder(folder: Path, percentage: float, vocabulary_size: int) 
         streams = [Stream(Tokens(_column_stretches(folder, name, found[name])), None, None) for name in names]
     else:
         paths = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS and not path.name.startswith("."))
-        validation = [path for path in paths if split_of(Path(path.name)) == "validation"]
-        train = [path for path in paths if split_of(Path(path.name)) in ("train", "")]
+        validation = [path for path in paths if split_in_path(Path(path.name)) == "validation"]
+        train = [path for path in paths if split_in_path(Path(path.name)) in ("train", "")]
         streams = [_of_paths(part) for part in (train, validation) if part]
         if not train:
             streams = []

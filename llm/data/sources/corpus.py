@@ -17,10 +17,10 @@ from llm.config.errors import UsageError, UserError
 from llm.config.options import DataOptions
 from llm.data.sources import python_library
 from llm.data.sources.documents import Skipped, Split, TextChunk, TextSource, format_skipped
-from llm.data.sources.files import TextFile, folder_files, named_files
+from llm.data.sources.files import TextFile, find_split_files, resolve_files
 from llm.data.sources.hub_datasets import is_saved, load_hub, load_saved, table_rows
-from llm.data.sources.readers import Files
-from llm.data.sources.validation_split import SplitPoint, divide_by_hash, find_split_point, split_at
+from llm.data.sources.readers import FileSource
+from llm.data.sources.validation_split import SplitPoint, find_split_point, split_at, split_by_hash
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Corpus:
     file_bytes: int | None = None
     is_streamed: bool = False
 
-    def parts(self, skipped: Skipped) -> Iterator[tuple[Split, TextChunk]]:
+    def chunks(self, skipped: Skipped) -> Iterator[tuple[Split, TextChunk]]:
         """The whole text: first all of the split `train`, then all of `validation`.
 
         A document that is cut in two ends in `validation` only. A streamed text without validation text of
@@ -72,21 +72,21 @@ class Corpus:
         elif self.validation_split_percentage == 0:
             yield from (("train", part) for part in self.train(skipped))
         elif self.is_streamed:
-            yield from divide_by_hash(self.train(skipped), self.validation_split_percentage)
+            yield from split_by_hash(self.train(skipped), self.validation_split_percentage)
         else:
             yield from split_at(self.train(skipped), self._cut)
 
-    def texts(self, *, held_out: bool = False) -> Iterator[str]:
+    def texts(self, *, include_validation: bool = False) -> Iterator[str]:
         """The training text, in pieces of up to about a megabyte or a row, to make a tokenizer of.
 
         Args:
-            held_out: give the validation text too, behind it.
+            include_validation: give the validation text too, behind it.
 
         Raises:
-            UserError: as `parts`.
+            UserError: as `chunks`.
         """
-        for split, part in self.parts(Counter()):
-            if split == "validation" and not held_out:
+        for split, part in self.chunks(Counter()):
+            if split == "validation" and not include_validation:
                 if self.is_streamed:
                     continue
                 return
@@ -106,7 +106,7 @@ class Corpus:
         asked = self.validation_split_percentage
         cut = find_split_point(self.train(skipped), asked)
         if cut is None:
-            raise no_text(self.name, skipped)
+            raise no_text_error(self.name, skipped)
         log.info(
             "held out for validation: the last %.3g %% of the text%s",
             cut.share,
@@ -115,7 +115,7 @@ class Corpus:
         return cut
 
 
-def no_text(name: str, skipped: Skipped) -> UserError:
+def no_text_error(name: str, skipped: Skipped) -> UserError:
     """The refusal of a source whose rows are all unusable."""
     return UserError(f"{name}: holds no text (skipped {format_skipped(skipped)}); name another")
 
@@ -157,14 +157,14 @@ def open_corpus(options: DataOptions, *, load_hub: LoadHub = load_hub) -> Corpus
 
 def _python_corpus(options: DataOptions) -> Corpus:
     percentage = options.validation_split_percentage
-    train, validation = python_library.python_library(percentage)
+    train, validation = python_library.open_python_library(percentage)
     identity = [train.identity, validation.identity if validation else None]
     return _corpus(options, python_library.NAME, train, validation, identity)
 
 
 def _files_corpus(options: DataOptions, train_file: tuple[str, ...]) -> Corpus:
-    train = named_files(train_file, "--train_file")
-    validation = named_files(options.validation_file or (), "--validation_file")
+    train = resolve_files(train_file, "--train_file")
+    validation = resolve_files(options.validation_file or (), "--validation_file")
     shared = {file.path.resolve() for file in train} & {file.path.resolve() for file in validation}
     if shared:
         log.warning("validation text that is also trained on: %s", ", ".join(map(str, shared)))
@@ -180,7 +180,7 @@ def _folder_corpus(options: DataOptions, folder: Path) -> Corpus:
         log.warning("--dataset_config_name is not used: %s is a folder", name)
     if is_saved(folder):
         return _table_corpus(options, name, load_saved(folder))
-    splits = folder_files(folder)
+    splits = find_split_files(folder)
     return _corpus_of_files(options, name, splits["train"], splits["validation"])
 
 
@@ -190,8 +190,8 @@ def _corpus_of_files(
     train: tuple[TextFile, ...],
     validation: tuple[TextFile, ...],
 ) -> Corpus:
-    def source(files: tuple[TextFile, ...]) -> Files:
-        return Files(files, options.text_column, not options.no_keep_linebreaks)
+    def source(files: tuple[TextFile, ...]) -> FileSource:
+        return FileSource(files, options.text_column, not options.no_keep_linebreaks)
 
     corpus = _corpus(
         options,

@@ -59,7 +59,7 @@ def is_encodable(text: str) -> bool:
     return True
 
 
-def documents_of_rows(rows: Iterable[object], skipped: Skipped) -> Iterator[TextChunk]:
+def rows_to_documents(rows: Iterable[object], skipped: Skipped) -> Iterator[TextChunk]:
     """Joins rows into documents.
 
     A row is a document, except that a row ending in a newline is a line of a running text (as in

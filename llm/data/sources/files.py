@@ -56,7 +56,7 @@ class TextFile:
         return [str(self.path.absolute()), self.num_bytes, self.modified_ns]
 
 
-def named_files(patterns: Sequence[str], flag: str) -> tuple[TextFile, ...]:
+def resolve_files(patterns: Sequence[str], flag: str) -> tuple[TextFile, ...]:
     """The files that names and globs mean, each once, a glob's in the order of their names.
 
     Args:
@@ -78,7 +78,7 @@ def named_files(patterns: Sequence[str], flag: str) -> tuple[TextFile, ...]:
     return tuple(found.values())
 
 
-def named_paths(patterns: Sequence[str], flag: str) -> list[Path]:
+def resolve_paths(patterns: Sequence[str], flag: str) -> list[Path]:
     """The paths that names and globs mean, whatever is in them, a glob's in the order of their names.
 
     Raises:
@@ -96,7 +96,7 @@ def named_paths(patterns: Sequence[str], flag: str) -> list[Path]:
     return list(found)
 
 
-def named_folder(name: str, flag: str) -> Path:
+def resolve_folder(name: str, flag: str) -> Path:
     """The folder that an option names.
 
     Raises:
@@ -121,7 +121,7 @@ def _glob(pattern: str, flag: str) -> list[Path]:
     return paths
 
 
-def kind_of(path: Path) -> tuple[str, str | None] | None:
+def file_kind(path: Path) -> tuple[str, str | None] | None:
     """The kind and the compression that a file's name says, or None if it says neither."""
     endings = path.name.lower().split(".")[1:]
     compression = endings.pop() if endings and endings[-1] in COMPRESSIONS else None
@@ -137,7 +137,7 @@ def _text_file(path: Path, flag: str) -> TextFile:
         raise UserError(
             f"{flag} {path}: is a folder; give its files, such as '{path}/*.txt', or the folder as --dataset_name"
         )
-    kind = kind_of(path)
+    kind = file_kind(path)
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -182,7 +182,7 @@ def _without_empty(files: list[TextFile], place: str) -> list[TextFile]:
     return full
 
 
-def folder_files(folder: Path) -> dict[str, tuple[TextFile, ...]]:
+def find_split_files(folder: Path) -> dict[str, tuple[TextFile, ...]]:
     """Every text file below a folder, by split (`train`, `validation`), ordered by name.
 
     Files whose path below the folder names a split belong to it, and those of a test split are not
@@ -196,7 +196,7 @@ def folder_files(folder: Path) -> dict[str, tuple[TextFile, ...]]:
     text = [path for path in found if path.parent != folder or path.name not in _CARDS] or found
     paths: dict[str, list[Path]] = {"train": [], "validation": [], "test": [], "": []}
     for path in text:
-        paths[split_of(path.relative_to(folder))].append(path)
+        paths[split_in_path(path.relative_to(folder))].append(path)
     unnamed = paths.pop("")
     left_out = len(found) - len(text) + len(paths.pop("test"))
     if paths["train"]:
@@ -222,11 +222,11 @@ def _visible(folder: Path) -> Iterable[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and kind_of(Path(name)) is not None:
+            if not name.startswith(".") and file_kind(Path(name)) is not None:
                 yield Path(parent, name)
 
 
-def split_of(path: Path) -> str:
+def split_in_path(path: Path) -> str:
     """The split that a path names, its folders before its file name, or '' for none."""
     for name in path.parts:
         for split, pattern in _SPLIT_PATTERNS.items():

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llm.config.errors import UserError, first_line
-from llm.data.sources.documents import Skipped, TextChunk, documents_of_rows
-from llm.data.sources.readers import cells, no_column
+from llm.data.sources.documents import Skipped, TextChunk, rows_to_documents
+from llm.data.sources.readers import column_values, missing_column_error
 
 _BATCH_ROWS = 1024
 
@@ -33,14 +33,14 @@ class TableRows:
     column: str
 
     def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
-        """The documents that the rows form; see `documents_of_rows`."""
-        return documents_of_rows(self._rows(), skipped)
+        """The documents that the rows form; see `rows_to_documents`."""
+        return rows_to_documents(self._rows(), skipped)
 
     def _rows(self) -> Iterator[object]:
         columns = self.table.select_columns([self.column]).with_format("arrow")
         try:
             for batch in columns.iter(_BATCH_ROWS):
-                yield from cells(batch.column(0))
+                yield from column_values(batch.column(0))
         except OSError as error:  # the table lies in files, which may be damaged or gone
             raise UserError(
                 f"dataset {self.name}: cannot be read ({first_line(error).rstrip('.')});"
@@ -56,7 +56,7 @@ def table_rows(name: str, table: Any, text_column: str | None) -> TableRows:
     """
     column = text_column or "text"
     if column not in table.column_names:
-        raise no_column(f"dataset {name}", column, table.column_names)
+        raise missing_column_error(f"dataset {name}", column, table.column_names)
     return TableRows(name, table, column)
 
 

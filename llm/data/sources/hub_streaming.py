@@ -11,9 +11,9 @@ from typing import Any
 from llm.config.errors import UserError, first_line
 from llm.config.options import DataOptions
 from llm.data.sources.corpus import Corpus
-from llm.data.sources.documents import Skipped, TextChunk, documents_of_rows
+from llm.data.sources.documents import Skipped, TextChunk, rows_to_documents
 from llm.data.sources.hub_datasets import loading_error
-from llm.data.sources.readers import no_column
+from llm.data.sources.readers import missing_column_error
 
 # Raised when the same dataset begins to give another text.
 _FORMAT = 1
@@ -34,8 +34,8 @@ class StreamRows:
     column: str
 
     def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
-        """The documents that the rows form; see `documents_of_rows`."""
-        return documents_of_rows(self._rows(), skipped)
+        """The documents that the rows form; see `rows_to_documents`."""
+        return rows_to_documents(self._rows(), skipped)
 
     def _rows(self) -> Iterator[object]:
         rows = iter(self.table)
@@ -51,17 +51,17 @@ class StreamRows:
                     " start the same command again, it continues"
                 ) from error
             if first and self.column not in row:
-                raise no_column(f"dataset {self.name}", self.column, row)
+                raise missing_column_error(f"dataset {self.name}", self.column, row)
             first = False
             yield row.get(self.column)
 
 
-def is_remote(name: str | None) -> bool:
+def is_hub_dataset(name: str | None) -> bool:
     """Whether a dataset's name is one of the Hub, and nothing on this machine."""
     return name is not None and not name.startswith("builtin:") and not Path(name).expanduser().exists()
 
 
-def open_stream(options: DataOptions, revision: str | None = None) -> Corpus:
+def open_streaming_corpus(options: DataOptions, revision: str | None = None) -> Corpus:
     """The text of a Hub dataset, of a revision, or of the one that is the newest now.
 
     Validation text is the split of that name, else the documents whose hash says so: a stream cannot be
@@ -71,7 +71,7 @@ def open_stream(options: DataOptions, revision: str | None = None) -> Corpus:
         UserError: there is no such dataset or configuration, it cannot be reached, or has no split `train`.
     """
     name, configuration = str(options.dataset_name), options.dataset_config_name
-    splits, revision = load_stream(name, configuration, revision)
+    splits, revision = load_streaming_dataset(name, configuration, revision)
     if "train" not in splits:
         raise UserError(f"--dataset_name {name}: has no split called train; it has {', '.join(splits)}")
     shown = name if configuration is None else f"{name}/{configuration}"
@@ -83,7 +83,7 @@ def open_stream(options: DataOptions, revision: str | None = None) -> Corpus:
     return Corpus(shown, fingerprint, sources["train"], sources.get("validation"), percentage, is_streamed=True)
 
 
-def newest_revision(name: str) -> str:
+def latest_revision(name: str) -> str:
     """The commit that a Hub dataset is at now.
 
     Raises:
@@ -97,7 +97,9 @@ def newest_revision(name: str) -> str:
         raise loading_error(name, None, error) from error
 
 
-def load_stream(name: str, configuration: str | None, revision: str | None = None) -> tuple[Mapping[str, Any], str]:
+def load_streaming_dataset(
+    name: str, configuration: str | None, revision: str | None = None
+) -> tuple[Mapping[str, Any], str]:
     """The splits of a Hub dataset, each a `datasets.IterableDataset`, and the commit they are of.
 
     Args:
@@ -110,7 +112,7 @@ def load_stream(name: str, configuration: str | None, revision: str | None = Non
     """
     import datasets
 
-    revision = revision or newest_revision(name)
+    revision = revision or latest_revision(name)
     try:
         splits: Mapping[str, Any] = datasets.load_dataset(name, configuration, revision=revision, streaming=True)
     except Exception as error:  # as above

@@ -17,7 +17,7 @@ _LONGEST_CUT = 16
 _ENDS_VALUE = tuple(", ]\t\r\n")
 
 
-def items(chunks: Iterable[str], name: str) -> Iterator[Any]:
+def iter_items(chunks: Iterable[str], name: str) -> Iterator[Any]:
     """The items of the array that the chunks hold together.
 
     Args:

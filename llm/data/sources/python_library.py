@@ -26,7 +26,7 @@ _LEFT_OUT = {
 
 
 @dataclass(frozen=True)
-class PythonFiles:
+class PythonLibrarySource:
     """Some files of the standard library: a `Source` when called, each file one document.
 
     Attributes:
@@ -63,7 +63,7 @@ class PythonFiles:
         return found
 
 
-def python_library(percentage: float) -> tuple[PythonFiles, PythonFiles | None]:
+def open_python_library(percentage: float) -> tuple[PythonLibrarySource, PythonLibrarySource | None]:
     """The standard library without its tests, split by a hash of the files' names.
 
     A file so stays on its side when others come or go, from one Python to the next.
@@ -82,13 +82,13 @@ def python_library(percentage: float) -> tuple[PythonFiles, PythonFiles | None]:
     if len(names) < 2:
         raise UserError(f"{NAME}: no Python source in {root}; name another text with --train_file")
     if percentage == 0:
-        return PythonFiles(root, tuple(names)), None
+        return PythonLibrarySource(root, tuple(names)), None
     lowest = min(names, key=_place)
     held_out = {name for name in names if _place(name) < percentage / 100} | {lowest}
     train = tuple(name for name in names if name not in held_out)
     if not train:
         raise UserError("--validation_split_percentage leaves no file for training; lower it")
-    return PythonFiles(root, train), PythonFiles(root, tuple(sorted(held_out)))
+    return PythonLibrarySource(root, train), PythonLibrarySource(root, tuple(sorted(held_out)))
 
 
 def _source_names(root: Path) -> Iterator[str]:

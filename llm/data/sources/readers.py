@@ -10,10 +10,10 @@ from itertools import chain, islice
 from typing import Any
 
 from llm.config.errors import UserError, first_line
-from llm.data.sources.documents import Skipped, TextChunk, documents_of_rows
+from llm.data.sources.documents import Skipped, TextChunk, rows_to_documents
 from llm.data.sources.files import DOCUMENT_KINDS, TextFile
-from llm.data.sources.json_array import items
-from llm.data.sources.text_decoding import characters, lines
+from llm.data.sources.json_array import iter_items
+from llm.data.sources.text_decoding import read_text, split_lines
 
 # A text is one cell, however long. (The limit is a C long, which has 32 bits on some systems.)
 _LARGEST_CELL = 2**31 - 1
@@ -27,7 +27,7 @@ _LINE_BREAKS = str.maketrans("", "", "\r\n")
 
 
 @dataclass(frozen=True)
-class Files:
+class FileSource:
     """A text in files: a `Source` when called.
 
     Attributes:
@@ -41,7 +41,7 @@ class Files:
     keep_linebreaks: bool = True
 
     def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
-        """The documents of the files: a txt or md file is one; else see `documents_of_rows`.
+        """The documents of the files: a txt or md file is one; else see `rows_to_documents`.
 
         Raises:
             UserError: a file is broken, is no text, or has no such column.
@@ -50,16 +50,16 @@ class Files:
             if file.kind in DOCUMENT_KINDS:
                 yield from self._document(file)
             else:
-                yield from documents_of_rows(rows(file, self.text_column or "text"), skipped)
+                yield from rows_to_documents(read_rows(file, self.text_column or "text"), skipped)
 
     def _document(self, file: TextFile) -> Iterator[TextChunk]:
-        for chunk in characters(file):
+        for chunk in read_text(file):
             text = chunk if self.keep_linebreaks else chunk.translate(_LINE_BREAKS)
             yield TextChunk(text, ends=False)
         yield TextChunk("", ends=True)
 
 
-def rows(file: TextFile, column: str) -> Iterator[object]:
+def read_rows(file: TextFile, column: str) -> Iterator[object]:
     """The text column of a file of rows: whatever stands there, None where nothing does.
 
     Raises:
@@ -76,7 +76,7 @@ def rows(file: TextFile, column: str) -> Iterator[object]:
             return _object_rows(file, column)
 
 
-def no_column(place: object, column: str, columns: Iterable[object]) -> UserError:
+def missing_column_error(place: object, column: str, columns: Iterable[object]) -> UserError:
     """The refusal of a table without the text column."""
     names = [str(name) for name in columns]
     listed = ", ".join(names) if names else "none"
@@ -85,11 +85,11 @@ def no_column(place: object, column: str, columns: Iterable[object]) -> UserErro
 
 def _separated_rows(file: TextFile, column: str, separator: str) -> Iterator[object]:
     csv.field_size_limit(_LARGEST_CELL)
-    table = csv.reader(lines(characters(file)), delimiter=separator, strict=True)
+    table = csv.reader(split_lines(read_text(file)), delimiter=separator, strict=True)
     try:
         header = next((row for row in table if row), [])
         if column not in header:
-            raise no_column(file.path, column, header)
+            raise missing_column_error(file.path, column, header)
         place = header.index(column)
         for row in table:
             if row:
@@ -108,16 +108,16 @@ def _parquet_rows(file: TextFile, column: str) -> Iterator[object]:
     try:
         with parquet.ParquetFile(file.path) as table:
             if column not in table.schema_arrow.names:
-                raise no_column(file.path, column, table.schema_arrow.names)
+                raise missing_column_error(file.path, column, table.schema_arrow.names)
             if table.metadata.num_rows == 0:
                 raise UserError(f"{file.path}: holds no rows; name a file that holds text")
             for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=[column]):
-                yield from cells(batch.column(0))
+                yield from column_values(batch.column(0))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file.path}: broken Parquet file ({first_line(error)}); write it again") from None
 
 
-def cells(values: Any) -> list[object]:
+def column_values(values: Any) -> list[object]:
     """The values of an Arrow column; a string that is not valid UTF-8 comes as its bytes."""
     import pyarrow
 
@@ -141,14 +141,14 @@ def _object_rows(file: TextFile, column: str) -> Iterator[object]:
     if not head:
         raise UserError(f"{file.path}: holds no rows; name a file that holds text")
     if not any(column in row for row in head):
-        raise no_column(file.path, column, dict.fromkeys(key for row in head for key in row))
+        raise missing_column_error(file.path, column, dict.fromkeys(key for row in head for key in row))
     for row in chain(head, objects):
         yield row.get(column)
 
 
 def _objects(file: TextFile, column: str) -> Iterator[dict[str, Any]]:
     """Objects of JSON lines, of an array, or of the list under `data` of a single object."""
-    chunks = characters(file)
+    chunks = read_text(file)
     blank = []
     for chunk in chunks:
         blank.append(chunk)
@@ -156,10 +156,10 @@ def _objects(file: TextFile, column: str) -> Iterator[dict[str, Any]]:
             break
     text = chain(blank, chunks)
     if blank[-1].lstrip().startswith("[") and file.kind == "json":
-        for number, value in enumerate(items(text, str(file.path)), start=1):
+        for number, value in enumerate(iter_items(text, str(file.path)), start=1):
             yield _object(file, f"item {number}", value)
     else:
-        yield from _object_lines(file, lines(text), column)
+        yield from _object_lines(file, split_lines(text), column)
 
 
 def _object_lines(file: TextFile, text: Iterator[str], column: str) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from llm.data.sources.files import TextFile
 CHUNK_BYTES = 1 << 20
 
 
-def characters(file: TextFile) -> Iterator[str]:
+def read_text(file: TextFile) -> Iterator[str]:
     """The file's text in chunks of about a megabyte, line ends as read, byte order mark dropped.
 
     Raises:
@@ -43,7 +43,7 @@ def characters(file: TextFile) -> Iterator[str]:
         raise UserError(f"{file.path}: is empty; name a file that holds text")
 
 
-def lines(chunks: Iterable[str]) -> Iterator[str]:
+def split_lines(chunks: Iterable[str]) -> Iterator[str]:
     """Joins chunks and cuts them after every newline, and nowhere else (not at U+2028, say)."""
     pending: list[str] = []
     for chunk in chunks:

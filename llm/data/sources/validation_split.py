@@ -62,7 +62,7 @@ def find_split_point(parts: Iterable[TextChunk], percentage: float) -> SplitPoin
     return SplitPoint(len(sizes) - num_held_out, 0, len(sizes), share, total)
 
 
-def find_head(parts: Iterable[TextChunk], percentage: float, num_bytes: int) -> SplitPoint | None:
+def find_head_split_point(parts: Iterable[TextChunk], percentage: float, num_bytes: int) -> SplitPoint | None:
     """The cut behind the head of a text that is too long to be read once more; None if it has no text.
 
     The head is so large a share of the first `num_bytes`, or of the whole text where that is less. It ends
@@ -116,7 +116,7 @@ def split_at(parts: Iterable[TextChunk], cut: SplitPoint) -> Iterator[tuple[Spli
         document += part.ends
 
 
-def divide_by_hash(parts: Iterable[TextChunk], percentage: float) -> Iterator[tuple[Split, TextChunk]]:
+def split_by_hash(parts: Iterable[TextChunk], percentage: float) -> Iterator[tuple[Split, TextChunk]]:
     """Says of every document in which split it is, from the hash of its first part alone.
 
     For a text that is too long, or too far away, to be read once more for the place of a cut. A document

@@ -24,14 +24,15 @@ from llm.data.dataset import StopSignal, TokenizedDataset, bytes_of_ids, prepare
 from llm.data.shards.external_formats import is_token_file
 from llm.data.shards.format import MANIFEST, Stream, Streams, open_folder
 from llm.data.sources.documents import format_skipped
-from llm.data.sources.hub_streaming import is_remote, newest_revision
+from llm.data.sources.hub_streaming import is_hub_dataset, latest_revision
 from llm.data.streaming.reader import GrowingBlocks, GrowingTokens
 from llm.data.streaming.source import TextStream
 from llm.data.streaming.writer_process import SHARD_SIZE, StreamJob, StreamWriter, cannot_be_written
 from llm.distributed.world import World
 from llm.files.lock import locked
 from llm.tokenization.encoder import vocabulary_size
-from llm.tokenization.load import is_character_level, load_tokenizer, tokenizer_hash
+from llm.tokenization.load import load_tokenizer
+from llm.tokenization.vocabulary import is_character_level, tokenizer_hash
 
 log = logging.getLogger(__name__)
 
@@ -271,9 +272,9 @@ def _job(options: Options, world: World, revision: str | None, stop: StopSignal)
 
 def _pinned_revision(options: DataOptions, revision: str | None) -> str | None:
     """Return the commit of a Hub dataset, `revision` or else the newest; None for other texts."""
-    if not is_remote(options.dataset_name):
+    if not is_hub_dataset(options.dataset_name):
         return None
-    return newest_revision(str(options.dataset_name)) if revision is None else revision
+    return latest_revision(str(options.dataset_name)) if revision is None else revision
 
 
 def _tokenizer(options: Options, text: TextStream, cache_dir: Path) -> PreTrainedTokenizerBase:

@@ -10,10 +10,10 @@ from functools import cached_property
 from hashlib import blake2b
 
 from llm.config.options import DataOptions
-from llm.data.sources.corpus import Corpus, no_text, open_corpus
+from llm.data.sources.corpus import Corpus, no_text_error, open_corpus
 from llm.data.sources.documents import Skipped, TextChunk, TextSource, utf8_length
-from llm.data.sources.hub_streaming import open_stream
-from llm.data.sources.validation_split import SplitPoint, find_head, split_at
+from llm.data.sources.hub_streaming import open_streaming_corpus
+from llm.data.sources.validation_split import SplitPoint, find_head_split_point, split_at
 
 # Bytes of text. The held-out share is one of the first so many, about two shards' worth, since the length of a
 # stream is not known; of a validation split of its own, so many are taken.
@@ -68,7 +68,7 @@ class TextStream:
         """
         if self.revision is None:
             return open_corpus(self.options)
-        return open_stream(self.options, self.revision)
+        return open_streaming_corpus(self.options, self.revision)
 
     def find_head(self) -> SplitPoint | None:
         """Behind which documents training begins; None where none of the text itself is held out.
@@ -79,9 +79,11 @@ class TextStream:
         if self.corpus.validation is not None or self.options.validation_split_percentage == 0:
             return None
         skipped: Skipped = Counter()
-        cut = find_head(self.corpus.train(skipped), self.options.validation_split_percentage, self.head_bytes)
+        cut = find_head_split_point(
+            self.corpus.train(skipped), self.options.validation_split_percentage, self.head_bytes
+        )
         if cut is None:
-            raise no_text(self.name, skipped)
+            raise no_text_error(self.name, skipped)
         return cut
 
     def held_out(self, cut: SplitPoint | None) -> TextSource | None:

@@ -16,7 +16,7 @@ from llm.config.errors import UserError
 from llm.config.options import DataOptions
 from llm.data.batches.ledger import ledger
 from llm.data.preparation import cache as module
-from llm.data.preparation.cache import tokenize
+from llm.data.preparation.cache import load_or_tokenize
 from llm.data.shards.format import Streams
 from llm.data.shards.memmap import Tokens
 from llm.data.sources.corpus import open_corpus
@@ -41,7 +41,7 @@ def make(tmp_path: Path, byte_tokenizer):
 
     def make(*files: Path, tokenizer=byte_tokenizer, eos_in_single_text=True, **options) -> Streams:
         data = DataOptions(train_file=tuple(map(str, files)), **options)
-        return tokenize(
+        return load_or_tokenize(
             open_corpus(data),
             tokenizer,
             tokenizer_hash="bytes",
@@ -105,7 +105,7 @@ def test_tokenize_when_done_before_then_tokenizes_nothing(make, rows, monkeypatc
     first = make(rows)
     caplog.set_level("INFO")
     monkeypatch.setattr(Encoder, "encode", lambda *_: pytest.fail("tokenized again"))
-    monkeypatch.setattr("llm.data.sources.readers.characters", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("llm.data.sources.readers.read_text", lambda *_: pytest.fail("read again"))
     second = make(rows, block_size=16)
     assert second.dir == first.dir
     assert second.data_hash == first.data_hash
@@ -132,7 +132,9 @@ def test_tokenize_when_text_or_tokenizer_changes_then_another_folder(
     assert second.dir != first.dir
     assert second.data_hash != first.data_hash
     data = DataOptions(train_file=(str(rows),))
-    third = tokenize(open_corpus(data), byte_tokenizer, tokenizer_hash="another", options=data, cache_dir=tmp_path)
+    third = load_or_tokenize(
+        open_corpus(data), byte_tokenizer, tokenizer_hash="another", options=data, cache_dir=tmp_path
+    )
     assert third.dir.name not in (first.dir.name, second.dir.name)
     monkeypatch.setattr(Encoder, "encode", lambda *_: pytest.fail("tokenized again"))
     assert make(rows).dir == second.dir
@@ -217,7 +219,7 @@ def test_tokenize_when_no_share_held_out_then_no_validation(make, rows) -> None:
 
 def test_tokenize_when_it_takes_long_then_progress_is_logged(make, rows, monkeypatch, caplog) -> None:
     monkeypatch.setattr("llm.data.preparation.tokenize._SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_LENGTH", 100)
+    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_CHARS", 100)
     caplog.set_level("INFO")
     make(rows)
     assert caplog.text.count("tokenizing rows.jsonl: ") > 5
@@ -228,12 +230,12 @@ def test_tokenize_when_watched_then_shown_how_far_and_no_lines(
     rows, tmp_path, byte_tokenizer, monkeypatch, caplog
 ) -> None:
     monkeypatch.setattr("llm.data.preparation.tokenize._SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_LENGTH", 100)
+    monkeypatch.setattr("llm.data.preparation.chunking.BATCH_CHARS", 100)
     caplog.set_level("INFO")
     shown = []
     data = DataOptions(train_file=(str(rows),), validation_split_percentage=10)
-    streams = tokenize(
-        open_corpus(data), byte_tokenizer, tokenizer_hash="", options=data, cache_dir=tmp_path, watch=shown.append
+    streams = load_or_tokenize(
+        open_corpus(data), byte_tokenizer, tokenizer_hash="", options=data, cache_dir=tmp_path, on_progress=shown.append
     )
     assert len(shown) > 5
     assert [counts.num_bytes for counts in shown] == sorted(counts.num_bytes for counts in shown)

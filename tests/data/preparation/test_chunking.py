@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm.config.errors import UserError
-from llm.data.preparation import chunking as cutting
-from llm.data.preparation.chunking import batches, pieces
+from llm.data.preparation import chunking
+from llm.data.preparation.chunking import batch_pieces, split_documents
 from llm.data.sources.documents import TextChunk
 from llm.tokenization.encoder import Encoder
 
@@ -33,10 +33,10 @@ LETTERS = str.maketrans("0123456789", "ghijklmnop")
 @pytest.fixture
 def small(monkeypatch) -> None:
     """Long is what has a few thousand characters."""
-    monkeypatch.setattr(cutting, "LONG_DOCUMENT", 4000)
-    monkeypatch.setattr(cutting, "PIECE_LENGTH", 500)
-    monkeypatch.setattr(cutting, "_TRIAL_LENGTH", 2000)
-    monkeypatch.setattr(cutting, "_TRIAL_PIECE_LENGTH", 150)
+    monkeypatch.setattr(chunking, "LONG_DOCUMENT_CHARS", 4000)
+    monkeypatch.setattr(chunking, "PIECE_CHARS", 500)
+    monkeypatch.setattr(chunking, "_TRIAL_LENGTH", 2000)
+    monkeypatch.setattr(chunking, "_TRIAL_PIECE_LENGTH", 150)
 
 
 def _in_parts(text: str, size: int) -> list:
@@ -84,7 +84,7 @@ def _gpt2(text: str) -> PreTrainedTokenizerFast:
 
 def _check(text: str, tokenizer: PreTrainedTokenizerFast, fewest: int) -> list[str]:
     encoder = Encoder(tokenizer)
-    found = [piece for batch in batches(_in_parts(text, 700), encoder) for piece in batch]
+    found = [piece for batch in batch_pieces(_in_parts(text, 700), encoder) for piece in batch]
     ids = list(chain(*(ids.tolist() for ids in encoder.encode([piece.text for piece in found]))))
     assert ids == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     assert "".join(piece.text for piece in found) == text
@@ -146,7 +146,7 @@ def test_pieces_when_document_is_cut_then_marks_say_where_it_begins_and_ends(byt
         ("train", TextChunk("", ends=True)),
         ("train", TextChunk("b", True)),
     ]
-    found = list(pieces(parts, Encoder(byte_tokenizer)))
+    found = list(split_documents(parts, Encoder(byte_tokenizer)))
     assert [piece.begins for piece in found] == [True] + [False] * (len(found) - 2) + [True]
     assert [piece.ends for piece in found] == [False] * (len(found) - 2) + [True, True]
 
@@ -160,11 +160,11 @@ def test_pieces_when_every_text_gets_a_beginning_then_whole(small) -> None:
 
 
 def test_pieces_when_nothing_can_be_cut_for_long_then_refused_by_name(small, monkeypatch) -> None:
-    monkeypatch.setattr(cutting, "LONGEST_PIECE", 20_000)
+    monkeypatch.setattr(chunking, "LONGEST_PIECE_CHARS", 20_000)
     text = "a" * 50_000
     parts = [("train", TextChunk("short", ends=True)), *_in_parts(text, 700)]
     with pytest.raises(UserError, match=r"^my\.txt: document 2 has 0 million characters without a place.*break it"):
-        list(pieces(parts, Encoder(_gpt2("aa ab " * 100)), "my.txt"))
+        list(split_documents(parts, Encoder(_gpt2("aa ab " * 100)), "my.txt"))
 
 
 # Prints the number of megabytes that tokenizing took beyond what was there before.
@@ -174,12 +174,12 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from llm.config.options import DataOptions
 from llm.data.sources.corpus import open_corpus
-from llm.data.preparation.cache import tokenize
+from llm.data.preparation.cache import load_or_tokenize
 text, folder = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 options = DataOptions(train_file=(text,), validation_split_percentage=0, preprocessing_num_workers=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-tokenize(open_corpus(options), tokenizer, tokenizer_hash="", options=options, cache_dir=Path(folder))
+load_or_tokenize(open_corpus(options), tokenizer, tokenizer_hash="", options=options, cache_dir=Path(folder))
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print((after - before) / (1 << 20 if sys.platform == "darwin" else 1 << 10))
 """
@@ -195,7 +195,7 @@ def test_tokenize_when_one_line_of_8_megabytes_then_ids_of_its_words_in_little_m
     (tmp_path / "line.txt").write_text("".join(words[number] for number in chosen))
     assert (tmp_path / "line.txt").stat().st_size > 8_000_000
     command = [sys.executable, "-c", TOKENIZE, str(tmp_path / "line.txt"), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     assert float(done.stdout) < 200
     [path] = (tmp_path / "tokens").glob("*/train_00000.bin")
@@ -206,14 +206,14 @@ def test_tokenize_when_one_line_of_8_megabytes_then_ids_of_its_words_in_little_m
 
 def test_cut_when_space_surrounds_newlines_then_not_there() -> None:
     text = "one two\nthree \nfour\n\nfive\n six<|x|>\nseven.\neight\n <|x|>"
-    behind_words, before_spaces = map(re.compile, cutting._BETWEEN_LINES)
-    assert cutting.cut(text, 1, behind_words) == [
+    behind_words, before_spaces = map(re.compile, chunking._BETWEEN_LINES)
+    assert chunking.split_text(text, 1, behind_words) == [
         "one two\n",
         "three \nfour\n\nfive\n six<|x|>\nseven.\n",
         "eight\n <|x|>",
     ]
-    assert cutting.cut(text, 1, before_spaces)[1].startswith(" six<|x|>\nseven")
-    assert "".join(cutting.cut(text, 1, before_spaces)) == text
+    assert chunking.split_text(text, 1, before_spaces)[1].startswith(" six<|x|>\nseven")
+    assert "".join(chunking.split_text(text, 1, before_spaces)) == text
 
 
 @pytest.mark.usefixtures("small")
@@ -237,7 +237,7 @@ def test_pieces_when_a_token_lies_over_a_place_that_the_trial_did_not_show_then_
         rare = "words.\nQueen\n"
     text = plain[:8000] + (plain[:300] + rare) * 60
     encoder = Encoder(tokenizer)
-    found = [piece.text for piece in pieces(_in_parts(text, 1000), encoder)]
+    found = [piece.text for piece in split_documents(_in_parts(text, 1000), encoder)]
     assert "".join(found) == text
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert np.array_equal(np.concatenate(encoder.encode(found)), whole)

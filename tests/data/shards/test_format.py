@@ -28,7 +28,7 @@ from llm.data.shards.format import (
 from llm.data.shards.memmap import TokenFile, Tokens
 from llm.data.shards.writer import ShardSpec, SplitWriter
 from llm.data.sources.documents import Piece, TextChunk
-from llm.data.sources.validation_split import divide_by_hash
+from llm.data.sources.validation_split import split_by_hash
 
 EOS = 256
 
@@ -254,11 +254,11 @@ def test_tokens_when_read_often_then_views_stay_valid(tmp_path: Path) -> None:
     assert kept.tolist() == list(range(10, 20))
 
 
-def test_divide_by_hash_when_read_twice_or_in_other_order_then_the_same_documents(tmp_path: Path) -> None:
+def test_split_by_hash_when_read_twice_or_in_other_order_then_the_same_documents(tmp_path: Path) -> None:
     documents = [[TextChunk(f"text {i}", False), TextChunk("tail", True)] for i in range(2000)]
 
     def held_out(order: list[list[TextChunk]]) -> set[str]:
-        parts = divide_by_hash((part for document in order for part in document), 10)
+        parts = split_by_hash((part for document in order for part in document), 10)
         found = list(parts)
         assert [part for _, part in found] == [part for document in order for part in document]
         assert all(found[i][0] == found[i + 1][0] for i in range(0, len(found), 2))

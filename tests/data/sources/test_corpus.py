@@ -14,7 +14,7 @@ from llm.data.sources.corpus import Corpus, open_corpus
 
 def _texts(corpus: Corpus) -> dict[str, str]:
     found = {"train": "", "validation": ""}
-    for split, part in corpus.parts(Counter()):
+    for split, part in corpus.chunks(Counter()):
         found[split] += part.text + "|" * part.ends
     return found
 
@@ -92,7 +92,7 @@ def test_corpus_when_all_rows_are_skipped_then_refused_with_reasons(tmp_path: Pa
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n')
     corpus = open_corpus(DataOptions(train_file=(str(tmp_path / "a.jsonl"),)))
     with pytest.raises(UserError, match=r"holds no text \(skipped 2 rows \(empty: 1, null: 1\)\)"):
-        list(corpus.parts(Counter()))
+        list(corpus.chunks(Counter()))
 
 
 def test_fingerprint_when_text_or_its_options_change_then_differs(text: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from llm.data.sources.documents import Skipped, documents_of_rows, format_skipped
+from llm.data.sources.documents import Skipped, format_skipped, rows_to_documents
 
 
 def _documents(rows: list[object]) -> tuple[list[str], Skipped]:
     skipped: Skipped = Counter()
     documents, text = [], ""
-    for part in documents_of_rows(rows, skipped):
+    for part in rows_to_documents(rows, skipped):
         text += part.text
         if part.ends:
             documents.append(text)

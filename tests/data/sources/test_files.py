@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm.config.errors import UserError
-from llm.data.sources.files import folder_files, kind_of, named_files
+from llm.data.sources.files import file_kind, find_split_files, resolve_files
 
 
 def _write(folder: Path, *names: str, text: str = "text") -> None:
@@ -24,70 +24,70 @@ def _names(files) -> list[str]:
 
 def _refusal(pattern: str) -> str:
     with pytest.raises(UserError) as refusal:
-        named_files([pattern], "--train_file")
+        resolve_files([pattern], "--train_file")
     message = str(refusal.value)
     assert "\n" not in message
     return message
 
 
-def test_named_files_when_names_and_globs_overlap_then_each_file_once(tmp_path: Path) -> None:
+def test_resolve_files_when_names_and_globs_overlap_then_each_file_once(tmp_path: Path) -> None:
     _write(tmp_path, "b.txt", "a.txt", "c.md")
-    files = named_files([f"{tmp_path}/c.md", f"{tmp_path}/*.txt", f"{tmp_path}/a.txt"], "--f")
+    files = resolve_files([f"{tmp_path}/c.md", f"{tmp_path}/*.txt", f"{tmp_path}/a.txt"], "--f")
     assert _names(files) == ["c.md", "a.txt", "b.txt"]
 
 
-def test_named_files_when_name_looks_like_a_glob_then_the_file_itself(tmp_path: Path) -> None:
+def test_resolve_files_when_name_looks_like_a_glob_then_the_file_itself(tmp_path: Path) -> None:
     _write(tmp_path, "a[1].txt", "a1.txt")
-    assert _names(named_files([f"{tmp_path}/a[1].txt"], "--f")) == ["a[1].txt"]
+    assert _names(resolve_files([f"{tmp_path}/a[1].txt"], "--f")) == ["a[1].txt"]
 
 
-def test_named_files_when_glob_crosses_folders_then_all_found(tmp_path: Path) -> None:
+def test_resolve_files_when_glob_crosses_folders_then_all_found(tmp_path: Path) -> None:
     _write(tmp_path, "x/y/a.txt", "x/b.txt")
-    assert sorted(_names(named_files([f"{tmp_path}/**/*.txt"], "--f"))) == ["a.txt", "b.txt"]
+    assert sorted(_names(resolve_files([f"{tmp_path}/**/*.txt"], "--f"))) == ["a.txt", "b.txt"]
 
 
-def test_named_files_when_missing_then_nearest_name(tmp_path: Path) -> None:
+def test_resolve_files_when_missing_then_nearest_name(tmp_path: Path) -> None:
     _write(tmp_path, "tinyshakespeare.txt")
     message = _refusal(f"{tmp_path}/tinyshakespear.txt")
     assert "no such file" in message
     assert message.endswith("is tinyshakespeare.txt")
 
 
-def test_named_files_when_folder_missing_then_nearest_folder(tmp_path: Path) -> None:
+def test_resolve_files_when_folder_missing_then_nearest_folder(tmp_path: Path) -> None:
     _write(tmp_path, "corpora/a.txt")
     assert _refusal(f"{tmp_path}/corpra/a.txt").endswith(f"the nearest name in {tmp_path} is corpora")
 
 
-def test_named_files_when_glob_matches_nothing_then_nearest_name(tmp_path: Path) -> None:
+def test_resolve_files_when_glob_matches_nothing_then_nearest_name(tmp_path: Path) -> None:
     _write(tmp_path, "part-1.txt")
     message = _refusal(f"{tmp_path}/prt-*.txt")
     assert "no file matches" in message
     assert "part-1.txt" in message
 
 
-def test_named_files_when_folder_then_told_to_use_a_glob(tmp_path: Path) -> None:
+def test_resolve_files_when_folder_then_told_to_use_a_glob(tmp_path: Path) -> None:
     assert "is a folder" in _refusal(str(tmp_path))
 
 
-def test_named_files_when_empty_then_refused(tmp_path: Path) -> None:
+def test_resolve_files_when_empty_then_refused(tmp_path: Path) -> None:
     _write(tmp_path, "a.txt", text="")
     assert "is empty" in _refusal(f"{tmp_path}/a.txt")
 
 
-def test_named_files_when_glob_has_an_empty_one_then_left_out(tmp_path: Path, caplog) -> None:
+def test_resolve_files_when_glob_has_an_empty_one_then_left_out(tmp_path: Path, caplog) -> None:
     _write(tmp_path, "a.txt", text="")
     _write(tmp_path, "b.txt")
-    assert _names(named_files([f"{tmp_path}/*.txt"], "--f")) == ["b.txt"]
+    assert _names(resolve_files([f"{tmp_path}/*.txt"], "--f")) == ["b.txt"]
     assert "left out 1 empty files" in caplog.text
 
 
-def test_named_files_when_ending_unknown_then_known_ones_listed(tmp_path: Path) -> None:
+def test_resolve_files_when_ending_unknown_then_known_ones_listed(tmp_path: Path) -> None:
     _write(tmp_path, "a.docx")
     message = _refusal(f"{tmp_path}/a.docx")
     assert ".txt, .md, .csv, .tsv, .json, .jsonl, .parquet" in message
 
 
-def test_named_files_when_not_permitted_then_said(tmp_path: Path, monkeypatch) -> None:
+def test_resolve_files_when_not_permitted_then_said(tmp_path: Path, monkeypatch) -> None:
     _write(tmp_path, "a.txt")
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert "no permission" in _refusal(f"{tmp_path}/a.txt")
@@ -104,37 +104,37 @@ def test_named_files_when_not_permitted_then_said(tmp_path: Path, monkeypatch) -
         ("txt", None),
     ],
 )
-def test_kind_of_when_named_so_then_kind_and_compression(name: str, kind) -> None:
-    assert kind_of(Path(name)) == kind
+def test_file_kind_when_named_so_then_kind_and_compression(name: str, kind) -> None:
+    assert file_kind(Path(name)) == kind
 
 
-def test_folder_files_when_names_tell_splits_then_sorted_by_them(tmp_path: Path) -> None:
+def test_find_split_files_when_names_tell_splits_then_sorted_by_them(tmp_path: Path) -> None:
     _write(tmp_path, "data/train-00000.txt", "data/validation-00000.txt", "test/a.txt", "README.md")
     _write(tmp_path, "latest.txt", ".hidden.txt", ".git/x.txt")
-    splits = folder_files(tmp_path)
+    splits = find_split_files(tmp_path)
     assert _names(splits["train"]) == ["train-00000.txt"]
     assert _names(splits["validation"]) == ["validation-00000.txt"]
 
 
-def test_folder_files_when_no_split_named_then_all_are_for_training(tmp_path: Path) -> None:
+def test_find_split_files_when_no_split_named_then_all_are_for_training(tmp_path: Path) -> None:
     _write(tmp_path, "b.txt", "a.md", "deep/c.jsonl", "picture.png", "contest.txt")
-    splits = folder_files(tmp_path)
+    splits = find_split_files(tmp_path)
     assert _names(splits["train"]) == ["a.md", "b.txt", "contest.txt", "c.jsonl"]
     assert splits["validation"] == ()
 
 
-def test_folder_files_when_only_validation_named_then_the_rest_trains(tmp_path: Path) -> None:
+def test_find_split_files_when_only_validation_named_then_the_rest_trains(tmp_path: Path) -> None:
     _write(tmp_path, "dev.txt", "book.txt")
-    splits = folder_files(tmp_path)
+    splits = find_split_files(tmp_path)
     assert (_names(splits["train"]), _names(splits["validation"])) == (["book.txt"], ["dev.txt"])
 
 
-def test_folder_files_when_parent_is_called_train_then_it_does_not_count(tmp_path: Path) -> None:
+def test_find_split_files_when_parent_is_called_train_then_it_does_not_count(tmp_path: Path) -> None:
     _write(tmp_path, "train/dev.txt", "train/book.txt")
-    assert _names(folder_files(tmp_path / "train")["validation"]) == ["dev.txt"]
+    assert _names(find_split_files(tmp_path / "train")["validation"]) == ["dev.txt"]
 
 
-def test_folder_files_when_nothing_known_then_refused(tmp_path: Path) -> None:
+def test_find_split_files_when_nothing_known_then_refused(tmp_path: Path) -> None:
     _write(tmp_path, "a.png")
     with pytest.raises(UserError, match="holds no training text"):
-        folder_files(tmp_path)
+        find_split_files(tmp_path)

@@ -20,7 +20,7 @@ def _table(*texts: object, column: str = "text") -> datasets.Dataset:
 
 
 def _texts(corpus: Corpus, split: str) -> str:
-    parts = corpus.parts(Counter())
+    parts = corpus.chunks(Counter())
     return "".join(part.text + "|" * part.ends for side, part in parts if side == split)
 
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from llm.config.errors import UserError
-from llm.data.sources.json_array import items
+from llm.data.sources.json_array import iter_items
 
 VALUES = [1, -2.5e3, 'a\\"b\u20ac', None, True, [], [1, [2]], {}, {"a": {"b": "]"}}, 12345]
 
@@ -18,7 +18,7 @@ VALUES = [1, -2.5e3, 'a\\"b\u20ac', None, True, [], [1, [2]], {}, {"a": {"b": "]
 def test_items_when_cut_anywhere_then_the_same_values(size: int, indent: int | None) -> None:
     text = json.dumps(VALUES, indent=indent)
     chunks = [text[start : start + size] for start in range(0, len(text), size)]
-    assert list(items(chunks, "x")) == VALUES
+    assert list(iter_items(chunks, "x")) == VALUES
 
 
 def test_items_when_array_is_long_then_read_as_needed() -> None:
@@ -31,7 +31,7 @@ def test_items_when_array_is_long_then_read_as_needed() -> None:
             drawn += 1
             yield '{"text": "' + "a" * random.Random(drawn).randint(0, 300) + '"},'
 
-    first = [value for value, _ in zip(items(chunks(), "x"), range(50), strict=False)]
+    first = [value for value, _ in zip(iter_items(chunks(), "x"), range(50), strict=False)]
     assert len(first) == 50
     assert drawn < 60
 
@@ -42,4 +42,4 @@ def test_items_when_an_early_item_is_broken_then_the_rest_is_not_read() -> None:
         pytest.fail("read on after a mistake that more text cannot mend")
 
     with pytest.raises(UserError, match="x: broken JSON at line 1"):
-        list(items(chunks(), "x"))
+        list(iter_items(chunks(), "x"))

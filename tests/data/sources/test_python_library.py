@@ -26,7 +26,7 @@ def root(tmp_path: Path, monkeypatch) -> Path:
 
 
 def test_python_library_when_split_then_each_source_file_on_one_side(root: Path) -> None:
-    train, validation = library.python_library(10)
+    train, validation = library.open_python_library(10)
     assert validation is not None
     assert sorted(train.names + validation.names) == sorted(["a/kept.py", *(f"m{number}.py" for number in range(200))])
     assert list(train.names) == sorted(train.names)
@@ -34,42 +34,42 @@ def test_python_library_when_split_then_each_source_file_on_one_side(root: Path)
 
 
 def test_python_library_when_files_come_and_go_then_others_stay_on_their_side(root: Path) -> None:
-    _, before = library.python_library(10)
+    _, before = library.open_python_library(10)
     (root / "new.py").write_text("new")
     (root / "m7.py").unlink()
-    _, after = library.python_library(10)
+    _, after = library.open_python_library(10)
     assert set(before.names) - {"m7.py"} == set(after.names) - {"new.py"}
 
 
 def test_python_library_when_share_is_zero_or_tiny_then_none_or_one_file(root: Path) -> None:
-    assert library.python_library(0)[1] is None
-    assert len(library.python_library(1e-9)[1].names) == 1
+    assert library.open_python_library(0)[1] is None
+    assert len(library.open_python_library(1e-9)[1].names) == 1
 
 
 def test_python_library_when_a_file_is_no_utf8_or_empty_then_counted(root: Path) -> None:
     (root / "m0.py").write_bytes(b"\xff")
     (root / "m1.py").write_bytes(b"")
     skipped: Counter[str] = Counter()
-    parts = list(library.python_library(0)[0](skipped))
+    parts = list(library.open_python_library(0)[0](skipped))
     assert len(parts) == 199
     assert all(part.ends for part in parts)
     assert skipped == {"file not UTF-8": 1, "empty file": 1}
 
 
 def test_python_library_when_a_file_changes_then_its_identity_does(root: Path) -> None:
-    before = library.python_library(0)[0].identity
+    before = library.open_python_library(0)[0].identity
     (root / "m0.py").write_text("longer than it was\n")
-    assert library.python_library(0)[0].identity != before
+    assert library.open_python_library(0)[0].identity != before
 
 
 def test_python_library_when_there_is_no_source_then_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(library.sysconfig, "get_path", lambda _: str(tmp_path))
     with pytest.raises(UserError, match="no Python source"):
-        library.python_library(5)
+        library.open_python_library(5)
 
 
 def test_python_library_when_it_is_the_real_one_then_plenty() -> None:
-    train, validation = library.python_library(5)
+    train, validation = library.open_python_library(5)
     assert len(train.names) > 300
     assert 0.01 < len(validation.names) / len(train.names) < 0.1
     assert not any("test" in name.split("/")[:-1] for name in train.names)

@@ -16,17 +16,17 @@ from pyarrow import parquet
 
 from llm.config.errors import UserError
 from llm.data.sources import text_decoding as decoding
-from llm.data.sources.files import named_files
-from llm.data.sources.readers import Files, rows
+from llm.data.sources.files import resolve_files
+from llm.data.sources.readers import FileSource, read_rows
 
 TEXTS = ["one", "two\u2028still two", "drei ä€😀", 'four, "quoted"\tand\nlines']
 
 
-def _source(path: Path, column: str | None = None, keep: bool = True) -> Files:
-    return Files(named_files([str(path)], "--train_file"), column, keep)
+def _source(path: Path, column: str | None = None, keep: bool = True) -> FileSource:
+    return FileSource(resolve_files([str(path)], "--train_file"), column, keep)
 
 
-def _documents(source: Files) -> list[str]:
+def _documents(source: FileSource) -> list[str]:
     documents, text = [], ""
     for part in source(Counter()):
         text += part.text
@@ -132,7 +132,7 @@ def test_csv_when_read_then_rows_of_the_text_column(tmp_path: Path) -> None:
 def test_csv_when_rows_are_short_or_blank_then_null_or_no_row(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("\ufeffid,text\n1,a\n\n2\n3,b\n")
-    assert list(rows(*named_files([str(path)], "--f"), "text")) == ["a", None, "b"]
+    assert list(read_rows(*resolve_files([str(path)], "--f"), "text")) == ["a", None, "b"]
 
 
 def test_csv_when_no_text_column_then_columns_listed(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_json_when_no_text_column_then_columns_of_the_rows_listed(tmp_path: Path
 def test_json_when_some_rows_lack_the_column_then_they_are_null(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": "x"}\n{"text": "y"}\n')
-    assert list(rows(*named_files([str(path)], "--f"), "text")) == [None, "y"]
+    assert list(read_rows(*resolve_files([str(path)], "--f"), "text")) == [None, "y"]
 
 
 def _write_parquet(path: Path, columns: dict) -> None:
@@ -253,7 +253,7 @@ def test_parquet_when_a_cell_is_not_utf8_then_it_comes_as_bytes(tmp_path: Path) 
     path = tmp_path / "a.parquet"
     cells = pyarrow.array([b"fine", b"\xff", None]).view(pyarrow.string())
     _write_parquet(path, {"text": cells})
-    assert list(rows(*named_files([str(path)], "--f"), "text")) == ["fine", b"\xff", None]
+    assert list(read_rows(*resolve_files([str(path)], "--f"), "text")) == ["fine", b"\xff", None]
 
 
 def test_files_when_formats_are_mixed_then_all_in_order(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm.data.sources.documents import TextChunk
-from llm.data.sources.validation_split import find_head, find_split_point, split_at
+from llm.data.sources.validation_split import find_head_split_point, find_split_point, split_at
 
 
 def _parts(*documents: str, size: int = 7) -> list[TextChunk]:
@@ -84,7 +84,7 @@ def test_cut_when_no_document_then_none() -> None:
 def test_head_when_found_then_is_about_the_share_and_ends_with_a_document_if_one_does(
     documents: list[str], percentage: float, num_bytes: int, place: tuple[int, int]
 ) -> None:
-    cut = find_head(_parts(*documents), percentage, num_bytes)
+    cut = find_head_split_point(_parts(*documents), percentage, num_bytes)
     assert cut is not None
     assert (cut.document, cut.byte) == place
 
@@ -94,5 +94,5 @@ def test_head_when_it_is_found_then_nothing_behind_it_is_read() -> None:
         yield from _parts(*["0123456789"] * 10)
         pytest.fail("read on")
 
-    assert find_head(parts(), 20, 95) is not None
-    assert find_head([], 20, 95) is None
+    assert find_head_split_point(parts(), 20, 95) is not None
+    assert find_head_split_point([], 20, 95) is None

@@ -87,13 +87,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """The revisions of which a Hub dataset was opened."""
     found: list[str | None] = []
 
-    def open_stream(options: DataOptions, revision: str | None) -> Corpus:
+    def open_streaming_corpus(options: DataOptions, revision: str | None) -> Corpus:
         found.append(revision)
         return Corpus(
             "set", "", lambda skipped: iter([TextChunk("a", True), TextChunk("b", True)]), None, 50, is_streamed=True
         )
 
-    monkeypatch.setattr(text_streams, "open_stream", open_stream)
+    monkeypatch.setattr(text_streams, "open_streaming_corpus", open_streaming_corpus)
     return found
 
 
