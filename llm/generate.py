@@ -82,7 +82,7 @@ def model_place(name: str) -> str:
 def _load(options: GenerateOptions, place: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in fp32 on the machine's accelerator, if it has one, and its tokenizer."""
     if not Path(place).is_dir():
-        _meet_the_hub()
+        _detect_hub(place)
 
     import torch
     from transformers.utils import logging as library_logging
@@ -110,15 +110,14 @@ def _load(options: GenerateOptions, place: str) -> tuple[PreTrainedModel, PreTra
     return model, tokenizer
 
 
-def _meet_the_hub() -> None:
-    """Looks for the Hub once; without it, what is in the cache is found at once."""
+def _detect_hub(name: str) -> None:
+    """Probe the Hub once; without it, the libraries read the local cache and do not retry."""
     from huggingface_hub import is_offline_mode
 
-    from llm.hub.connection import go_offline, hub_is_reachable
+    from llm.hub.connection import detect
 
-    if not is_offline_mode() and not hub_is_reachable():
+    if not is_offline_mode() and not detect([name]):
         print("the Hub cannot be reached: looking into the local cache", file=sys.stderr)
-        go_offline()
 
 
 def _print_texts(texts: Sequence[str]) -> None:

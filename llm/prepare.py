@@ -123,18 +123,15 @@ def _speaking() -> Iterator[None]:
 def _open_text(options: PrepareOptions) -> Corpus:
     """The text that the options name, nothing read yet; a dataset of the Hub comes as a stream."""
     from llm.data.sources.corpus import open_corpus
-    from llm.data.sources.hub_streaming import open_streaming_corpus
-    from llm.hub.connection import go_offline, hub_is_reachable
+    from llm.data.sources.hub_streaming import is_hub_dataset, open_streaming_corpus
+    from llm.hub.connection import detect, names_on_hub, unreachable_line
 
-    name = options.dataset_name
-    is_remote = name is not None and not name.startswith("builtin:") and not Path(name).expanduser().exists()
-    wanted = (name if is_remote else None, options.tokenizer_name)
-    on_the_hub = [n for n in wanted if n and n != "char" and not Path(n).expanduser().exists()]
-    if on_the_hub and not hub_is_reachable():
-        print(f"the Hub cannot be reached: {' and '.join(on_the_hub)} must be on this machine", file=sys.stderr)
-        go_offline()
-        is_remote = False
-    return open_streaming_corpus(options.data) if is_remote else open_corpus(options.data)
+    tokenizer = None if options.tokenizer_name == "char" else options.tokenizer_name
+    names = names_on_hub((options.dataset_name, tokenizer))
+    if names and not detect(names):
+        print(unreachable_line(names), file=sys.stderr)
+        return open_corpus(options.data)
+    return open_streaming_corpus(options.data) if is_hub_dataset(options.dataset_name) else open_corpus(options.data)
 
 
 def _claim(folder: Path, options: PrepareOptions, corpus: Corpus) -> None:

@@ -30,7 +30,7 @@ from llm.data.shards.format import OtherTokenizerError, Stream, Streams, is_fold
 from llm.data.sources.corpus import open_corpus
 from llm.data.sources.files import resolve_folder
 from llm.distributed.world import World
-from llm.hub.connection import go_offline, hub_is_reachable
+from llm.hub.connection import detect, names_on_hub, unreachable_line
 from llm.tokenization.encoder import vocabulary_size
 from llm.tokenization.load import CHARACTERS, TRAINED, load_tokenizer
 from llm.tokenization.vocabulary import is_character_level, token_byte_counts, tokenizer_hash
@@ -409,14 +409,15 @@ def _tokenizer_is_missing() -> UserError:
 
 def hub_names(options: Options) -> list[str]:
     """Return the names of data, tokenizer and model that are not local paths: they may be on the Hub."""
-    data, tokenizer = options.data.dataset_name, options.tokenizer.tokenizer_name
-    names = (
-        None if data is None or data.startswith("builtin:") else data,
-        None if tokenizer in (CHARACTERS, TRAINED) else tokenizer,
-        options.model.model_name_or_path,
-        options.model.config_name,
+    tokenizer = options.tokenizer.tokenizer_name
+    return names_on_hub(
+        (
+            options.data.dataset_name,
+            None if tokenizer in (CHARACTERS, TRAINED) else tokenizer,
+            options.model.model_name_or_path,
+            options.model.config_name,
+        )
     )
-    return [name for name in names if name and not Path(name).exists()]
 
 
 def detect_hub(options: Options, world: World) -> None:
@@ -425,8 +426,5 @@ def detect_hub(options: Options, world: World) -> None:
     Libraries that are not offline retry for half a minute a name when the network is down.
     """
     names = hub_names(options)
-    needs_hub = bool(names) or options.hub.push_to_hub
-    if not world.run_on_main(lambda: needs_hub and hub_is_reachable()):
-        if names:
-            log.info("the Hub cannot be reached: %s must be on this machine", " and ".join(names))
-        go_offline()
+    if not detect(names, push=options.hub.push_to_hub, run_on_main=world.run_on_main) and names:
+        log.info("%s", unreachable_line(names))

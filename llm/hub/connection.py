@@ -1,8 +1,7 @@
-"""Is the Hub there? Asked once, quickly; without it every library is told not to try.
+"""Whether the Hub can be reached: one probe at the start of a program, and offline mode where it fails.
 
-With the network down, each `from_pretrained` or `load_dataset` retries for half a minute before it
-looks into the local cache. One short probe at the start, and offline mode where it fails, costs
-seconds in all.
+Without a network, each `from_pretrained` or `load_dataset` retries for half a minute before it reads the local cache.
+One short probe, and offline mode for every library where it fails, costs seconds in all.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,40 @@ _OFFLINE_CONSTANTS = (
     ("datasets.config", "HF_HUB_OFFLINE"),
     ("datasets.config", "HF_DATASETS_OFFLINE"),
 )
+
+
+def names_on_hub(names: Iterable[str | None]) -> list[str]:
+    """Return the names of models, tokenizers or datasets that only the Hub (or its cache) can resolve, in their order.
+
+    The result leaves out None, the empty name, existing files and folders, and names with a colon, such as
+    `builtin:python`: the Hub allows no colon in a name.
+    """
+    return [name for name in names if name and ":" not in name and not Path(name).expanduser().exists()]
+
+
+def detect(
+    names: Sequence[str],
+    *,
+    push: bool = False,
+    run_on_main: Callable[[Callable[[], bool]], bool] = lambda probe: probe(),
+) -> bool:
+    """Probe the Hub once and return whether it answered; without an answer, or a need for one, go offline.
+
+    Args:
+        names: names that the Hub or its cache must resolve (see `names_on_hub`); without any, and without `push`,
+            the Hub is not probed.
+        push: whether the program will upload to the Hub.
+        run_on_main: runs a function on rank 0 and returns its result on every rank; by default it runs here.
+    """
+    is_reachable = run_on_main(lambda: (bool(names) or push) and hub_is_reachable())
+    if not is_reachable:
+        go_offline()
+    return is_reachable
+
+
+def unreachable_line(names: Sequence[str]) -> str:
+    """Return the line that reports an unreachable Hub and the names that must be in its local cache now."""
+    return f"the Hub cannot be reached: {' and '.join(names)} must be on this machine"
 
 
 def hub_is_reachable(timeout_seconds: float = 3.0) -> bool:

@@ -15,7 +15,8 @@ from threading import Thread
 import pytest
 from huggingface_hub import constants
 
-from llm.hub.connection import come_online, go_offline, hub_is_reachable
+from llm.hub import connection
+from llm.hub.connection import come_online, detect, go_offline, hub_is_reachable, names_on_hub
 from tests.hub_cache import plant_model
 
 
@@ -117,6 +118,54 @@ def test_come_online_when_the_user_asked_for_offline_changes_nothing(
     go_offline()
     come_online()
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_names_on_hub_when_local_or_of_this_package_then_leaves_them_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me" / "local").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [None, "", "gpt2", "builtin:python", "train:bpe", "me/local", "~/me", str(tmp_path), "me/remote"]
+    assert names_on_hub(names) == ["gpt2", "me/remote"]
+
+
+@pytest.mark.parametrize(
+    ("names", "push", "answers", "reachable", "num_probes"),
+    [
+        (["gpt2"], False, True, True, 1),
+        (["gpt2"], False, False, False, 1),
+        ([], True, True, True, 1),
+        ([], False, True, False, 0),
+    ],
+)
+def test_detect_when_nothing_is_needed_or_nobody_answers_then_goes_offline(
+    names: list[str],
+    push: bool,
+    answers: bool,
+    reachable: bool,
+    num_probes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probes: list[bool] = []
+
+    def probe() -> bool:
+        probes.append(True)
+        return answers
+
+    monkeypatch.setattr(connection, "hub_is_reachable", probe)
+    assert detect(names, push=push) is reachable
+    assert constants.is_offline_mode() is not reachable
+    assert len(probes) == num_probes
+
+
+def test_detect_when_rank_0_has_probed_then_the_other_ranks_take_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "hub_is_reachable", lambda: pytest.fail("probed on another rank than 0"))
+    assert detect(["gpt2"], run_on_main=lambda probe: True)
+    assert not constants.is_offline_mode()
+    assert not detect(["gpt2"], run_on_main=lambda probe: False)
+    assert constants.is_offline_mode()
 
 
 LOAD_BY_NAME = """

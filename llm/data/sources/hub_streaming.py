@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 from llm.config.errors import UserError, first_line
@@ -14,6 +13,7 @@ from llm.data.sources.corpus import Corpus
 from llm.data.sources.documents import Skipped, TextChunk, rows_to_documents
 from llm.data.sources.hub_datasets import loading_error
 from llm.data.sources.readers import missing_column_error
+from llm.hub.connection import names_on_hub
 
 # Raised when the same dataset begins to give another text.
 _FORMAT = 1
@@ -58,7 +58,7 @@ class StreamRows:
 
 def is_hub_dataset(name: str | None) -> bool:
     """Whether a dataset's name is one of the Hub, and nothing on this machine."""
-    return name is not None and not name.startswith("builtin:") and not Path(name).expanduser().exists()
+    return bool(names_on_hub([name]))
 
 
 def open_streaming_corpus(options: DataOptions, revision: str | None = None) -> Corpus:
