@@ -1,23 +1,23 @@
-"""Which option a word such as `--train` means, and which one a misspelt word was meant to be.
+"""Abbreviated options such as `--train`, and the closest name to a misspelt one.
 
 Command lines that worked with HuggingFace's `run_clm_no_trainer.py` or with llm-pytorch's
 `llm.trainers.gpt` must keep their meaning, abbreviations included: argparse accepts every prefix
-that is unique. A word is therefore looked up in this order:
+that is unique. A word is therefore resolved in this order:
 
-1. a whole name;
-2. a prefix that is unique among the options of either program (where both have a unique reading,
-   it is the same one), so that no option added here can take an abbreviation away;
-3. a prefix that is unique among the options here.
+1. a complete name;
+2. a prefix that is unique among the options of either program, so that no option added here can change the
+   meaning of an abbreviation (a prefix that is unique in both programs means the same option in both);
+3. a prefix that is unique among the options of the command.
 
-`--config FILE` is the one exception: there it was an abbreviation of `--config_name`, here it is a
-whole name.
+`--config FILE` is the one exception: in those programs it abbreviates `--config_name`, here it is a
+complete name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-# What every command understands beside its table.
+# The options of every command in addition to its table.
 BUILT_IN = ("config", "help", "version")
 
 RUN_CLM = frozenset(
@@ -45,11 +45,11 @@ LLM_PYTORCH = frozenset(
 
 
 def resolve(word: str, names: Collection[str]) -> list[str]:
-    """The names that a word on the command line may mean: one if it is clear, none if unknown.
+    """Return the options that a flag may mean: one if it is clear, several if ambiguous, none if unknown.
 
     Args:
-        word: as written, without its dashes and its `=value`; dashes inside count as underscores.
-        names: the rows of the table and `BUILT_IN`.
+        word: the flag as written, without its leading dashes and its `=value`; dashes inside count as underscores.
+        names: the options of the table and `BUILT_IN`.
     """
     word = word.replace("-", "_")
     if word in names:
@@ -57,19 +57,19 @@ def resolve(word: str, names: Collection[str]) -> list[str]:
     if not word:
         return []
     for program in (RUN_CLM, LLM_PYTORCH):
-        meant = _starting_with(word, program)
-        if len(meant) == 1 and meant[0] in names:
-            return meant
+        matches = _starting_with(word, program)
+        if len(matches) == 1 and matches[0] in names:
+            return matches
     return _starting_with(word, names)
 
 
 def closest_match(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that looks most like a word, or None where none does."""
+    """Return the name that is most similar to a word; None if no similarity reaches the cutoff (0 to 1)."""
     import difflib
 
-    plain = {name.lower(): name for name in names}
-    matches = difflib.get_close_matches(word.lower().replace("-", "_"), plain, n=1, cutoff=cutoff)
-    return plain[matches[0]] if matches else None
+    by_lower_case = {name.lower(): name for name in names}
+    matches = difflib.get_close_matches(word.lower().replace("-", "_"), by_lower_case, n=1, cutoff=cutoff)
+    return by_lower_case[matches[0]] if matches else None
 
 
 def _starting_with(word: str, names: Iterable[str]) -> list[str]:

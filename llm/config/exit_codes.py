@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and a line on the standard error for each mistake."""
+"""The end of a command: its exit code, and one line on the standard error for each mistake."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import os
 import sys
 from collections.abc import Callable
 
-from llm.config.errors import UserError
+from llm.config.errors import UserError, first_line
 
 EXIT_INTERRUPTED = 130
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code.
+    """Run a command and return its exit code.
 
-    A `UserError` becomes ``error: ...`` lines and its own code; Ctrl-C says nothing and is 130; a
-    reader of the output that left (head, less) is no error; a full disk is one line, whatever was
-    written to it, and so is memory that was not enough. Anything else is a bug and keeps its
-    traceback. Of the processes of a node, which all meet most mistakes, the first one says them.
+    - A `UserError` is printed as ``error: ...`` lines; the exit code is the error's. Of the processes of one
+      node, which all hit most errors, only the first one prints.
+    - Ctrl-C prints nothing; the exit code is 130.
+    - A closed output pipe (head, less) is not an error; the exit code is 0.
+    - A full disk and too little memory are one line each; the exit code is 1.
+    - Any other exception is a bug and keeps its traceback.
+
+    Args:
+        command: does the work and returns the exit code of its normal end.
     """
     try:
         code = command()
@@ -32,27 +37,29 @@ def run_command(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes once more at its exit, and would complain there.
+        # Python flushes the standard output again when it exits, and would print an error there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _DISK_FULL:
             raise
         sys.stderr.write(f"error: {error.filename or 'a file'} cannot be written ({error.strerror}); make room\n")
         return UserError.exit_code
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        what = str(error).splitlines()[0] if str(error) else "no memory"
         sys.stderr.write(
-            f"error: out of memory ({what}); make the batch smaller (--per_device_train_batch_size), or the model, or"
-            " train it with --gradient_checkpointing\n"
+            f"error: out of memory ({first_line(error)}); make the batch (--per_device_train_batch_size) or the model"
+            " smaller, or train with --gradient_checkpointing\n"
         )
         return UserError.exit_code
     return code
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory of the machine or of a device was not enough; torch, which may not be imported, has two ways."""
-    is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in str(error)
-    return isinstance(error, MemoryError) or is_torchs
+    """Whether the memory of the machine or of a device was not enough.
+
+    torch has two errors for it. They are recognised by name and message, because torch may not be imported here.
+    """
+    is_from_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in str(error)
+    return isinstance(error, MemoryError) or is_from_torch

@@ -1,7 +1,7 @@
-"""A table of options seen from outside: each row as a flag, with the values that it takes.
+"""The options of a table as flags, each with the values that it takes.
 
 A table is a pydantic model made of groups (`Options`: one TOML table a group) or one single group
-whose rows stand at the top of the TOML file (the smaller commands).
+whose options are the top-level keys of the TOML file (the smaller commands).
 """
 
 from __future__ import annotations
@@ -24,14 +24,22 @@ FALSE_WORDS = ("false", "no", "off", "f", "n", "0")
 
 @dataclass(frozen=True)
 class Flag:
-    """One row of a table.
+    """One option of a table, as a flag of the command line.
 
     Attributes:
-        name: the row's name, with underscores.
-        group: the field of the table that holds it, or "" where the table is one single group.
-        members: the types that a value may have, None left out: of `int | Literal["epoch"] | None`
-            they are `(int, "epoch")`; of a tuple or a dict they are its own.
-        bounds: such as `{"ge": 1}`.
+        name: the option's name, with underscores.
+        group: the group that holds the option, or "" where the table is one single group.
+        container: `tuple` or `dict` where the value is one, else None.
+        members: the types and literals that a value may have, without None: `(int, "epoch")` for
+            `int | Literal["epoch"] | None`. For a tuple they are those of its items.
+        bounds: the limits of a number, such as `{"ge": 1}`.
+        default: the value when the option is not given; None where it is required.
+        help: the line of `--help`.
+        metavar: the name of the value in `--help`; None where it is derived from the type.
+        secret: whether the value is kept out of files and logs.
+        positional: whether the value may be given as a plain word.
+        replaces: the options whose values from a TOML file are dropped when this one is given as a flag.
+        required: whether the option has no default.
     """
 
     name: str
@@ -49,58 +57,61 @@ class Flag:
 
     @property
     def takes_many(self) -> bool:
-        """Whether the flag takes all the words up to the next flag."""
+        """Whether the flag takes all words up to the next flag."""
         return self.container is tuple
 
     @property
     def may_be_bare(self) -> bool:
-        """Whether the flag may stand without a value, which means True."""
+        """Whether the flag may have no value, which means True."""
         return bool in self.members and self.container is None
 
     @property
     def is_switch(self) -> bool:
-        """Whether true and false are its only values."""
+        """Whether the only values are true and false."""
         return self.members == (bool,) and self.container is None
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that are allowed by name; empty when any are."""
+        """The literal words that are allowed as values; empty if there are none."""
         return tuple(member for member in self.members if isinstance(member, str))
 
     @property
     def key(self) -> str:
-        """The row's place in a TOML file, such as `training.seed`."""
+        """The option's key in a TOML file, such as `training.seed`."""
         return f"{self.group}.{self.name}" if self.group else self.name
 
     @property
     def allowed(self) -> str:
-        """The values it takes, to be read after "must be"."""
+        """The values that are allowed, worded to follow "must be"."""
         if self.container is dict:
             return "a table (on the command line a JSON object)"
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-        parts = [names[member] + _in_words(self.bounds) for member in self.members if member in names]
-        if self.choices:
-            parts.append("one of " * (len(self.choices) > 1) + ", ".join(self.choices))
-        return ", or ".join(parts) + (" (one or several)" if self.takes_many else "")
+        parts = [names[member] + _format_bounds(self.bounds) for member in self.members if member in names]
+        if len(self.choices) == 1:
+            parts.append(self.choices[0])
+        elif self.choices:
+            parts.append(f"one of {', '.join(self.choices)}")
+        text = ", or ".join(parts)
+        return f"{text} (one or several)" if self.takes_many else text
 
-    def read(self, words: list[str]) -> Any:
-        """The value that words on the command line stand for.
+    def parse_words(self, words: list[str]) -> Any:
+        """Return the value that the words of a command line stand for.
 
         Args:
-            words: what followed the flag; empty where it stands bare.
+            words: the words after the flag; empty where it has none.
 
         Raises:
-            ValueError: if the words do not stand for a value of this type (bounds are not checked).
+            ValueError: the words do not stand for a value of this type (bounds are not checked).
         """
         if not words:
             if self.may_be_bare:
                 return True
             raise ValueError
         if self.takes_many:
-            return tuple(self._read_word(word) for word in words)
-        return self._read_word(words[0])
+            return tuple(self._parse_word(word) for word in words)
+        return self._parse_word(words[0])
 
-    def _read_word(self, word: str) -> Any:
+    def _parse_word(self, word: str) -> Any:
         if any("\ud800" <= char <= "\udfff" for char in word):
             raise ValueError("it is not UTF-8")
         if self.container is dict:
@@ -110,7 +121,7 @@ class Flag:
         if word in self.choices:
             return word
         if bool in self.members:
-            # Where any text is a value, a file may be called "no".
+            # Where any text is allowed, "no" may be the name of a file.
             spellings = ("true", "false") if str in self.members else TRUE_WORDS + FALSE_WORDS
             if word.lower() in spellings:
                 return word.lower() in TRUE_WORDS
@@ -122,10 +133,10 @@ class Flag:
             return word
         raise ValueError
 
-    def accept(self, value: Any) -> Any:
-        """A TOML value in the form that the table wants: arrays are tuples, a lone text is one.
+    def convert_toml(self, value: Any) -> Any:
+        """Return a TOML value in the type of the option: arrays become tuples, and so does a single text.
 
-        A table may also come as a text of JSON, since TOML has no null.
+        A table may also be given as a text of JSON, because TOML has no null.
         """
         if self.takes_many:
             return tuple(value) if isinstance(value, list) else (value,)
@@ -138,26 +149,26 @@ class Flag:
 
 
 def flags_of(table: type[OptionGroup]) -> dict[str, Flag]:
-    """Every row of a table by name, in the order in which the table lists them.
+    """Return every option of a table by name, in the order of the table.
 
     Raises:
-        TypeError: if a name is used twice, since the command line is flat.
+        TypeError: a name is used twice, which a flat command line cannot tell apart, or is a built-in one.
     """
     flags: dict[str, Flag] = {}
     for field_name, field in table.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, OptionGroup):
-            rows = {name: (field_name, row) for name, row in field.annotation.model_fields.items()}
+            fields = {name: (field_name, inner) for name, inner in field.annotation.model_fields.items()}
         else:
-            rows = {field_name: ("", field)}
-        for name, (group, row) in rows.items():
+            fields = {field_name: ("", field)}
+        for name, (group, option_field) in fields.items():
             if name in flags or name in BUILT_IN:
                 raise TypeError(f"{table.__name__} uses the name {name} twice, or a built-in one")
-            flags[name] = _flag(name, group, row)
+            flags[name] = _flag(name, group, option_field)
     return flags
 
 
 def groups_of(table: type[OptionGroup]) -> dict[str, type[OptionGroup]]:
-    """The groups of a table by their field's name; {"": table} where the table is one itself."""
+    """Return the groups of a table by the name of their field; {"": table} where the table is a single group."""
     groups = {
         name: field.annotation
         for name, field in table.model_fields.items()
@@ -166,28 +177,28 @@ def groups_of(table: type[OptionGroup]) -> dict[str, type[OptionGroup]]:
     return groups or {"": table}
 
 
-def _flag(name: str, group: str, row: FieldInfo) -> Flag:
-    container, members = _members(row.annotation)
-    extra = row.json_schema_extra
-    traits: dict[str, Any] = extra if isinstance(extra, dict) else {}
+def _flag(name: str, group: str, field: FieldInfo) -> Flag:
+    container, members = _members(field.annotation)
+    schema_extra = field.json_schema_extra
+    extra: dict[str, Any] = schema_extra if isinstance(schema_extra, dict) else {}
     return Flag(
         name=name,
         group=group,
         container=container,
         members=members,
-        bounds=_bounds(row),
-        default=None if row.is_required() else row.default,
-        help=row.description or "",
-        metavar=traits.get("metavar"),
-        secret=bool(traits.get("secret")),
-        positional=bool(traits.get("positional")),
-        replaces=tuple(traits.get("replaces", ())),
-        required=row.is_required(),
+        bounds=_bounds(field),
+        default=None if field.is_required() else field.default,
+        help=field.description or "",
+        metavar=extra.get("metavar"),
+        secret=bool(extra.get("secret")),
+        positional=bool(extra.get("positional")),
+        replaces=tuple(extra.get("replaces", ())),
+        required=field.is_required(),
     )
 
 
 def _members(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The container (tuple, dict or None) and the flattened members of an annotation."""
+    """Return the container of an annotation (tuple, dict or None) and its flattened members."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         parts = [_members(part) for part in get_args(annotation) if part is not type(None)]
@@ -203,16 +214,16 @@ def _members(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
     return None, (annotation,)
 
 
-def _bounds(row: FieldInfo) -> dict[str, Any]:
+def _bounds(field: FieldInfo) -> dict[str, Any]:
     return {
         bound: getattr(constraint, bound)
-        for constraint in row.metadata
+        for constraint in field.metadata
         for bound in ("ge", "gt", "le", "lt")
         if getattr(constraint, bound, None) is not None
     }
 
 
-def _in_words(bounds: Mapping[str, Any]) -> str:
+def _format_bounds(bounds: Mapping[str, Any]) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     words = [f"{signs[bound]} {limit}" for bound, limit in bounds.items()]
     return " " + " and ".join(words) if words else ""

@@ -1,4 +1,4 @@
-"""The page that `--help` prints: every option by table, its value, its meaning, its default."""
+"""The page that `--help` prints: every option by group, with its value, its meaning and its default."""
 
 from __future__ import annotations
 
@@ -10,43 +10,60 @@ from typing import Any
 from llm.config.flags import Flag, flags_of, groups_of
 from llm.config.option import OptionGroup
 
-INDENT = 26
-LONGEST_LIST_OF_CHOICES = 40
+_INDENT = 26
+_LONGEST_CHOICES = 40
+_MIN_WIDTH = 40
 
 
 def help_text(table: type[OptionGroup], *, prog: str, description: str) -> str:
-    """The page, as wide as the terminal, ending in a line break."""
-    width = max(40, shutil.get_terminal_size().columns - 2)
+    """Return the help page, as wide as the terminal, with a line break at its end.
+
+    Args:
+        table: the options of the program.
+        prog: how the program is called.
+        description: one sentence on what the program does.
+    """
+    width = max(_MIN_WIDTH, shutil.get_terminal_size().columns - 2)
     flags = list(flags_of(table).values())
     groups = groups_of(table)
-    words = "".join(f" {_value(flag)}" if flag.required else f" [{_value(flag)}]" for flag in flags if flag.positional)
-    kind = "flat" if "" in groups else "by table"
-    parts = [
-        f"usage: {prog}{words} [--config FILE.toml] [--OPTION VALUE ...]",
-        textwrap.fill(description, width),
+    layout = "flat" if "" in groups else "by table"
+    general = [
         "General",
-        _entry("--config FILE.toml", f"options from a file, {kind}; flags win over it", width),
-        _entry("--help, -h", "print this page and stop", width),
-        _entry("--version", "print the version and stop", width),
+        _entry("--config FILE.toml", f"options from a file, {layout}; flags win over it", width),
+        _entry("--help, -h", "print this page and exit", width),
+        _entry("--version", "print the version and exit", width),
     ]
-    parts[2:] = ["\n".join(parts[2:])]
+    sections = [
+        f"usage: {prog}{_positional_words(flags)} [--config FILE.toml] [--OPTION VALUE ...]",
+        textwrap.fill(description, width),
+        "\n".join(general),
+    ]
     for name, group in groups.items():
-        doc = " ".join((group.__doc__ or "").split("\n\n")[0].split())
-        heading = textwrap.fill(f"[{name}] {doc}" if name else "Options", width)
-        rows = [_entry(_spelling(f), _meaning(f), width) for f in flags if f.group == name]
-        parts.append("\n".join([heading, *rows]))
-    return "\n\n".join(parts) + "\n"
+        summary = " ".join((group.__doc__ or "").split("\n\n")[0].split())
+        heading = textwrap.fill(f"[{name}] {summary}" if name else "Options", width)
+        entries = [_entry(_spelling(flag), _meaning(flag), width) for flag in flags if flag.group == name]
+        sections.append("\n".join([heading, *entries]))
+    return "\n\n".join(sections) + "\n"
+
+
+def _positional_words(flags: list[Flag]) -> str:
+    """Return the positional options for the usage line, in brackets unless required."""
+    words = ""
+    for flag in flags:
+        if flag.positional:
+            words += f" {_value(flag)}" if flag.required else f" [{_value(flag)}]"
+    return words
 
 
 def _entry(spelling: str, meaning: str, width: int) -> str:
-    """An option's lines: its spelling, and its meaning beside it or below."""
-    lines = textwrap.wrap(meaning, max(20, width - INDENT)) or [""]
+    """Return the lines of an option: its spelling, and its meaning beside or below it."""
+    lines = textwrap.wrap(meaning, max(20, width - _INDENT)) or [""]
     left = f"  {spelling}"
-    if len(left) + 2 > INDENT:
+    if len(left) + 2 > _INDENT:
         lines.insert(0, left)
     else:
-        lines[0] = left.ljust(INDENT) + lines[0]
-    return "\n".join([lines[0], *(" " * INDENT + line for line in lines[1:])])
+        lines[0] = left.ljust(_INDENT) + lines[0]
+    return "\n".join([lines[0], *(" " * _INDENT + line for line in lines[1:])])
 
 
 def _spelling(flag: Flag) -> str:
@@ -57,32 +74,35 @@ def _spelling(flag: Flag) -> str:
 
 
 def _value(flag: Flag) -> str:
-    """How the page names a flag's value."""
-    types = {int: "N", float: "X", str: "TEXT"}
-    named = [types[member] for member in flag.members if member in types]
-    value = flag.metavar or "|".join([*named, *(flag.choices if not _is_long(flag) else ["NAME"])])
+    """Return the name of a flag's value."""
+    type_names = {int: "N", float: "X", str: "TEXT"}
+    parts = [type_names[member] for member in flag.members if member in type_names]
+    parts += ["NAME"] if _has_long_choices(flag) else flag.choices
+    value = flag.metavar or "|".join(parts)
     return f"{value} [{value} ...]" if flag.takes_many else value or "VALUE"
 
 
 def _meaning(flag: Flag) -> str:
-    choices = f"; one of {', '.join(flag.choices)}" if _is_long(flag) and not flag.metavar else ""
-    return flag.help + choices + _default(flag)
+    text = flag.help
+    if _has_long_choices(flag) and not flag.metavar:
+        text += f"; one of {', '.join(flag.choices)}"
+    return text + _default(flag)
 
 
-def _is_long(flag: Flag) -> bool:
-    return len("|".join(flag.choices)) > LONGEST_LIST_OF_CHOICES
+def _has_long_choices(flag: Flag) -> bool:
+    return len("|".join(flag.choices)) > _LONGEST_CHOICES
 
 
 def _default(flag: Flag) -> str:
-    """The default in brackets, where there is one and the help does not say it already."""
+    """Return the default in brackets; "" if there is none or the help text names it already."""
     if flag.required:
         return " (required)"
     if flag.default in (None, {}) or flag.default is False or "(default" in flag.help:
         return ""
-    return f" (default: {_as_word(flag.default)})"
+    return f" (default: {_format_value(flag.default)})"
 
 
-def _as_word(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, tuple):
-        return " ".join(_as_word(item) for item in value)
+        return " ".join(_format_value(item) for item in value)
     return value if isinstance(value, str) else json.dumps(value)

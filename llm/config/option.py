@@ -1,8 +1,8 @@
-"""What one option is: a row with a name, a type, a default, bounds and a line of help.
+"""Definition of an option: a name, a type, a default, bounds and a line of help.
 
-A table of options is a pydantic model whose fields are groups (one TOML table each) or rows. Rows are
-plain pydantic fields; what argparse needs beyond that (a metavar, whether the value is a secret) is kept
-in the field's ``json_schema_extra``, so that a row stays one line and nothing about it stands twice.
+A table of options is a pydantic model whose fields are groups (one TOML table each) or options. Options are
+plain pydantic fields. What the command line needs in addition (a metavar, whether the value is a secret) is
+kept in the field's ``json_schema_extra``, so that each option is defined in one place.
 """
 
 from __future__ import annotations
@@ -26,18 +26,25 @@ def option(
     secret: bool = False,
     positional: bool = False,
     replaces: tuple[str, ...] = (),
-    **bounds: Any,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
 ) -> Any:
-    """One option.
+    """Return the pydantic field of one option.
 
     Args:
-        default: the value when neither the command line nor the TOML file gives one.
+        default: the value when neither the command line nor the TOML file gives one; ``...`` when it is required.
         help: the line that ``--help`` prints, without the default (which is appended).
-        metavar: how ``--help`` names the value; the type's name when None.
-        secret: never written to a file, a log or a model card.
-        positional: may also be given without its flag, as the first plain word.
-        replaces: rows that say the same otherwise: given as a flag, this one puts those of a file aside.
-        bounds: pydantic's own (``ge``, ``gt``, ``le``, ``lt``, ``min_length``).
+        metavar: the name of the value in ``--help``; derived from the type when None.
+        secret: whether the value is kept out of all files, logs and model cards.
+        positional: whether the value may also be given without its flag, as a plain word.
+        replaces: alternatives to this option: when this option is given as a flag, their values from the TOML file
+            are dropped.
+        ge: smallest value that is allowed.
+        gt: bound above which the value must be.
+        le: largest value that is allowed.
+        lt: bound below which the value must be.
     """
     extra: dict[str, Any] = {
         "metavar": metavar,
@@ -45,4 +52,4 @@ def option(
         "positional": positional,
         "replaces": replaces,
     }
-    return Field(default, description=help, json_schema_extra=extra, **bounds)
+    return Field(default, description=help, json_schema_extra=extra, ge=ge, gt=gt, le=le, lt=lt)

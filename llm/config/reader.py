@@ -1,4 +1,4 @@
-"""From a command line and a TOML file to options, or to every mistake in them at once.
+"""Reading of a command line and a TOML file into options, with all mistakes reported at once.
 
 Precedence is default < `--config FILE.toml` < flag; of a repeated flag the last one counts.
 This is not argparse because argparse stops at the first mistake.
@@ -25,59 +25,58 @@ from llm.config.toml import toml_value
 
 T = TypeVar("T", bound=OptionGroup)
 
+_LONGEST_SHOWN = 60
+
 
 @dataclass
 class _Layer:
-    """What one source gave: values by the row's name, and how a mistake names each of them."""
+    """The values from one source by option name, and how a mistake quotes each of them."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
+    quotes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class _Mistakes:
-    """The lines so far, and the rows that no conclusion may be drawn from any more."""
+    """The mistakes so far, one line each, and the options whose values are unknown because of them."""
 
     lines: list[str] = field(default_factory=list)
-    doubtful: set[str] = field(default_factory=set)
+    uncertain: set[str] = field(default_factory=set)
 
-    def add(self, line: str, *rows: str | None) -> None:
+    def add(self, line: str, *options: str | None) -> None:
         self.lines.append(" ".join(line.split()))
-        self.doubtful.update(row for row in rows if row)
+        self.uncertain.update(option for option in options if option)
 
 
 def read_options(table: type[T], argv: Sequence[str], *, prog: str, description: str) -> T:
-    """The options that a command line asks for.
+    """Return the options of a command line and its `--config` file.
 
-    `--help` and `--version` write to the standard output and leave.
+    `--help` and `--version` write to the standard output and exit.
 
     Args:
         table: a model made of groups, or a single group.
-        argv: the words after the program's name.
+        argv: the words after the name of the program.
         prog: how the program is called, for `--help`.
-        description: what the program does, in a sentence, for `--help`.
+        description: one sentence on what the program does, for `--help`.
 
     Returns:
-        A frozen instance of the table; `model_fields_set` of a group names the given rows.
+        A frozen instance of the table. `model_fields_set` of a group holds the options that were given.
 
     Raises:
-        SystemExit: 0, after `--help` or `--version`.
-        UsageError: if anything is wrong; the message holds every mistake, one a line.
+        SystemExit: with code 0, after `--help` or `--version`.
+        UsageError: something is wrong; the message holds every mistake, one a line.
     """
     flags = flags_of(table)
-    given = parse_argv(argv, flags)
-    _answer_questions(table, given, prog=prog, description=description)
+    parsed_flags = parse_argv(argv, flags)
+    _print_help_or_version(table, parsed_flags, prog=prog, description=description)
     mistakes = _Mistakes()
-    layers = [
-        _read_file(table, flags, given, mistakes),
-        _read_flags(flags, given, mistakes),
-    ]
-    file_layer, flag_layer = layers
+    file_layer = _read_file(table, flags, parsed_flags, mistakes)
+    flag_layer = _read_flags(flags, parsed_flags, mistakes)
     for name in flag_layer.values:
         for other in set(flags[name].replaces) - set(flag_layer.values):
             file_layer.values.pop(other, None)
     merged: dict[str, Any] = {}
-    for layer in layers:
+    for layer in (file_layer, flag_layer):
         _drop_wrong_values(table, flags, layer, mistakes)
         merged |= layer.values
     options = _build(table, flags, merged, mistakes)
@@ -87,7 +86,7 @@ def read_options(table: type[T], argv: Sequence[str], *, prog: str, description:
 
 
 def version_line() -> str:
-    """Such as `llm-trainers 0.1.0`: of the installed package, else of these files."""
+    """Return a line such as `llm-trainers 0.1.0`: the installed version, or else that of the source files."""
     from importlib import metadata
 
     import llm
@@ -98,13 +97,16 @@ def version_line() -> str:
         return f"llm-trainers {llm.__version__}"
 
 
-def _answer_questions(table: type[OptionGroup], given: Sequence[ParsedFlag], *, prog: str, description: str) -> None:
-    asked = {name for each in given if len(each.names) == 1 for name in each.names}
-    if "help" in asked:
+def _print_help_or_version(
+    table: type[OptionGroup], parsed_flags: Sequence[ParsedFlag], *, prog: str, description: str
+) -> None:
+    """Print the help page or the version and exit, if the command line has such a flag."""
+    names = {parsed.names[0] for parsed in parsed_flags if len(parsed.names) == 1}
+    if "help" in names:
         from llm.config.help import help_text
 
         sys.stdout.write(help_text(table, prog=prog, description=description))
-    elif "version" in asked:
+    elif "version" in names:
         sys.stdout.write(f"{version_line()}\n")
     else:
         return
@@ -114,115 +116,117 @@ def _answer_questions(table: type[OptionGroup], given: Sequence[ParsedFlag], *, 
 # The command line
 
 
-def _read_flags(flags: Mapping[str, Flag], given: Sequence[ParsedFlag], mistakes: _Mistakes) -> _Layer:
+def _read_flags(flags: Mapping[str, Flag], parsed_flags: Sequence[ParsedFlag], mistakes: _Mistakes) -> _Layer:
     layer = _Layer()
-    plain: list[str] = []
-    for each in given:
-        if each.is_plain:
-            plain += each.values
-        elif len(each.names) != 1:
-            _add_unclear_flag(each, flags, mistakes)
-        elif each.names[0] in flags:
-            _read_words(flags[each.names[0]], each.word, each.values, layer, mistakes)
-        elif not each.values:  # of --config, which _read_file looks at otherwise
-            mistakes.add(f"{each.word}: needs a value: the name of a TOML file")
-    _read_plain_words(flags, plain, layer, mistakes)
+    plain_words: list[str] = []
+    for parsed in parsed_flags:
+        if parsed.is_plain:
+            plain_words += parsed.values
+        elif len(parsed.names) != 1:
+            _add_unclear_flag(parsed, flags, mistakes)
+        elif parsed.names[0] in flags:
+            _read_words(flags[parsed.names[0]], parsed.word, parsed.values, layer, mistakes)
+        elif not parsed.values:  # --config; _read_file reads it where it has a value
+            mistakes.add(f"{parsed.word}: needs a value: the name of a TOML file")
+    _read_plain_words(flags, plain_words, layer, mistakes)
     return layer
 
 
-def _add_unclear_flag(given: ParsedFlag, flags: Mapping[str, Flag], mistakes: _Mistakes) -> None:
-    if given.names:
-        candidates = ", ".join(f"--{name}" for name in given.names)
-        mistakes.add(f"{given.word}: may mean {candidates}; write it out", *given.names)
+def _add_unclear_flag(parsed: ParsedFlag, flags: Mapping[str, Flag], mistakes: _Mistakes) -> None:
+    """Add a mistake for a flag that is ambiguous or unknown."""
+    if parsed.names:
+        candidates = ", ".join(f"--{name}" for name in parsed.names)
+        mistakes.add(f"{parsed.word}: may mean {candidates}; write it out", *parsed.names)
         return
-    guess = closest_match(given.word.lstrip("-"), (*flags, *BUILT_IN))
-    mend = f"did you mean --{guess}?" if guess else "see --help for all options"
-    mistakes.add(f"{given.word}: unknown option; {mend}", guess)
+    guess = closest_match(parsed.word.lstrip("-"), (*flags, *BUILT_IN))
+    hint = f"did you mean --{guess}?" if guess else "see --help for all options"
+    mistakes.add(f"{parsed.word}: unknown option; {hint}", guess)
 
 
 def _read_words(flag: Flag, word: str, values: Sequence[str], layer: _Layer, mistakes: _Mistakes) -> None:
-    """Read one flag's words into the layer, or add a mistake."""
-    shown = " ".join(_shown(value) for value in values) if not flag.secret else "***"
-    place = f"{word} {shown}".strip()
+    """Read the words of one flag into the layer, or add a mistake."""
+    shown = "***" if flag.secret else " ".join(_quote_word(value) for value in values)
+    quote = f"{word} {shown}".strip()
     if word and word.lstrip("-").replace("-", "_") != flag.name:
-        place += f" (short for --{flag.name})"
+        quote += f" (short for --{flag.name})"
     try:
-        layer.values[flag.name] = flag.read(list(values))
-        layer.places[flag.name] = place
+        layer.values[flag.name] = flag.parse_words(list(values))
+        layer.quotes[flag.name] = quote
     except ValueError as error:
         layer.values.pop(flag.name, None)
-        bare = f"{place}: needs a value: {flag.allowed}"
-        line = _wrong_value(place, flag, values[0]) if values else bare
+        line = _wrong_value(quote, flag, values[0]) if values else f"{quote}: needs a value: {flag.allowed}"
         mistakes.add(f"{line} ({error})" if str(error) else line, flag.name)
 
 
-def _read_plain_words(flags: Mapping[str, Flag], plain: list[str], layer: _Layer, mistakes: _Mistakes) -> None:
-    """Words without a flag go to the positional rows, in the table's order."""
+def _read_plain_words(flags: Mapping[str, Flag], words: list[str], layer: _Layer, mistakes: _Mistakes) -> None:
+    """Read words without a flag into the positional options, in the order of the table."""
+    rest = list(words)
     for flag in flags.values():
-        if plain and flag.positional and flag.name not in layer.values:
-            count = len(plain) if flag.takes_many else 1
-            _read_words(flag, "", plain[:count], layer, mistakes)
-            del plain[:count]
-    for word in plain:
+        if rest and flag.positional and flag.name not in layer.values:
+            num_words = len(rest) if flag.takes_many else 1
+            _read_words(flag, "", rest[:num_words], layer, mistakes)
+            del rest[:num_words]
+    for word in rest:
         guess = closest_match(word, flags, cutoff=0.8)
-        mend = f"did you mean --{guess}?" if guess else "options start with --"
-        mistakes.add(f"{_shown(word)}: unexpected word; {mend}", guess)
+        hint = f"did you mean --{guess}?" if guess else "options start with --"
+        mistakes.add(f"{_quote_word(word)}: unexpected word; {hint}", guess)
 
 
 # The TOML file
 
 
 def _read_file(
-    table: type[OptionGroup], flags: Mapping[str, Flag], given: Sequence[ParsedFlag], mistakes: _Mistakes
+    table: type[OptionGroup], flags: Mapping[str, Flag], parsed_flags: Sequence[ParsedFlag], mistakes: _Mistakes
 ) -> _Layer:
     layer = _Layer()
-    names = [each.values[0] for each in given if each.names == ("config",) and each.values]
-    if not names:
+    files = [parsed.values[0] for parsed in parsed_flags if parsed.names == ("config",) and parsed.values]
+    if not files:
         return layer
-    content = _load(names[-1], mistakes)
+    file = files[-1]
     groups = groups_of(table)
-    for key, value in content.items():
+    for key, value in _load_toml(file, mistakes).items():
         if "" in groups:
-            _read_key(names[-1], "", key, value, flags, layer, mistakes)
+            _read_key(file, "", key, value, flags, layer, mistakes)
         elif key not in groups:
-            mistakes.add(f"{names[-1]}: {_unknown_table(key, value, groups, flags)}", key)
+            mistakes.add(f"{file}: {_unknown_table(key, value, groups, flags)}", key)
         elif not isinstance(value, dict):
-            mistakes.add(f"{names[-1]}: {key} = {_shown_toml(value)}: must be a table, [{key}]")
+            mistakes.add(f"{file}: {key} = {_quote_toml(value)}: must be a table, [{key}]")
         else:
-            for row, item in value.items():
-                _read_key(names[-1], key, row, item, flags, layer, mistakes)
+            for name, item in value.items():
+                _read_key(file, key, name, item, flags, layer, mistakes)
     return layer
 
 
-def _load(name: str, mistakes: _Mistakes) -> dict[str, Any]:
-    """The content of a TOML file; nothing, and a mistake, if it cannot be read."""
+def _load_toml(file: str, mistakes: _Mistakes) -> dict[str, Any]:
+    """Return the content of a TOML file; {}, and add a mistake, if it cannot be read."""
     import tomllib
 
     try:
-        return tomllib.loads(Path(name).read_bytes().decode("utf-8-sig"))
+        return tomllib.loads(Path(file).read_bytes().decode("utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
-        mistakes.add(f"{name}: not valid TOML: {error}")
+        mistakes.add(f"{file}: not valid TOML: {error}")
     except UnicodeDecodeError as error:
-        mistakes.add(f"{name}: not UTF-8 text (at byte {error.start})")
+        mistakes.add(f"{file}: not UTF-8 text (at byte {error.start})")
     except FileNotFoundError:
-        mend = "" if name.endswith(".toml") else "; --config names a TOML file (--config_name a model)"
-        mistakes.add(f"--config {_shown(name)}: no such file{mend}")
+        hint = "" if file.endswith(".toml") else "; --config names a TOML file (--config_name a model)"
+        mistakes.add(f"--config {_quote_word(file)}: no such file{hint}")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        mistakes.add(f"--config {_shown(name)}: cannot be read: {reason}")
+        mistakes.add(f"--config {_quote_word(file)}: cannot be read: {reason}")
     return {}
 
 
 def _unknown_table(key: str, value: Any, groups: Mapping[str, Any], flags: Mapping[str, Flag]) -> str:
+    """Return the mistake in a top-level key that is not a table of options."""
     if key in flags:
         return f"{key}: belongs in the table [{flags[key].group}]"
     if isinstance(value, dict):
         guess = closest_match(key, groups)
-        mend = f"did you mean [{guess}]?" if guess else f"the tables are {', '.join(groups)}"
-        return f"[{key}]: unknown table; {mend}"
+        hint = f"did you mean [{guess}]?" if guess else f"the tables are {', '.join(groups)}"
+        return f"[{key}]: unknown table; {hint}"
     guess = closest_match(key, flags)
-    mend = f"; did you mean {flags[guess].key}?" if guess else f"; the tables are {', '.join(groups)}"
-    return f"{key}: unknown key{mend}"
+    hint = f"did you mean {flags[guess].key}?" if guess else f"the tables are {', '.join(groups)}"
+    return f"{key}: unknown key; {hint}"
 
 
 def _read_key(
@@ -239,71 +243,73 @@ def _read_key(
     if key not in flags:
         siblings = [flag.name for flag in flags.values() if flag.group == group]
         guess = closest_match(key, siblings) or closest_match(key, flags)
-        mend = f"did you mean {flags[guess].key}?" if guess else f"known are {', '.join(siblings)}"
-        mistakes.add(f"{file}: {full_key}: unknown key; {mend}", guess)
+        hint = f"did you mean {flags[guess].key}?" if guess else f"the keys are {', '.join(siblings)}"
+        mistakes.add(f"{file}: {full_key}: unknown key; {hint}", guess)
     elif flags[key].group != group:
         mistakes.add(f"{file}: {full_key}: belongs in the table [{flags[key].group}]", key)
     else:
-        shown = "***" if flags[key].secret else _shown_toml(value)
-        layer.values[key] = flags[key].accept(value)
-        layer.places[key] = f"{file}: {full_key} = {shown}"
+        shown = "***" if flags[key].secret else _quote_toml(value)
+        layer.values[key] = flags[key].convert_toml(value)
+        layer.quotes[key] = f"{file}: {full_key} = {shown}"
 
 
 # Both
 
 
 def _drop_wrong_values(table: type[OptionGroup], flags: Mapping[str, Flag], layer: _Layer, mistakes: _Mistakes) -> None:
-    """Take the values of a wrong type or out of bounds out of a layer, each with a mistake."""
+    """Remove the values of a wrong type or out of bounds from a layer, and add a mistake for each."""
     wrong = {name for name, value in layer.values.items() if not _is_finite(value)}
     for group_name, group in groups_of(table).items():
-        rows = {name: v for name, v in layer.values.items() if flags[name].group == group_name}
+        values = {name: value for name, value in layer.values.items() if flags[name].group == group_name}
         try:
-            group.model_validate(rows, strict=True)
+            group.model_validate(values, strict=True)
         except ValidationError as error:
-            wrong |= {str(each["loc"][0]) for each in error.errors() if each["loc"]} & set(rows)
+            wrong |= {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]} & set(values)
     for name in sorted(wrong, key=list(layer.values).index):
         value = layer.values.pop(name)
-        mistakes.add(_wrong_value(layer.places[name], flags[name], value), name)
+        mistakes.add(_wrong_value(layer.quotes[name], flags[name], value), name)
 
 
 def _build(table: type[T], flags: Mapping[str, Flag], values: Mapping[str, Any], mistakes: _Mistakes) -> T | None:
-    """The options; None, and mistakes, where values contradict each other or one is missing."""
+    """Return the options; None, and add mistakes, where values contradict each other or one is missing."""
     nested: dict[str, Any] = {}
     for name, value in values.items():
-        (nested.setdefault(flags[name].group, {}) if flags[name].group else nested)[name] = value
+        group = flags[name].group
+        target = nested.setdefault(group, {}) if group else nested
+        target[name] = value
     try:
         return table.model_validate(nested, strict=True)
     except ValidationError as error:
-        for each in error.errors():
-            row = str(each["loc"][-1]) if each["loc"] else ""
-            if each["type"] == "missing" and row not in mistakes.doubtful:
-                mistakes.add(f"--{row}: required: {flags[row].help}")
-            elif each["type"] == "value_error":
-                lines = str(each.get("ctx", {}).get("error", each["msg"])).splitlines()
-                for line in lines:
-                    # A line about a row whose value is unknown would be a guess.
-                    if mistakes.doubtful.isdisjoint(re.findall(r"\w+", line)):
+        for detail in error.errors():
+            name = str(detail["loc"][-1]) if detail["loc"] else ""
+            if detail["type"] == "missing" and name not in mistakes.uncertain:
+                mistakes.add(f"--{name}: required: {flags[name].help}")
+            elif detail["type"] == "value_error":
+                for line in str(detail.get("ctx", {}).get("error", detail["msg"])).splitlines():
+                    # A contradiction with an option whose value is unknown would be a guess.
+                    if mistakes.uncertain.isdisjoint(re.findall(r"\w+", line)):
                         mistakes.add(line)
     return None
 
 
-def _wrong_value(place: str, flag: Flag, value: Any) -> str:
+def _wrong_value(quote: str, flag: Flag, value: Any) -> str:
     guess = closest_match(value, flag.choices) if isinstance(value, str) else None
-    return f"{place}: must be {flag.allowed}" + (f"; did you mean {guess}?" if guess else "")
+    line = f"{quote}: must be {flag.allowed}"
+    return f"{line}; did you mean {guess}?" if guess else line
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether a number is one: no option takes nan or inf."""
+    """Whether a value is not nan or inf, which no option allows."""
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _shown_toml(value: Any) -> str:
-    return _shortened(toml_value(value))
+def _quote_toml(value: Any) -> str:
+    return _shorten(toml_value(value))
 
 
-def _shown(word: str) -> str:
-    return _shortened(word if word and word.isprintable() and " " not in word else repr(word))
+def _quote_word(word: str) -> str:
+    return _shorten(word if word and word.isprintable() and " " not in word else repr(word))
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _shorten(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."

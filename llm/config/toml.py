@@ -1,4 +1,4 @@
-"""Options written down: as TOML that `--config` reads back, and as a command line."""
+"""Options as text: TOML that `--config` reads back, and a command line without secrets."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from llm.config.flags import flags_of
 from llm.config.option import OptionGroup
 from llm.config.options import Options
 
-BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def to_toml(options: OptionGroup) -> str:
-    """Options as TOML: one table a group, every row that has a value, and no secrets.
+    """Return options as TOML: one table a group, every option that has a value, no secrets.
 
-    What `read_options` makes of it through `--config` equals `options`, secrets apart.
+    `read_options` with this text as `--config` returns options that equal `options`, except for secrets.
     """
     tables: dict[str, list[str]] = {}
     for flag in flags_of(type(options)).values():
         group = getattr(options, flag.group) if flag.group else options
         value = getattr(group, flag.name)
         if value is not None and not flag.secret:
-            tables.setdefault(flag.group, []).append(f"{flag.name} = {toml_value(value)}")
-    return "\n".join(
-        "".join(f"{line}\n" for line in ([f"[{name}]"] if name else []) + lines) for name, lines in tables.items()
-    )
+            header = [f"[{flag.group}]"] if flag.group else []
+            tables.setdefault(flag.group, header).append(f"{flag.name} = {toml_value(value)}")
+    return "\n".join("".join(f"{line}\n" for line in lines) for lines in tables.values())
 
 
 def toml_value(value: Any) -> str:
-    """A value as TOML, on one line.
+    """Return a value as TOML, on one line.
 
-    TOML has no null: a dict that holds None is written as a text of JSON, which the reader takes
-    for a dict as well.
+    TOML has no null: a dict that holds None is written as a text of JSON, which the reader converts
+    back to a dict.
     """
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -53,29 +52,30 @@ def toml_value(value: Any) -> str:
 
 
 def redacted_command_line(argv: Sequence[str], table: type[OptionGroup] = Options) -> str:
-    """A command line as a shell would take it, with `***` in the place of secret values.
+    """Return a command line that a shell can read, with `***` instead of secret values.
 
     Args:
-        argv: the words, as in `sys.argv` (the words before the first flag are kept as they are).
-        table: the options that the command reads.
+        argv: the words, as in `sys.argv` (words before the first flag are kept).
+        table: the options of the command.
     """
     flags = flags_of(table)
     words: list[str] = []
-    for given in parse_argv(argv, flags):
-        # What follows an unknown flag may be a secret behind a misspelt name.
-        is_open = given.is_plain or (
-            bool(given.names) and not any(name in flags and flags[name].secret for name in given.names)
-        )
-        values = [shlex.quote(value) if is_open else "***" for value in given.values]
-        if given.joined:
-            words.append(f"{given.word}={values[0]}")
-        else:
-            words += [*([given.word] if given.word else []), *values]
+    for parsed in parse_argv(argv, flags):
+        may_be_secret = any(name in flags and flags[name].secret for name in parsed.names)
+        # An unknown flag may be the misspelt name of a secret option.
+        is_unknown = not parsed.is_plain and not parsed.names
+        values = ["***" if may_be_secret or is_unknown else shlex.quote(value) for value in parsed.values]
+        if parsed.joined:
+            words.append(f"{parsed.word}={values[0]}")
+            continue
+        if parsed.word:
+            words.append(parsed.word)
+        words += values
     return " ".join(words)
 
 
 def _toml_key(key: str) -> str:
-    return key if BARE_KEY.fullmatch(key) else _toml_text(key)
+    return key if _BARE_KEY.fullmatch(key) else _toml_text(key)
 
 
 def _toml_text(text: str) -> str:
@@ -84,5 +84,5 @@ def _toml_text(text: str) -> str:
 
 
 def _escaped(char: str) -> str:
-    """Control characters may not stand in TOML as they are."""
+    """Return a character, with control characters escaped as TOML requires."""
     return f"\\u{ord(char):04X}" if ord(char) < 0x20 or ord(char) == 0x7F else char

@@ -14,7 +14,7 @@ from llm.config.exit_codes import run_command
 
 
 @pytest.mark.parametrize(("error", "code"), [(UserError("one\ntwo"), 1), (UsageError("one\ntwo"), 2)])
-def test_outcome_when_a_person_can_mend_it_is_lines_and_a_code(
+def test_run_command_when_a_user_error_then_prints_lines_and_returns_its_code(
     error: UserError, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def command() -> int:
@@ -24,7 +24,7 @@ def test_outcome_when_a_person_can_mend_it_is_lines_and_a_code(
     assert capsys.readouterr().err == "error: one\nerror: two\n"
 
 
-def test_outcome_when_interrupted_is_130_and_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_command_when_interrupted_then_is_130_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     def command() -> int:
         raise KeyboardInterrupt
 
@@ -32,16 +32,16 @@ def test_outcome_when_interrupted_is_130_and_quiet(capsys: pytest.CaptureFixture
     assert capsys.readouterr() == ("", "")
 
 
-def test_outcome_when_all_is_well_is_the_commands_own() -> None:
+def test_run_command_when_it_succeeds_then_returns_the_code_of_the_command() -> None:
     assert run_command(lambda: 75) == 75
 
 
-def test_outcome_when_it_is_a_bug_keeps_the_traceback() -> None:
+def test_run_command_when_it_is_a_bug_then_keeps_the_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)
 
 
-def test_outcome_when_the_reader_left_is_quiet() -> None:
+def test_run_command_when_the_output_pipe_is_closed_then_prints_nothing() -> None:
     script = (
         "import sys; from llm.config.exit_codes import run_command\n"
         "sys.exit(run_command(lambda: print('x' * 10**6) or 7))"
@@ -52,7 +52,7 @@ def test_outcome_when_the_reader_left_is_quiet() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-def test_outcome_when_a_disk_is_full_then_is_one_line_and_other_errors_keep_their_traceback(
+def test_run_command_when_a_disk_is_full_then_prints_one_line_and_other_errors_keep_their_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def command() -> int:
@@ -64,7 +64,7 @@ def test_outcome_when_a_disk_is_full_then_is_one_line_and_other_errors_keep_thei
         run_command(lambda: os.stat("/nowhere").st_size)
 
 
-def test_outcome_when_memory_is_not_enough_then_is_one_line_and_other_errors_keep_their_traceback(
+def test_run_command_when_out_of_memory_then_prints_one_line_and_other_errors_keep_their_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     import numpy as np
@@ -75,8 +75,8 @@ def test_outcome_when_memory_is_not_enough_then_is_one_line_and_other_errors_kee
 
     for command in (lambda: len(torch.empty(2**50)), lambda: len(np.zeros(2**55)), accelerators):
         assert run_command(command) == 1
-        found = capsys.readouterr().err
-        assert found.startswith("error: out of memory (") and found.count("\n") == 1
-        assert "--per_device_train_batch_size" in found
+        message = capsys.readouterr().err
+        assert message.startswith("error: out of memory (") and message.count("\n") == 1
+        assert "--per_device_train_batch_size" in message
     with pytest.raises(RuntimeError, match=r"size mismatch|shapes"):
         run_command(lambda: len(torch.zeros(2, 3) @ torch.zeros(2, 3)))

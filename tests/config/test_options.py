@@ -1,19 +1,18 @@
-"""The table itself: what stands in it, and that old command lines find what they know."""
+"""The options of the trainer: the table, the command lines of older programs, and wrong combinations."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from pydantic import create_model
 
-from llm.config.abbreviations import BUILT_IN, LLM_PYTORCH, RUN_CLM, closest_match, resolve
+from llm.config.abbreviations import BUILT_IN, LLM_PYTORCH, RUN_CLM
+from llm.config.errors import UsageError
 from llm.config.flags import flags_of
-from llm.config.option import OptionGroup, option
 from llm.config.options import Options
 from llm.config.reader import read_options
 
-# Name, default, a word as the two programs take it, and the value it stands for.
+# Name, default, words that run_clm or llm-pytorch take, and the value they stand for.
 LEGACY: list[tuple[str, Any, list[str], Any]] = [
     ("dataset_name", None, ["wikitext"], "wikitext"),
     ("dataset_config_name", None, ["wikitext-2-raw-v1"], "wikitext-2-raw-v1"),
@@ -60,23 +59,22 @@ LEGACY: list[tuple[str, Any, list[str], Any]] = [
 
 
 @pytest.mark.parametrize(("name", "default", "words", "expected"), LEGACY)
-def test_options_when_an_old_command_line_gives_one_then_it_means_the_same(
+def test_option_when_given_as_in_an_older_program_then_means_the_same(
     name: str, default: Any, words: list[str], expected: Any
 ) -> None:
     flag = flags_of(Options)[name]
     assert flag.default == default
     options = read_options(Options, [f"--{name}", *words], prog="llm", description="")
-    got = getattr(getattr(options, flag.group), name)
-    assert got == expected
+    assert getattr(getattr(options, flag.group), name) == expected
 
 
-def test_options_when_compared_with_the_old_programs_then_none_is_missing() -> None:
+def test_options_when_compared_with_the_older_programs_then_none_is_missing() -> None:
     known = {*flags_of(Options), *BUILT_IN}
     assert known >= RUN_CLM | LLM_PYTORCH
     assert {name for name, *_ in LEGACY} == (RUN_CLM | LLM_PYTORCH) - {"help"}
 
 
-def test_options_when_listed_then_each_row_has_help_and_the_table_stays_readable() -> None:
+def test_options_when_listed_then_each_has_a_help_text_without_a_full_stop() -> None:
     flags = flags_of(Options)
     assert len(flags) <= 85
     for flag in flags.values():
@@ -87,36 +85,34 @@ def test_options_when_listed_then_each_row_has_help_and_the_table_stays_readable
         assert group.annotation.__doc__
 
 
-def test_flags_of_when_two_groups_share_a_name_then_it_refuses() -> None:
-    one = create_model("One", __base__=OptionGroup, seed=(int, option(1, "a seed")))
-    two = create_model("Two", __base__=OptionGroup, seed=(int, option(1, "a seed")))
-    both = create_model("Both", __base__=OptionGroup, one=(one, one()), two=(two, two()))
-    with pytest.raises(TypeError, match="seed"):
-        flags_of(both)
-    with pytest.raises(TypeError, match="config"):
-        flags_of(create_model("Reserved", __base__=OptionGroup, config=(int, option(1, "x"))))
-
-
-def test_resolve_when_a_prefix_was_unique_in_an_old_program_then_it_keeps_that_meaning() -> None:
-    names = {*flags_of(Options), *BUILT_IN}
-    for program in (RUN_CLM, LLM_PYTORCH):
-        for name in program:
-            for end in range(1, len(name)):
-                word = name[:end]
-                meant = [other for other in program if other.startswith(word)]
-                if len(meant) == 1 and word not in names:
-                    # True of both programs at once: they never disagree about a unique prefix.
-                    assert resolve(word, names) == [name]
-
-
-def test_resolve_when_words_are_unknown_empty_or_dashed_then_it_says_so() -> None:
-    names = {*flags_of(Options), *BUILT_IN}
-    assert resolve("kfac-kl-clip", names) == ["kfac_kl_clip"]
-    assert resolve("nothing", names) == []
-    assert resolve("", names) == []
-    assert resolve("hub", names) == ["hub_model_id", "hub_token"]
-
-
-def test_nearest_when_a_name_is_close_then_it_is_found_and_else_none() -> None:
-    assert closest_match("learnig-rate", flags_of(Options)) == "learning_rate"
-    assert closest_match("xyzzy", flags_of(Options)) is None
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--mixed_precision fp8", "--mixed_precision fp8 is refused"),
+        ("--lr_scheduler_type greedy", "--lr_scheduler_type greedy is refused"),
+        ("--min_lr_ratio 0.1", "--min_lr_ratio applies to --lr_scheduler_type cosine"),
+        ("--train_dir a --train_file b", "--train_dir, --dataset_name and --train_file"),
+        ("--train_dir a --validation_file b", "--validation_file is text"),
+        ("--validation_dir a", "--validation_dir holds tokens"),
+        ("--streaming", "--streaming: the length of the text is unknown; give --max_train_steps"),
+        ("--streaming --max_train_steps 1 --train_dir a", "--streaming reads text"),
+        ("--streaming --max_train_steps 1 --tokenizer_name char", "--tokenizer_name char needs all characters"),
+        ("--streaming --max_train_steps 1 --checkpointing_steps epoch", "--checkpointing_steps epoch"),
+        ("--global_batch_size 8 --gradient_accumulation_steps 2", "--global_batch_size and --gradient_accumulation"),
+        ("--vocab_size 300", "--vocab_size applies to --tokenizer_name train:bpe"),
+        ("--config_overrides n_layer=1 --model_name_or_path gpt2", "--config_overrides applies to a model built from"),
+        ("--push_to_hub", "--push_to_hub uploads the folder of the run; give --output_dir"),
+        ("--checkpointing_steps 0", "--checkpointing_steps must be a number of steps >= 1, or epoch"),
+        ("--max_time soon", "--max_time soon: not a duration"),
+        ("--train_dir a=0.5 b", "--train_dir b: has no weight"),
+        ("--kfac_backend kfac-pytorch --kfac_factor_tokens 8", "--kfac_factor_tokens needs --kfac_backend llm"),
+        ("--kfac_backend kfac-pytorch --kfac_spread", "--kfac_spread cannot be combined with kfac-pytorch"),
+        ("--kfac_compat --kfac_spread", "--kfac_spread cannot be combined with kfac-pytorch"),
+        ("--kfac_skip_layers (", "--kfac_skip_layers (: not a regular expression"),
+    ],
+)
+def test_options_when_a_combination_cannot_work_then_it_is_the_only_mistake(words: str, expected: str) -> None:
+    with pytest.raises(UsageError) as mistake:
+        read_options(Options, words.split(), prog="llm", description="")
+    assert str(mistake.value).startswith(expected)
+    assert len(str(mistake.value).splitlines()) == 1

@@ -41,7 +41,7 @@ class Flat(OptionGroup):
 
 
 def candidates(flag: Flag) -> list[Any]:
-    """Values that the row's type allows."""
+    """Values that the type of the option allows."""
     if flag.container is dict:
         return [{}, {"power": 2, "a b": 1.0, "ok": True, "t": 'x"'}, {"gone": None, "n": 1}]
     values = [item for member in flag.members for item in VALUES.get(member, [member])]
@@ -63,12 +63,12 @@ def test_to_toml_when_read_back_then_every_value_is_the_same(name: str, tmp_path
         try:
             group = base.get(flag.group, {}) | {name: value}
             expected = Options.model_validate(base | {flag.group: group})
-        except ValueError:  # out of bounds, or refused in this company
+        except ValueError:  # out of bounds, or refused in this combination
             continue
         path.write_text(to_toml(expected), encoding="utf-8", newline="")
-        got = read_options(Options, ["--config", str(path)], prog="llm", description="")
-        assert got == expected
-        assert repr(got) == repr(expected)
+        result = read_options(Options, ["--config", str(path)], prog="llm", description="")
+        assert result == expected
+        assert repr(result) == repr(expected)
         num_tried += 1
     assert num_tried
 
@@ -80,11 +80,11 @@ def test_to_toml_when_options_have_a_secret_then_it_is_left_out() -> None:
     assert "hub_token" not in to_toml(options)
 
 
-def test_to_toml_when_the_table_is_one_group_then_its_keys_stand_at_the_top() -> None:
+def test_to_toml_when_the_table_is_a_single_group_then_its_keys_are_top_level() -> None:
     assert to_toml(Flat(checkpoint="x")) == 'checkpoint = "x"\nnum_samples = 3\n'
 
 
-def test_to_toml_when_written_then_tables_are_the_groups_and_none_is_left_out() -> None:
+def test_to_toml_when_written_then_every_group_is_a_table() -> None:
     content = tomllib.loads(to_toml(Options()))
     assert set(content) == set(Options.model_fields)
     assert "seed" not in content["training"]
@@ -101,13 +101,13 @@ def test_to_toml_when_written_then_tables_are_the_groups_and_none_is_left_out() 
         ["--hub_tokne", "hf_abc"],
     ],
 )
-def test_command_line_when_a_secret_was_given_then_stars_stand_for_it(secret: list[str]) -> None:
+def test_redacted_command_line_when_it_has_a_secret_then_shows_stars(secret: list[str]) -> None:
     line = redacted_command_line(["llm", *secret, "--seed", "1"])
     assert "hf_abc" not in line
     assert "***" in line
     assert line.endswith(" --seed 1")
 
 
-def test_command_line_when_a_shell_reads_it_then_the_words_are_the_same() -> None:
+def test_redacted_command_line_when_a_shell_reads_it_then_the_words_are_the_same() -> None:
     words = ["-m", "llm", "--train_file", "a b", "c*", "--sample_prompt=it's", "--kfac", "--", "-x"]
     assert shlex.split(redacted_command_line(words[1:])) == words[1:]

@@ -31,13 +31,13 @@ def _read(*words: str) -> list[tuple[str, Fraction | None]]:
         (("a=nan", "b=inf", "c=1e999"), [("a=nan", None), ("b=inf", None), ("c=1e999", None)]),
     ],
 )  # fmt: skip
-def test_folders_when_named_then_split_at_the_last_sign_before_a_number(
+def test_parse_weighted_dirs_when_words_end_in_a_number_then_it_is_the_weight(
     words: tuple[str, ...], expected: list[tuple[str, Fraction | None]]
 ) -> None:
     assert _read(*words) == expected
 
 
-def test_folders_when_one_of_the_whole_name_exists_then_it_is_meant(
+def test_parse_weighted_dirs_when_a_folder_has_the_entire_name_then_there_is_no_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -52,12 +52,14 @@ def test_folders_when_one_of_the_whole_name_exists_then_it_is_meant(
     [
         (("a=0", "b=1"), "--train_dir a=0: a weight must be above 0"),
         (("a=-0.5", "b=1"), "--train_dir a=-0.5: a weight must be above 0"),
-        (("a=0.5", "b"), "--train_dir b: has no weight, but others have; write b=0.5"),
+        (("a=0.5", "b"), "--train_dir b: has no weight, but others have one; write b=0.5"),
         (("a=0.5", "b=0.2", "a=0.3"), "--train_dir a: is named twice"),
         (("a", "a"), "--train_dir a: is named twice"),
     ],
 )
-def test_folders_when_wrong_then_usage_in_one_line(words: tuple[str, ...], message: str) -> None:
+def test_train_dir_when_the_weights_are_wrong_then_usage_error_of_one_line(
+    words: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(UsageError) as refusal:
         read_options(Options, ["--train_dir", *words], prog="x", description="x")
     assert str(refusal.value).startswith(message)
@@ -68,12 +70,12 @@ def test_folders_when_wrong_then_usage_in_one_line(words: tuple[str, ...], messa
     ("toml", "expected"),
     [('"x"', ("x",)), ('["x"]', ("x",)), ('["a=0.7", "b=0.3"]', ("a=0.7", "b=0.3"))],
 )
-def test_train_dir_when_in_a_file_then_one_text_or_a_list(toml: str, expected: tuple[str, ...], tmp_path: Path) -> None:
+def test_train_dir_when_in_a_toml_file_then_a_text_or_a_list(
+    toml: str, expected: tuple[str, ...], tmp_path: Path
+) -> None:
     (tmp_path / "x.toml").write_text(f"[data]\ntrain_dir = {toml}\n")
     options = read_options(Options, ["--config", str(tmp_path / "x.toml")], prog="x", description="x")
     assert options.data.train_dir == expected
-    given = read_options(Options, ["--train_dir", *expected], prog="x", description="x")
-    assert given == options
-    assert (
-        read_options(Options, [f"--train_dir={expected[0]}"], prog="x", description="x").data.train_dir == expected[:1]
-    )
+    assert read_options(Options, ["--train_dir", *expected], prog="x", description="x") == options
+    joined = read_options(Options, [f"--train_dir={expected[0]}"], prog="x", description="x")
+    assert joined.data.train_dir == expected[:1]

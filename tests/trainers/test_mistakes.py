@@ -49,8 +49,8 @@ def replaced(options: list[str], name: str, *values: str | Path) -> list[str]:
         (("--lr_scheduler_type", "greedy"), "greedy is refused"),
         (("--lr_scheduler_type", "reduce_lr_on_plateau"), "reduce_lr_on_plateau is refused"),
         (("--mixed_precision", "fp8"), "Conv1D"),
-        (("--kfac", "--kfac_backend", "kfac-pytorch", "--kfac_factor_tokens", "8"), "--kfac_factor_tokens is for"),
-        (("--kfac", "--kfac_compat", "--kfac_spread"), "--kfac_spread is not kfac-pytorch's way"),
+        (("--kfac", "--kfac_backend", "kfac-pytorch", "--kfac_factor_tokens", "8"), "--kfac_factor_tokens needs"),
+        (("--kfac", "--kfac_compat", "--kfac_spread"), "--kfac_spread cannot be combined"),
         (("--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"nonsense": 1}'), "nonsense"),
     ],
 )

@@ -70,7 +70,7 @@ def test_train_when_something_about_the_shards_is_wrong_then_one_line(
         (["--train_dir", shards, "--validation_dir", other], 1, "made with another tokenizer"),
         (["--train_dir", tmp_path / "shrads"], 1, "nearest name in"),
         (["--train_dir", shards, "--train_file", tiny_text], 2, "give one of them"),
-        (["--validation_dir", shards], 2, "give the tokens to train on as --train_dir"),
+        (["--validation_dir", shards], 2, "give the training tokens as --train_dir"),
         (["--train_file", tmp_path / "high.bin"], 1, "hold id 999"),
         (["--train_file", tmp_path / "low.bin", tiny_text], 1, "mixed; give one kind"),
         (["--train_file", tmp_path / "low.bin", "--tokenizer_name", "char"], 1, "tokens are given, not text"),

@@ -190,7 +190,7 @@ def test_streaming_when_something_else_is_asked_for_too_then_refused(
         (["--train_dir", str(tmp_path), *options], "leave --streaming out"),
         (["--train_file", str(tmp_path / "ids.bin"), *options], "leave --streaming out"),
         ([*file, *replaced(options, "--tokenizer_name", "char")], "use train:bpe"),
-        ([*file, *options, "--checkpointing_steps", "epoch"], "give a number of updates"),
+        ([*file, *options, "--checkpointing_steps", "epoch"], "give a number of steps"),
     ):
         assert message in one_line(train(*words), 2)
 
