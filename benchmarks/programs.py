@@ -294,11 +294,11 @@ def _peak() -> dict[str, Any]:
     """The highest memory since the answer before this one."""
     import torch
 
-    from llm.system.memory import forget_peak, peak_bytes
+    from llm.system.memory import peak_bytes, reset_peak_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = peak_bytes(device)
-    forget_peak(device)
+    reset_peak_bytes(device)
     return {"peak_bytes": found}
 
 

@@ -209,7 +209,7 @@ def _tokenizer(folder: Path, options: PrepareOptions, corpus: Corpus) -> PreTrai
     from huggingface_hub import constants
 
     from llm.config.options import ModelOptions
-    from llm.files.atomic import whole_folder
+    from llm.files.atomic import atomic_folder
     from llm.tokenization.load import load_tokenizer
 
     saved = folder / "tokenizer"
@@ -223,7 +223,7 @@ def _tokenizer(folder: Path, options: PrepareOptions, corpus: Corpus) -> PreTrai
             cache_dir=Path(constants.HF_HOME) / "llm",
         )
         try:
-            with whole_folder(saved) as temporary:
+            with atomic_folder(saved) as temporary:
                 made.save_pretrained(temporary)
         except OSError:
             raise

@@ -39,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder beside `path` that takes its name when the block ends well.
 
     All files in it are synced first. An older folder of that name is replaced; a failed block leaves it
@@ -66,13 +66,13 @@ def _replace(temporary: Path, path: Path) -> None:
     try:
         os.replace(temporary, path)
     except BaseException:
-        _bring_back(older, path)
+        _restore(older, path)
         raise
     sync_folder(path.parent)
     shutil.rmtree(older, ignore_errors=True)
 
 
-def bring_back(parent: Path, names: str) -> None:
+def restore_replaced(parent: Path, names: str) -> None:
     """Gives folders their names back whose successor was killed before it had taken them.
 
     Args:
@@ -80,10 +80,10 @@ def bring_back(parent: Path, names: str) -> None:
         names: a pattern of the names.
     """
     for older in parent.glob(f".{names}{_OLDER}"):
-        _bring_back(older, older.with_name(older.name.removeprefix(".").removesuffix(_OLDER)))
+        _restore(older, older.with_name(older.name.removeprefix(".").removesuffix(_OLDER)))
 
 
-def _bring_back(older: Path, path: Path) -> None:
+def _restore(older: Path, path: Path) -> None:
     if older.exists() and not path.exists():
         os.replace(older, path)
 

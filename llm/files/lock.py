@@ -39,7 +39,7 @@ class Lock:
         """Whether the loss is known; nothing is read."""
         return self._loss is not None
 
-    def is_ours(self) -> bool:
+    def is_held(self) -> bool:
         """Looks at the file; a loss is logged once."""
         return self._look(touch=False)
 
@@ -49,7 +49,7 @@ class Lock:
         Raises:
             LockLostError: it is not ours any more.
         """
-        if not self.is_ours():
+        if not self.is_held():
             raise LockLostError(self._loss)
 
     def touch(self) -> bool:
@@ -58,7 +58,7 @@ class Lock:
 
     def release(self) -> None:
         """Removes the file, if it is ours."""
-        if self.is_ours():
+        if self.is_held():
             self._path.unlink(missing_ok=True)
 
     def _look(self, *, touch: bool) -> bool:
@@ -97,7 +97,7 @@ _held: dict[Path, Lock] = {}
 
 
 @contextmanager
-def locked(path: Path, *, job: str | None = None, is_patient: bool = False) -> Iterator[Lock]:
+def locked(path: Path, *, job: str | None = None, wait_for_stale: bool = False) -> Iterator[Lock]:
     """Holds the lock file while the block runs, and touches it every ten seconds.
 
     When the block fails and the lock was lost, the loss is raised: it is the cause.
@@ -109,7 +109,7 @@ def locked(path: Path, *, job: str | None = None, is_patient: bool = False) -> I
     Args:
         path: of the lock file.
         job: the scheduler's job that this process belongs to.
-        is_patient: whether to wait, up to that minute, for a lock of another host that nobody touches any more.
+        wait_for_stale: whether to wait, up to that minute, for a lock of another host that nobody touches any more.
 
     Raises:
         UserError: another run holds it.
@@ -124,7 +124,7 @@ def locked(path: Path, *, job: str | None = None, is_patient: bool = False) -> I
             continue
         if found.is_stale(job):
             _remove(path, found.content)
-        elif is_patient and not found.is_here and touched in (None, found.touched):
+        elif wait_for_stale and not found.is_here and touched in (None, found.touched):
             if touched is None:
                 touched = found.touched
                 log.info("waiting for the lock of %s, last touched %.0f s ago", found.holder, found.age)
@@ -269,7 +269,7 @@ def _remove(path: Path, content: str) -> None:
     aside.unlink()
 
 
-def holder_of(path: Path) -> tuple[str, int] | None:
+def lock_holder(path: Path) -> tuple[str, int] | None:
     """Host and process that hold the lock; None when nobody does, or only somebody who was killed."""
     try:
         found = _read(path.resolve())

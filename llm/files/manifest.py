@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-NAME = "manifest.json"
+MANIFEST = "manifest.json"
 _VERSION = 2
 _HASH = "xxh3_128"
 
@@ -17,14 +17,14 @@ _HASH = "xxh3_128"
 def write_manifest(folder: Path) -> None:
     """Writes `manifest.json` over all files that are below `folder` now."""
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, _HASH: hash_of(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, _HASH: hash_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != NAME
+        if path.is_file() and path.name != MANIFEST
     }
-    (folder / NAME).write_bytes(_serialised(files))
+    (folder / MANIFEST).write_bytes(_serialised(files))
 
 
-def damage(folder: Path, *, read_content: bool = True) -> str | None:
+def find_damage(folder: Path, *, read_content: bool = True) -> str | None:
     """What is wrong with a folder that has a manifest, in a few words; None when every byte is right.
 
     A file that the manifest does not list is no damage: nobody reads it (all names are known, and weights
@@ -35,19 +35,21 @@ def damage(folder: Path, *, read_content: bool = True) -> str | None:
         read_content: False looks at the manifest, and at the names and sizes of the others only.
     """
     try:
-        content = (folder / NAME).read_bytes()
+        content = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
-        return f"{NAME} is missing"
+        return f"{MANIFEST} is missing"
     except OSError as error:
-        return _unreadable(NAME, error)
+        return _unreadable(MANIFEST, error)
     try:
         files = json.loads(content)["files"]
         # To the byte: whatever was changed, in a name, a number, a hash, or between them, is found here.
         if content != _serialised(files):
-            return f"{NAME} has other content than when it was written (or another version of this program wrote it)"
+            return (
+                f"{MANIFEST} has other content than when it was written (or another version of this program wrote it)"
+            )
     except (ValueError, KeyError, TypeError, RecursionError):
         # The cause says nothing to a person, and may quote pages of it.
-        return f"{NAME} cannot be read (it is not what this program writes)"
+        return f"{MANIFEST} cannot be read (it is not what this program writes)"
     for name, expected in files.items():
         try:
             problem = _damage_of_file(folder / name, expected, read_content=read_content)
@@ -58,7 +60,7 @@ def damage(folder: Path, *, read_content: bool = True) -> str | None:
     return None
 
 
-def hash_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """The XXH3 hash (128 bits, as hexadecimal digits) of a file's content.
 
     It finds accidents, not forgers, at the speed of memory; reading and hashing let go of the interpreter.
@@ -73,7 +75,7 @@ def _damage_of_file(path: Path, expected: dict[str, Any], *, read_content: bool)
     num_bytes = path.stat().st_size
     if num_bytes != expected["bytes"]:
         return f"has {num_bytes} bytes instead of {expected['bytes']}"
-    if read_content and hash_of(path) != expected[_HASH]:
+    if read_content and hash_file(path) != expected[_HASH]:
         return "has other content than when it was written"
     return None
 

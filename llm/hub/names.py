@@ -50,7 +50,7 @@ WELL_KNOWN = (
 )
 
 
-def cached_names() -> list[str]:
+def cached_model_names() -> list[str]:
     """Names of the models that the local Hub cache holds, sorted."""
     try:
         cache = huggingface_hub.scan_cache_dir()
@@ -94,7 +94,7 @@ def name_error(flag: str, name: str, missing: str, error: BaseException) -> User
     causes = _causes(error)
     if _is_any(causes, HFValidationError) or _looks_like_folder(name):
         return _folder_error(flag, name)
-    known = sorted({*WELL_KNOWN, *cached_names()})
+    known = sorted({*WELL_KNOWN, *cached_model_names()})
     hint = "" if name in known else suggestion(name, known)
     if _is_any(causes, GatedRepoError):
         return UserError(

@@ -9,13 +9,13 @@ PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def groups_of(controller: str) -> Iterator[Path]:
+def cgroup_dirs(controller: str) -> Iterator[Path]:
     """The folders of this process's cgroup and of those above it, in either version of cgroups.
 
     Args:
         controller: `cpu` or `memory`.
     """
-    for line in read(PROC / "self/cgroup").splitlines():
+    for line in read_text(PROC / "self/cgroup").splitlines():
         _, controllers, place = line.split(":", 2)
         # Version 2 has no controllers there; in version 1 that of the CPU has a hierarchy of its own. A container may
         # see its own group as the root of all.
@@ -28,7 +28,7 @@ def groups_of(controller: str) -> Iterator[Path]:
                 yield folder
 
 
-def read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """A file's text; nothing where it is not there."""
     try:
         return path.read_text(errors="replace")

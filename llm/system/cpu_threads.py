@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from llm.system import cgroups
-from llm.system.cgroups import groups_of, read
+from llm.system.cgroups import cgroup_dirs, read_text
 
 _CPUS = Path("/sys/devices/system/cpu")
 # Any of these says that a launcher started this process.
@@ -39,14 +39,14 @@ def num_free_cores() -> int:
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     allowed = os.sched_getaffinity(0)
-    cores = {read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
+    cores = {read_text(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
     return max(1, int(min(len(cores), _quota())))
 
 
 def _is_launchers() -> bool:
     """Whether the number of threads comes from the launcher and not from its user; False where that cannot be seen."""
     parent = cgroups.PROC / str(os.getppid())
-    given, words = read(parent / "environ"), read(parent / "cmdline")
+    given, words = read_text(parent / "environ"), read_text(parent / "cmdline")
     if not given or not any(name in os.environ for name in _LAUNCHED):
         return False
     is_users = any(entry.startswith(f"{_ASKED}=") for entry in given.split("\0"))
@@ -55,13 +55,13 @@ def _is_launchers() -> bool:
 
 def _quota() -> float:
     """CPUs' worth of time that this process's cgroup, or one above it, allows; inf without a limit."""
-    return min((_quota_of(folder) for folder in groups_of("cpu")), default=float("inf"))
+    return min((_quota_of(folder) for folder in cgroup_dirs("cpu")), default=float("inf"))
 
 
 def _quota_of(folder: Path) -> float:
     """The limit of one cgroup, in either version's files."""
-    words = read(folder / "cpu.max").split() or [
-        read(folder / f"cpu.cfs_{what}_us").strip() for what in ("quota", "period")
+    words = read_text(folder / "cpu.max").split() or [
+        read_text(folder / f"cpu.cfs_{what}_us").strip() for what in ("quota", "period")
     ]
     # "max" and -1 are no limit.
     return int(words[0]) / int(words[1]) if words[0].isdigit() and int(words[0]) > 0 else float("inf")

@@ -6,7 +6,7 @@ import gc
 
 
 def freeze_heap() -> None:
-    """Collects what is garbage now, and takes all that is left out of the searches to come, until `thaw_heap`.
+    """Collects what is garbage now, and takes all that is left out of the searches to come, until `unfreeze_heap`.
 
     Torch, transformers and the rest of a run leave some 400,000 objects that stay. A search through them took half a
     second about every 130 updates of 4 x 128, a thirtieth of the time, and on several ranks at different times, for
@@ -17,6 +17,6 @@ def freeze_heap() -> None:
     gc.freeze()
 
 
-def thaw_heap() -> None:
+def unfreeze_heap() -> None:
     """Lets searches see everything again."""
     gc.unfreeze()

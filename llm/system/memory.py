@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from llm.system import cgroups
-from llm.system.cgroups import groups_of, read
+from llm.system.cgroups import cgroup_dirs, read_text
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak_bytes(device: torch.device) -> None:
     """Counts the peak of the memory from here, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -38,16 +38,16 @@ def resident_bytes() -> int:
 
 def available_bytes() -> int | None:
     """What this process could still take without swapping, by the machine and by its cgroups; None if nobody says."""
-    found = [_entry(cgroups.PROC / "meminfo", "MemAvailable:"), *map(_left_in, groups_of("memory"))]
+    found = [_entry(cgroups.PROC / "meminfo", "MemAvailable:"), *map(_left_in, cgroup_dirs("memory"))]
     return min((left for left in found if left is not None), default=None)
 
 
 def _left_in(group: Path) -> int | None:
     """Of a cgroup's limit; files that were only read can be dropped, and count as free."""
     for limit, used, cache in _OF_A_GROUP:
-        most = read(group / limit).strip()
+        most = read_text(group / limit).strip()
         if most.isdigit():  # "max" is no limit, and in the first version a number beyond all memory
-            held, dropped = int(read(group / used) or 0), _entry(group / "memory.stat", cache, unit=1) or 0
+            held, dropped = int(read_text(group / used) or 0), _entry(group / "memory.stat", cache, unit=1) or 0
             return max(0, int(most) - held + dropped)
     return None
 
@@ -61,5 +61,5 @@ _OF_A_GROUP = (
 
 def _entry(file: Path, name: str, *, unit: int = 1024) -> int | None:
     """The number behind a name, in bytes; None where there is no such line."""
-    words = (line.split() for line in read(file).splitlines())
+    words = (line.split() for line in read_text(file).splitlines())
     return next((int(each[1]) * unit for each in words if each[:1] == [name]), None)

@@ -79,7 +79,7 @@ class Process:
         """How it ended, minus a signal's number where one did; None while it lives."""
         return self._process.poll()
 
-    def dismiss(self) -> None:
+    def close_pipe(self) -> None:
         """Closes the pipe, so that it ends by itself."""
         self.pipe.close()
 

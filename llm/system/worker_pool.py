@@ -19,14 +19,14 @@ Made = TypeVar("Made")
 _SECONDS_TO_END = 10.0
 
 
-def usable_cores() -> int:
+def num_usable_cpus() -> int:
     """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-class Workers:
+class WorkerPool:
     """Processes that call functions for this one; they end with the block, or when this process does.
 
     They import what the functions need and nothing else, which takes a fifth of a second for the engine
@@ -78,11 +78,11 @@ class Workers:
         """Ends the processes and waits for them; what has not begun is not done."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._workers:
-            worker.dismiss()
+            worker.close_pipe()
         for worker in self._workers:
             worker.wait()
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -119,8 +119,8 @@ class _Worker:
             " start the same command again"
         )
 
-    def dismiss(self) -> None:
-        self._process.dismiss()
+    def close_pipe(self) -> None:
+        self._process.close_pipe()
 
     def wait(self) -> None:
         self._process.wait(_SECONDS_TO_END)

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from llm.config.errors import UserError
-from llm.system.worker_pool import Workers, usable_cores
+from llm.system.worker_pool import WorkerPool, num_usable_cpus
 from llm.tokenization.split_patterns import EDGE_CASES, UnsuitableError
 from llm.tokenization.tiktoken_encoder import TiktokenEncoder, encode_packed, unpack
 
@@ -65,8 +65,8 @@ class Encoder:
         self._merges: TiktokenEncoder | None = None
         self._is_tried = self._backend is None
         self._is_merges_tried = self._backend is None
-        self._num_workers = usable_cores() if num_workers is None else num_workers
-        self._workers: Workers | None = None
+        self._num_workers = num_usable_cpus() if num_workers is None else num_workers
+        self._workers: WorkerPool | None = None
 
     def __enter__(self) -> Encoder:
         """The encoder itself."""
@@ -229,12 +229,12 @@ class Encoder:
         return [np.array(ids, dtype=np.uint32) for ids in found["input_ids"]]
 
 
-def _start(num_workers: int) -> Workers | None:
+def _start(num_workers: int) -> WorkerPool | None:
     """The processes; None for one worker, and with a warning where there can be none."""
     if num_workers <= 1:
         return None
     try:
-        return Workers(num_workers)
+        return WorkerPool(num_workers)
     except OSError as error:
         log.warning("tokenizing in one process: no other can be started (%s)", error)
         return None

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Pre
 
 from llm.config.errors import UserError, first_line
 from llm.config.options import ModelOptions, TokenizerOptions
-from llm.files.atomic import whole_folder
+from llm.files.atomic import atomic_folder
 from llm.hub.names import name_error
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def _from_text(
             )
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with whole_folder(folder) as temporary:
+            with atomic_folder(folder) as temporary:
                 tokenizer.save_pretrained(temporary)
         except OSError as error:
             raise UserError(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from llm.system.worker_pool import Workers
+from llm.system.worker_pool import WorkerPool
 from llm.tokenization.split_patterns import GPT2_PATTERN, UnsuitableError, differing_characters, read_pattern
 
 # Characters encoded by one call: what is being worked on fits in the processor's cache.
@@ -50,7 +50,7 @@ class TiktokenEncoder:
         UnsuitableError: tiktoken would not give the ids of this tokenizer, or is not installed.
     """
 
-    def __init__(self, backend: Tokenizer, *, split_special_tokens: bool, workers: Workers | None = None) -> None:
+    def __init__(self, backend: Tokenizer, *, split_special_tokens: bool, workers: WorkerPool | None = None) -> None:
         try:
             import tiktoken
         except ImportError as error:

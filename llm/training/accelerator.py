@@ -20,7 +20,7 @@ from llm.config.options import TrainingOptions
 from llm.distributed.world import World, launched_size
 from llm.system.allocator import keep_freed_memory, return_freed_memory
 from llm.system.cpu_threads import use_free_cores
-from llm.system.garbage_collection import thaw_heap
+from llm.system.garbage_collection import unfreeze_heap
 from llm.system.precision import multiplies_bf16
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Compute:
         it, and join gloo's threads without letting go of the interpreter that they wait for.
         """
         self.accelerator.free_memory()
-        thaw_heap()
+        unfreeze_heap()
         gc.collect()  # DDP stands in a circle of references, which only this breaks
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -162,7 +162,7 @@ def start_compute(options: TrainingOptions) -> Compute:
 
 def restore_process() -> None:
     """Undoes what a run, also a failed one, has set in its process, which in a notebook goes on."""
-    thaw_heap()
+    unfreeze_heap()
     return_freed_memory()
 
 

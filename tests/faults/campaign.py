@@ -25,7 +25,7 @@ from pathlib import Path
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llm.files.manifest import damage
+from llm.files.manifest import find_damage
 from llm.training.checkpoints.store import saved_steps
 
 _LONGEST_SECONDS = 120.0
@@ -196,7 +196,7 @@ def _look(start: Start, folder: Path, saved: int, tally: Tally) -> int:
         tally.num_lost += saved - int(resumed[1])
         tally.words.append(f"step {saved} was saved, and the run went on from {resumed[1]}")
     for _, path in saved_steps(folder / "checkpoints"):
-        if (problem := damage(path)) is not None:
+        if (problem := find_damage(path)) is not None:
             tally.num_torn += 1
             tally.words.append(f"{path.name}: {problem}")
     return max([saved, *(int(step) for step in re.findall(r"^saved step (\d+)$", text, re.MULTILINE))])

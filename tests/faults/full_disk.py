@@ -62,7 +62,7 @@ class _Filler(logging.Handler):
 
 
 def _main(disk: Path, room_bytes: int, target: Path, words: Sequence[str]) -> None:
-    from llm.files.manifest import damage
+    from llm.files.manifest import find_damage
     from llm.training.checkpoints.store import saved_steps
 
     folder, filler = disk / "run", _Filler(disk, room_bytes)
@@ -72,7 +72,7 @@ def _main(disk: Path, room_bytes: int, target: Path, words: Sequence[str]) -> No
     resume = [*words, "--output_dir", str(folder), "--resume_from_checkpoint"]
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     status = json.loads((folder / "status.json").read_text())
-    problems = [f"{path}: {found}" for _, path in saved_steps(folder / "checkpoints") if (found := damage(path))]
+    problems = [f"{path}: {found}" for _, path in saved_steps(folder / "checkpoints") if (found := find_damage(path))]
     full = _train(resume, target)
     filler.path.unlink()
     logging.getLogger("llm.training.checkpoints.async_saver").removeHandler(filler)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.files.atomic import bring_back, sync_tree, whole_folder, write_bytes, write_text
+from llm.files.atomic import atomic_folder, restore_replaced, sync_tree, write_bytes, write_text
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -56,7 +56,7 @@ def test_write_when_done_then_the_file_has_the_mode_of_the_umask(tmp_path: Path,
 
 def test_folder_when_the_block_ends_then_is_whole_and_has_the_modes_of_the_umask(tmp_path: Path, umask: int) -> None:
     path = tmp_path / "deep" / "step_1"
-    with whole_folder(path) as temporary:
+    with atomic_folder(path) as temporary:
         assert not path.exists()
         (temporary / "inner").mkdir()
         for file in (temporary / "weights", temporary / "inner" / "more"):
@@ -69,7 +69,7 @@ def test_folder_when_the_block_ends_then_is_whole_and_has_the_modes_of_the_umask
 def test_folder_when_there_was_one_then_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "step_1"
     for name in ("old", "new"):
-        with whole_folder(path) as temporary:
+        with atomic_folder(path) as temporary:
             (temporary / name).write_text(name)
     assert os.listdir(path) == ["new"]
     assert os.listdir(tmp_path) == ["step_1"]
@@ -77,11 +77,11 @@ def test_folder_when_there_was_one_then_is_replaced_as_a_whole(tmp_path: Path) -
 
 def test_folder_when_the_block_fails_then_the_old_one_stands_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "step_1"
-    with whole_folder(path) as temporary:
+    with atomic_folder(path) as temporary:
         (temporary / "old").write_text("old")
 
     def interrupted() -> None:
-        with whole_folder(path) as temporary:
+        with atomic_folder(path) as temporary:
             (temporary / "half").write_text("ha")
             raise KeyboardInterrupt
 
@@ -96,7 +96,7 @@ def test_folder_when_it_ends_between_two_names_then_the_old_one_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool
 ) -> None:
     path, replace = tmp_path / "step_1", os.replace
-    with whole_folder(path) as temporary:
+    with atomic_folder(path) as temporary:
         (temporary / "old").write_text("old")
 
     def fail(source: Path, target: Path) -> None:
@@ -107,16 +107,16 @@ def test_folder_when_it_ends_between_two_names_then_the_old_one_comes_back(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
         if is_killed:  # then nobody tidies up
-            patch.setattr("llm.files.atomic._bring_back", lambda *_: None)
+            patch.setattr("llm.files.atomic._restore", lambda *_: None)
             patch.setattr("llm.files.atomic.shutil.rmtree", lambda *_, **__: None)
-        with pytest.raises(OSError, match="No space left"), whole_folder(path) as temporary:
+        with pytest.raises(OSError, match="No space left"), atomic_folder(path) as temporary:
             (temporary / "new").write_text("new")
     assert path.exists() is not is_killed
-    bring_back(tmp_path, "step_*")
+    restore_replaced(tmp_path, "step_*")
     assert os.listdir(path) == ["old"]
-    with whole_folder(path) as temporary:
+    with atomic_folder(path) as temporary:
         (temporary / "new").write_text("new")
-    bring_back(tmp_path, "step_*")
+    restore_replaced(tmp_path, "step_*")
     assert os.listdir(path) == ["new"]
     assert os.listdir(tmp_path) == ["step_1"]
 
@@ -125,7 +125,7 @@ def test_folder_when_an_earlier_attempt_left_files_then_they_are_not_in_it(tmp_p
     left = tmp_path / f".step_1.{os.getpid()}.tmp"
     left.mkdir()
     (left / "left").write_text("")
-    with whole_folder(tmp_path / "step_1") as temporary:
+    with atomic_folder(tmp_path / "step_1") as temporary:
         (temporary / "new").write_text("")
     assert os.listdir(tmp_path / "step_1") == ["new"]
 

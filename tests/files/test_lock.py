@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from llm.config.errors import UserError
-from llm.files.lock import LockLostError, holder_of, locked, release_all
+from llm.files.lock import LockLostError, lock_holder, locked, release_all
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -133,15 +133,15 @@ def test_lock_when_its_number_is_ours_but_not_its_process_then_is_taken_over(tmp
 
 def test_holder_when_asked_for_then_is_the_one_that_lives(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
-    assert holder_of(path) is None
+    assert lock_holder(path) is None
     with locked(path):
-        assert holder_of(path) == (socket.gethostname(), os.getpid())
+        assert lock_holder(path) == (socket.gethostname(), os.getpid())
     hold(path, pid=os.getppid())
-    assert holder_of(path) == (socket.gethostname(), os.getppid())
+    assert lock_holder(path) == (socket.gethostname(), os.getppid())
     os.utime(path, (0, 0))
-    assert holder_of(path) is None
+    assert lock_holder(path) is None
     hold(path, pid=dead_pid())
-    assert holder_of(path) is None
+    assert lock_holder(path) is None
     assert path.exists()  # only a start removes it
 
 
@@ -158,7 +158,7 @@ def test_lock_when_it_is_of_this_job_on_another_host_then_is_taken_over(tmp_path
 def test_lock_when_its_process_lives_here_then_is_refused_to_its_job_too(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     hold(path, pid=os.getppid(), job="slurm 7")
-    with pytest.raises(UserError), locked(path, job="slurm 7", is_patient=True):
+    with pytest.raises(UserError), locked(path, job="slurm 7", wait_for_stale=True):
         pytest.fail("two holders")
 
 
@@ -172,7 +172,7 @@ def test_lock_when_the_holder_on_another_host_is_dead_then_a_patient_start_waits
     with pytest.raises(UserError), locked(path):
         pytest.fail("nobody asked to wait")
     started = time.monotonic()
-    with caplog.at_level(logging.INFO, "llm"), locked(path, is_patient=True):
+    with caplog.at_level(logging.INFO, "llm"), locked(path, wait_for_stale=True):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert 1 <= time.monotonic() - started < 10
     assert [record.getMessage() for record in caplog.records] == [
@@ -186,7 +186,7 @@ def test_lock_when_the_holder_on_another_host_lives_then_a_patient_start_is_refu
     os.utime(path, (time.time() - 9, time.time() - 9))
     heartbeat = threading.Timer(1.5, lambda: os.utime(path))
     heartbeat.start()
-    with pytest.raises(UserError, match="another-host"), locked(path, is_patient=True):
+    with pytest.raises(UserError, match="another-host"), locked(path, wait_for_stale=True):
         pytest.fail("two holders")
     heartbeat.join()
     assert [file.name for file in tmp_path.iterdir()] == ["run.lock"]
@@ -198,7 +198,7 @@ def test_lock_when_lost_then_the_holder_hears_of_it_and_leaves_the_file_alone(
 ) -> None:
     path = tmp_path / "run.lock"
     with locked(path) as lock:
-        assert lock.is_ours() and lock.touch()
+        assert lock.is_held() and lock.touch()
         lock.check()
         path.unlink()
         if by == "another run":
@@ -207,7 +207,7 @@ def test_lock_when_lost_then_the_holder_hears_of_it_and_leaves_the_file_alone(
         assert not lock.is_lost  # nobody has looked
         with pytest.raises(LockLostError) as loss:
             lock.check()
-        assert not lock.touch() and not lock.is_ours() and lock.is_lost
+        assert not lock.touch() and not lock.is_held() and lock.is_lost
     said = "held by another run now (process 17 on another-host)" if by == "another run" else "gone"
     assert f"the lock {path} is {said}: this run stood still" in str(loss.value)
     assert lines() == [str(loss.value)]
@@ -274,5 +274,5 @@ def test_lock_when_its_holder_is_stopped_for_a_minute_then_another_takes_it_and_
             other.send_signal(signal.SIGCONT)
             assert other.stdout.readline() == "lost\n"
             assert other.wait(20) == 0
-            assert lock.is_ours()
+            assert lock.is_held()
     assert list(tmp_path.iterdir()) == []

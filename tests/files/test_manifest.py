@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.files.manifest import NAME, damage, hash_of, write_manifest
+from llm.files.manifest import MANIFEST, find_damage, hash_file, write_manifest
 
 NUM_FLIPS = 100
 
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_gpt2_dir: Path) ->
         json.dumps({"version": 1, "step": 7, "progress": {"loss": 3.25}}, indent=1)
     )
     write_manifest(path)
-    assert damage(path) is None
+    assert find_damage(path) is None
     return path
 
 
@@ -50,15 +50,15 @@ def is_found(folder: Path, path: Path, changed: bytes | None) -> bool:
     path.unlink()
     if changed is not None:
         path.write_bytes(changed)
-    said = damage(folder)
+    said = find_damage(folder)
     path.write_bytes(whole)
     return said is not None and said.startswith(f"{path.name} ") and "\n" not in said and len(said) < 150
 
 
 def test_folder_when_untouched_then_is_good(folder: Path) -> None:
-    assert damage(folder) is None
-    assert damage(folder, read_content=False) is None
-    assert set(json.loads((folder / NAME).read_text())["files"]) == {
+    assert find_damage(folder) is None
+    assert find_damage(folder, read_content=False) is None
+    assert set(json.loads((folder / MANIFEST).read_text())["files"]) == {
         "weights.safetensors",
         "inner/state.json",
         "empty",
@@ -71,7 +71,7 @@ def test_bit_when_any_is_flipped_then_is_found(checkpoint: Path) -> None:
     # Half of them where they fall, which is in the weights; the others in every file in turn.
     sizes = [path.stat().st_size for path in paths]
     chosen = draw.choices(paths, sizes, k=NUM_FLIPS // 2) + [paths[i % len(paths)] for i in range(NUM_FLIPS // 2)]
-    assert {path.name for path in chosen} >= {"model.safetensors", "training_state.json", NAME}
+    assert {path.name for path in chosen} >= {"model.safetensors", "training_state.json", MANIFEST}
     missed = []
     for path in chosen:
         data = bytearray(path.read_bytes())
@@ -80,18 +80,18 @@ def test_bit_when_any_is_flipped_then_is_found(checkpoint: Path) -> None:
         if not is_found(checkpoint, path, bytes(data)):
             missed.append((path.name, bit))
     assert missed == []
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None
 
 
 def test_manifest_when_any_of_its_bits_is_flipped_then_is_found(folder: Path) -> None:
-    path = folder / NAME
+    path = folder / MANIFEST
     whole = path.read_bytes()
     missed = []
     for bit in range(8 * len(whole)):
         data = bytearray(whole)
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
-        if not str(damage(folder, read_content=False)).startswith(f"{NAME} "):
+        if not str(find_damage(folder, read_content=False)).startswith(f"{MANIFEST} "):
             missed.append(bit)
     assert missed == []
 
@@ -102,7 +102,7 @@ def test_file_when_any_is_missing_cut_emptied_or_longer_then_is_found(checkpoint
         whole = path.read_bytes()
         for changed in (None, whole[:-1], whole[: len(whole) // 2], b"", whole + b"\n"):
             assert is_found(checkpoint, path, changed), (path.name, changed and len(changed))
-    assert damage(checkpoint, read_content=read_content) is None
+    assert find_damage(checkpoint, read_content=read_content) is None
 
 
 def test_folder_when_a_file_is_short_or_long_then_says_both_sizes(folder: Path) -> None:
@@ -110,31 +110,31 @@ def test_folder_when_a_file_is_short_or_long_then_says_both_sizes(folder: Path) 
     for data in (path.read_bytes()[:-1], path.read_bytes() + b"0"):
         path.write_bytes(data)
         for read_content in (True, False):
-            said = damage(folder, read_content=read_content)
+            said = find_damage(folder, read_content=read_content)
             assert said == f"weights.safetensors has {len(data)} bytes instead of 1280000"
         path.write_bytes(bytes(range(256)) * 5000)
 
 
 def test_content_when_not_read_then_only_names_and_sizes_count(folder: Path) -> None:
     (folder / "inner" / "state.json").write_text("[]")
-    assert damage(folder, read_content=False) is None
-    assert damage(folder) == "inner/state.json has other content than when it was written"
+    assert find_damage(folder, read_content=False) is None
+    assert find_damage(folder) == "inner/state.json has other content than when it was written"
 
 
 def test_folder_when_a_file_is_missing_then_names_it(folder: Path) -> None:
     (folder / "inner" / "state.json").unlink()
-    assert damage(folder) == "inner/state.json is missing"
+    assert find_damage(folder) == "inner/state.json is missing"
 
 
 def test_folder_when_a_file_became_a_folder_then_is_damaged(folder: Path) -> None:
     (folder / "empty").unlink()
     (folder / "empty").mkdir()
-    assert damage(folder) == "empty is missing"
+    assert find_damage(folder) == "empty is missing"
 
 
 def test_folder_when_there_is_one_file_more_then_is_good(folder: Path) -> None:
     (folder / "note.txt").write_text("the good one")
-    assert damage(folder) is None
+    assert find_damage(folder) is None
 
 
 def test_file_when_the_disk_does_not_give_it_then_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,19 +143,19 @@ def test_file_when_the_disk_does_not_give_it_then_names_it(folder: Path, monkeyp
     def broken(path: Path) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(llm.files.manifest, "hash_of", broken)
-    assert damage(folder) == "empty cannot be read (Input/output error)"
+    monkeypatch.setattr(llm.files.manifest, "hash_file", broken)
+    assert find_damage(folder) == "empty cannot be read (Input/output error)"
 
 
 def test_manifest_when_missing_then_says_so(folder: Path) -> None:
-    (folder / NAME).unlink()
-    assert damage(folder) == f"{NAME} is missing"
+    (folder / MANIFEST).unlink()
+    assert find_damage(folder) == f"{MANIFEST} is missing"
 
 
 def test_manifest_when_it_became_a_folder_then_cannot_be_read(folder: Path) -> None:
-    (folder / NAME).unlink()
-    (folder / NAME).mkdir()
-    assert damage(folder) == f"{NAME} cannot be read (Is a directory)"
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).mkdir()
+    assert find_damage(folder) == f"{MANIFEST} cannot be read (Is a directory)"
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def test_manifest_when_it_became_a_folder_then_cannot_be_read(folder: Path) -> N
     ids=lambda content: repr(content[:16]),
 )
 def test_manifest_when_it_is_none_then_is_one_line(folder: Path, content: bytes) -> None:
-    (folder / NAME).write_bytes(content)
-    said = str(damage(folder))
-    assert said.startswith((f"{NAME} cannot be read", f"{NAME} has other content"))
+    (folder / MANIFEST).write_bytes(content)
+    said = str(find_damage(folder))
+    assert said.startswith((f"{MANIFEST} cannot be read", f"{MANIFEST} has other content"))
     assert len(said) < 150
 
 
@@ -187,10 +187,10 @@ def test_names_when_not_ascii_then_are_found_again(tmp_path: Path) -> None:
     (tmp_path / "größe.txt").touch()
     (tmp_path / os.fsdecode(b"\xff.bin")).touch()
     write_manifest(tmp_path)
-    assert damage(tmp_path) is None
+    assert find_damage(tmp_path) is None
 
 
 def test_hash_when_known_then_is_xxh3(tmp_path: Path) -> None:
     # Source: XXH3_128bits of nothing and seed 0, as `xxh128sum < /dev/null` prints it.
     (tmp_path / "empty").touch()
-    assert hash_of(tmp_path / "empty") == "99aa06d3014798d86001c324468d497f"
+    assert hash_file(tmp_path / "empty") == "99aa06d3014798d86001c324468d497f"

@@ -13,7 +13,7 @@ from llm.hub.names import name_error, nearest, suggestion
 
 @pytest.fixture(autouse=True)
 def _no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(names, "cached_names", lambda: ["me/my-gpt"])
+    monkeypatch.setattr(names, "cached_model_names", lambda: ["me/my-gpt"])
 
 
 def _wrapped(cause: BaseException) -> OSError:

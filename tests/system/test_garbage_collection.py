@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llm.system.garbage_collection import freeze_heap, thaw_heap
+from llm.system.garbage_collection import freeze_heap, unfreeze_heap
 
 
 class _Circle:
@@ -21,7 +21,7 @@ class _Circle:
 @pytest.fixture(autouse=True)
 def _thawed() -> Iterator[None]:
     yield
-    thaw_heap()
+    unfreeze_heap()
 
 
 def test_freeze_when_called_then_garbage_goes_and_the_rest_is_no_longer_searched() -> None:
@@ -50,7 +50,7 @@ def test_thaw_when_called_then_searches_see_everything() -> None:
     kept = _Circle()
     seen = weakref.ref(kept)
     freeze_heap()
-    thaw_heap()
+    unfreeze_heap()
     del kept
     gc.collect()
     assert gc.get_freeze_count() == 0 and seen() is None

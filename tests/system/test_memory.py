@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import llm.system.cgroups as cgroups
-from llm.system.memory import available_bytes, forget_peak, peak_bytes, resident_bytes
+from llm.system.memory import available_bytes, peak_bytes, reset_peak_bytes, resident_bytes
 
 GB = 2**30
 CPU = torch.device("cpu")
@@ -59,11 +59,11 @@ def test_available_when_groups_are_of_the_first_version_then_their_files_count(m
 
 
 def test_peak_when_much_was_held_then_it_is_known_and_can_be_forgotten() -> None:
-    forget_peak(CPU)
+    reset_peak_bytes(CPU)
     before = peak_bytes(CPU)
     held = torch.ones(64 * 2**20)
     during = resident_bytes()
     assert during > before + 200 * 2**20 and peak_bytes(CPU) >= during
     del held
-    forget_peak(CPU)
+    reset_peak_bytes(CPU)
     assert peak_bytes(CPU) < during

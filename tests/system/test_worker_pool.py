@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llm.config.errors import UserError
-from llm.system.worker_pool import Workers, usable_cores
+from llm.system.worker_pool import WorkerPool, num_usable_cpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def test_workers_when_called_then_answers_of_other_processes_that_end_with_the_block() -> None:
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         pids = [worker._process.pid for worker in workers._workers]
         answers = [workers.submit(divmod, number) for number in (1, 7)]
         with pytest.raises(TypeError):
@@ -49,7 +49,7 @@ def test_workers_when_called_then_answers_of_other_processes_that_end_with_the_b
 
 
 def test_workers_when_function_fails_then_its_error_as_it_is() -> None:
-    with Workers(1) as workers:
+    with WorkerPool(1) as workers:
         workers.share("x")
         with pytest.raises(ValueError, match=r"invalid literal for int\(\) with base 10: 'x'"):
             workers.submit(int).result()
@@ -58,7 +58,7 @@ def test_workers_when_function_fails_then_its_error_as_it_is() -> None:
 
 
 def test_workers_when_a_process_is_killed_then_one_clear_error() -> None:
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         workers.share(30.0)
         answers = [workers.submit(time.sleep) for _ in range(2)]
         time.sleep(0.5)
@@ -72,9 +72,9 @@ def test_workers_when_a_process_is_killed_then_one_clear_error() -> None:
 # No guard around what it does: workers must not import it.
 SCRIPT = """
 import signal, sys, time
-from llm.system.worker_pool import Workers
+from llm.system.worker_pool import WorkerPool
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-workers = Workers(2)
+workers = WorkerPool(2)
 workers.share(3.0 if "busy" in sys.argv else 0.0)
 for _ in range(2):
     sleep = workers.submit(time.sleep)
@@ -117,4 +117,4 @@ def test_workers_when_the_starter_is_killed_then_they_leave(tmp_path: Path, how:
 
 
 def test_usable_cores_when_asked_then_one_or_more() -> None:
-    assert usable_cores() >= 1
+    assert num_usable_cpus() >= 1

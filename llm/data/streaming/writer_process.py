@@ -179,7 +179,7 @@ class StreamWriter:
         if self._is_closed:
             return
         self._is_closed = True
-        self._process.dismiss()
+        self._process.close_pipe()
         self._process.terminate()  # it may not be at its pipe yet
         self._process.wait(_END_SECONDS)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm.files.manifest import NAME as MANIFEST
+from llm.files.manifest import MANIFEST
 
 VERSION = 1
 STATE = "training_state.json"

@@ -22,9 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm.config.errors import UserError
-from llm.files.atomic import whole_folder
-from llm.files.manifest import NAME as MANIFEST
-from llm.files.manifest import damage, write_manifest
+from llm.files.atomic import atomic_folder
+from llm.files.manifest import MANIFEST, find_damage, write_manifest
 from llm.training.checkpoints.external import ExternalCheckpoint, open_external
 from llm.training.checkpoints.layout import (
     ABANDONED,
@@ -117,7 +116,7 @@ def save_checkpoint(
         raise NotFiniteError(f"step {step} is not saved: {bad[0]} is not finite; the older checkpoints stay")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_folder(path) as temporary:
+        with atomic_folder(path) as temporary:
             model.save_pretrained(temporary, state_dict=dict(weights))
             tokenizer.save_pretrained(temporary)
             save_file(dict(tensors), temporary / OPTIMIZER)
@@ -225,7 +224,7 @@ def open_checkpoint(path: Path) -> Checkpoint | ExternalCheckpoint:
             f"--resume_from_checkpoint {path} is no checkpoint: it has no {STATE}; "
             "name a folder like OUTPUT_DIR/checkpoints/step_100"
         )
-    problem = damage(path)
+    problem = find_damage(path)
     if problem is not None:
         raise UserError(f"checkpoint {path} is damaged: {problem}; resume from another one")
     state = read_state(path)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llm.config.errors import UserError, first_line
 from llm.data.batches.loader import Batch, BlockSource, training_batches
 from llm.system.device_timer import DeviceTimer
-from llm.system.memory import available_bytes, forget_peak, peak_bytes, resident_bytes
+from llm.system.memory import available_bytes, peak_bytes, reset_peak_bytes, resident_bytes
 from llm.system.precision import multiplies_bf16
 from llm.training.accelerator import Compute
 from llm.training.plan import Plan
@@ -139,7 +139,7 @@ class StepBenchmark:
         num_updates, num_marked = _whole(num_updates, period), _whole(_NUM_MARKED, period)
         total = num_warm_ups + num_updates + num_marked + 1 + 2 * _NUM_MARKED
         batches = self._batches(micro_batch, accumulation, total)
-        forget_peak(world.device)
+        reset_peak_bytes(world.device)
         for _ in range(num_warm_ups):
             self._update(next(batches))
         # On the device's time line: an update is given to it while it ends the one before, as in a run.

@@ -18,7 +18,7 @@ from llm.config.errors import Stopped, UserError
 from llm.config.options import Options, OutputOptions
 from llm.config.toml import to_toml
 from llm.distributed.world import World
-from llm.files.atomic import bring_back, write_text
+from llm.files.atomic import restore_replaced, write_text
 from llm.files.lock import Lock, locked
 from llm.hub.push import FINISHED_FILES
 from llm.training.checkpoints.layout import saved_steps
@@ -149,7 +149,7 @@ class RunDirectory:
 
     def remove_leftovers(self) -> None:
         """Removes what a killed run left half written; called under the lock."""
-        bring_back(self.checkpoints, "step_*")
+        restore_replaced(self.checkpoints, "step_*")
         for parent, pattern in ((self.path, ".export.*"), (self.checkpoints, ".step_*")):
             for leftover in parent.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -167,7 +167,7 @@ class RunDirectory:
         Raises:
             OSError: it cannot be written.
         """
-        if self.claim is not None and not self.claim.is_ours():
+        if self.claim is not None and not self.claim.is_held():
             return
         status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), **facts}
         text = json.dumps(status, indent=1) + "\n"
@@ -228,7 +228,7 @@ def claimed(
             folder.check(options.output)
             resumes = bool(options.output.resume_from_checkpoint)
             with interruptible():
-                folder.claim = stack.enter_context(locked(folder.lock, job=job_id(), is_patient=resumes))
+                folder.claim = stack.enter_context(locked(folder.lock, job=job_id(), wait_for_stale=resumes))
                 stack.callback(setattr, folder, "claim", None)
             if options.output.overwrite_output_dir and not options.output.resume_from_checkpoint:
                 _refuse_to_remove_what_is_read(folder, options)

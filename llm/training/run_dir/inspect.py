@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm.files.lock import holder_of
-from llm.files.manifest import NAME as MANIFEST
-from llm.files.manifest import damage
+from llm.files.lock import lock_holder
+from llm.files.manifest import MANIFEST, find_damage
 from llm.training.checkpoints.layout import (
     ABANDONED,
     eval_loss,
@@ -140,7 +139,7 @@ def read_run(path: Path, *, verify: bool) -> RunSummary:
     return RunSummary(
         path=path,
         status=_read_status(path / "status.json"),
-        holder=holder_of(path / "run.lock"),
+        holder=lock_holder(path / "run.lock"),
         last_step=_last_step(path / "metrics.jsonl"),
         # A run that goes on removes what it does not need while we look.
         checkpoints=[checkpoint for checkpoint in found if checkpoint.path.is_dir()],
@@ -200,7 +199,7 @@ def _launcher(run: RunSummary) -> list[str]:
 
 def _checkpoint(step: int, path: Path, verify: bool) -> SavedCheckpoint:
     foreign = is_external(path)
-    problem = None if foreign else damage(path, read_content=verify)
+    problem = None if foreign else find_damage(path, read_content=verify)
     state: dict[str, Any] = {}
     sizes = [0]
     saved_at = 0.0
