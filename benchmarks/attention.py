@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.machine import describe_machine
-from llm.models.attention import by_rows
+from llm.models.attention import query_chunked_attention
 from llm.system.allocator import keep_freed_memory
 
 _TOKENS = 4096
@@ -46,12 +46,12 @@ def eager(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
 
 def ours(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """Plain products in parts that leave out the future."""
-    return by_rows(query, key, value, dropout, None)
+    return query_chunked_attention(query, key, value, dropout, None)
 
 
 def ours_again(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """The same, the weights computed once more instead of kept."""
-    output: Tensor = checkpoint(by_rows, query, key, value, dropout, None, use_reentrant=False)
+    output: Tensor = checkpoint(query_chunked_attention, query, key, value, dropout, None, use_reentrant=False)
     return output
 
 

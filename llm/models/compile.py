@@ -1,4 +1,4 @@
-"""Compiling the training with torch.compile: whether it pays, whether it can be done, and what of the model."""
+"""Compiling of training with torch.compile: whether it saves time, whether it works here, and what is compiled."""
 
 from __future__ import annotations
 
@@ -15,89 +15,107 @@ from llm.models.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 
-Wish = bool | Literal["auto", "blocks", "cudagraphs", "max-autotune"]
+CompileMode = bool | Literal["auto", "blocks", "cudagraphs", "max-autotune"]
 
-# As torch.compile names them.
-_MODES = {"cudagraphs": "reduce-overhead", "max-autotune": "max-autotune"}
-_WITHOUT_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
+# Values of `mode` in torch.compile.
+_TORCH_MODES = {"cudagraphs": "reduce-overhead", "max-autotune": "max-autotune"}
+_TORCH_MODES_WITHOUT_CUDA_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
+
+# "auto" compiles on a device type from this number of steps, and up to this number of parameters.
+# Measured on a CPU: compiling takes 15 to 25 s on one core. Steps are then 1.10 to 1.18 times as fast for a 4 x 128
+# model and 1.04 to 1.08 times for a 6 x 384 model (11 M parameters), in native bf16 1.31 and 1.12 times. This repays
+# the compiling after about 1,500 and 150 steps, or later if other work slows down the compiler. GPT-2 124M is 0.93
+# times as fast, in native bf16 1.02 times: its matrix products leave nothing to gain.
+# The numbers for CUDA are an estimate; they were not measured.
+_MIN_STEPS = {"cpu": 10_000, "cuda": 2_000}
+_MAX_PARAMETERS = {"cpu": 50_000_000}
 
 
 def compile_training(
-    language_model: LanguageModel, wish: Wish, *, device: torch.device, num_steps: int, accumulates: bool = False
+    language_model: LanguageModel,
+    mode: CompileMode,
+    *,
+    device: torch.device,
+    num_steps: int,
+    accumulates: bool = False,
 ) -> bool:
-    """Compiles the forward and backward pass of training, in place, at the first update.
+    """Prepare the forward and backward pass of training for compilation, in place.
 
-    Shapes are fixed: every micro-batch of a run has the same, so that there is one graph. Evaluations and samples,
-    whose shapes change, are computed as if nothing were compiled.
+    The compiler runs in the first step. All micro-batches of a run have the same shape, so there is one graph.
+    Evaluations and samples, whose shapes change, are not compiled.
 
     Args:
-        language_model: what is trained.
-        wish: all of it, nothing, each layer alone (which starts sooner), or what pays; all of it as CUDA graphs,
-            which take their launches off the processor, or also with kernels chosen by trying.
-        device: where it trains.
-        num_steps: updates of the run.
-        accumulates: whether an update has several passes: without CUDA graphs then, whose gradients the next pass
-            would overwrite.
+        language_model: the model to train.
+        mode: True: compile the whole model. False: compile nothing. "blocks": compile each layer on its own, which
+            starts sooner. "cudagraphs": the whole model as CUDA graphs, which saves the CPU the kernel launches.
+            "max-autotune": the same, with kernels chosen by trying. "auto": True or False, whichever is expected
+            to be faster.
+        device: device of the training.
+        num_steps: number of steps of the run.
+        accumulates: whether a step has several micro-batches. "max-autotune" then uses no CUDA graphs, because each
+            micro-batch would overwrite the gradients of the one before.
 
     Returns:
-        Whether it will be compiled.
+        Whether the model will be compiled.
     """
-    if wish is False or (wish == "auto" and not _pays(device, num_steps, language_model.model.num_parameters())):
+    if mode is False:
         return False
-    if obstacle := _obstacle(device):
-        log.info("torch_compile: left out, there is no working compiler (%s)", obstacle)
+    if mode == "auto" and not _is_worthwhile(device, num_steps, language_model.model.num_parameters()):
         return False
-    if wish == "blocks":
+    if reason := _compiler_error(device):
+        log.info("torch_compile: not compiled, because no compiler works on this machine (%s)", reason)
+        return False
+    if mode == "blocks":
         for layer in layers_of(language_model.model):
             layer.compile(dynamic=False)
+        compiled = "each layer"
     else:
-        modes = _MODES | _WITHOUT_GRAPHS if accumulates else _MODES
-        language_model.compile(dynamic=False, mode=modes.get(str(wish)))
-    what = {"blocks": "each layer"}.get(str(wish), "the whole model") + (f" ({wish})" if wish in _MODES else "")
-    log.info("torch_compile: %s, compiled in the first update", what)
+        torch_modes = _TORCH_MODES | _TORCH_MODES_WITHOUT_CUDA_GRAPHS if accumulates else _TORCH_MODES
+        language_model.compile(dynamic=False, mode=torch_modes.get(str(mode)))
+        compiled = f"the whole model ({mode})" if mode in _TORCH_MODES else "the whole model"
+    log.info("torch_compile: %s will be compiled in the first step", compiled)
     return True
 
 
 def is_compiled(language_model: LanguageModel) -> bool:
-    """Whether `compile_training` compiles it, or its layers."""
-    return language_model.is_compiled or any(part._compiled_call_impl is not None for part in language_model.modules())
+    """Return whether `compile_training` compiles the model or its layers."""
+    return language_model.is_compiled or any(
+        module._compiled_call_impl is not None for module in language_model.modules()
+    )
 
 
-def _pays(device: torch.device, num_steps: int, num_parameters: int) -> bool:
-    """Whether a run of so many updates of so large a model wins more than the compiling costs."""
-    return num_steps >= _LONG.get(device.type, math.inf) and num_parameters <= _LARGE.get(device.type, math.inf)
+def _is_worthwhile(device: torch.device, num_steps: int, num_parameters: int) -> bool:
+    """Whether compiling is expected to save more time over the run than it takes."""
+    min_steps = _MIN_STEPS.get(device.type, math.inf)
+    max_parameters = _MAX_PARAMETERS.get(device.type, math.inf)
+    return num_steps >= min_steps and num_parameters <= max_parameters
 
 
-# On a CPU compiling took 15 to 25 s of one core, and updates of 4 x 128 were 1.10 to 1.18 times as fast behind it,
-# those of 6 x 384 (11 M parameters) 1.04 to 1.08 times: a win from about 1,500 and 150 updates on, or later where other
-# work holds up the compiler; in native bf16 1.31 and 1.12 times. GPT-2 124M was 0.93 times as fast, in native bf16 1.02
-# times: its products leave nothing to win. What is said of CUDA is an estimate, not measured.
-_LONG = {"cpu": 10_000, "cuda": 2_000}
-_LARGE = {"cpu": 50_000_000}
+def _compiler_error(device: torch.device) -> str | None:
+    """First line of the error when a tiny function is compiled; None if compiling works.
 
+    Common causes are a missing C++ compiler, missing Python headers or a missing Triton.
+    """
 
-def _obstacle(device: torch.device) -> str | None:
-    """What keeps a tiny function from being compiled: no C++ compiler, no Python headers, no Triton; None without."""
-
-    def tiny(x: torch.Tensor) -> torch.Tensor:
+    def square_plus_one(x: torch.Tensor) -> torch.Tensor:
         return x * x + 1
 
     try:
         with torch._inductor.config.patch(force_disable_caches=True):
-            torch.compile(tiny, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:  # of many types, by what is missing
+            torch.compile(square_plus_one, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # its type depends on what is missing
         return first_line(error)
     return None
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers that a model stacks.
+    """Return the list of the model's transformer layers.
 
     Raises:
-        ValueError: there is no list of them.
+        ValueError: the model has no list with `num_hidden_layers` modules.
     """
-    number = model.config.get_text_config(decoder=True).num_hidden_layers
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
-    raise ValueError(f"{model.config.model_type} has no list of its layers")
+    raise ValueError(f"{model.config.model_type}: found no ModuleList with num_hidden_layers = {num_layers} modules")

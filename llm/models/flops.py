@@ -1,4 +1,4 @@
-"""How much arithmetic a model needs for a token, and how much a device can do in a second."""
+"""FLOPs that a model needs per token, and the peak FLOP/s of devices."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 _HALF = (torch.bfloat16, torch.float16)
 
-# Dense peaks of one device in 1e12 FLOP/s: (bf16 and fp16, fp32 as TF32, fp32); the first match
-# counts. Source: the makers' data sheets and architecture papers, without sparsity; AMD's MI200
-# cards show themselves as two devices, so half a card stands here, and its fp32 is that of the
-# matrix units.
+# (pattern of the device name, then dense peaks of one device in 1e12 FLOP/s: bf16 and fp16, fp32 as TF32, fp32). The
+# first pattern that matches counts. Source: data sheets and architecture papers of the manufacturers, without
+# sparsity. An MI200 card of AMD appears as two devices, so its values are those of half a card, and its fp32 value is
+# that of the matrix units.
 _PEAKS: tuple[tuple[str, float, float, float], ...] = (
     (r"\bB200\b", 2250.0, 1125.0, 75.0),
     (r"\bH200\b.*NVL", 835.0, 417.5, 60.0),
@@ -44,35 +44,36 @@ _PEAKS: tuple[tuple[str, float, float, float], ...] = (
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Parameters of the model, tied ones counted once."""
+    """Return the number of parameters of the model; tied parameters are counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def flops_per_token(model: PreTrainedModel, block_size: int) -> float:
-    """FLOPs of a forward and backward pass for one token: 6 N + 12 L H Q T.
+    """Return the FLOPs of a forward and backward pass per token: 6 N + 12 L H Q T.
 
-    N leaves out what is only looked up (token and position embeddings) and holds the head, also
-    where it is tied to the embeddings; L layers, H heads of Q numbers, T tokens a block. Recomputed
-    activations do not count. All experts of a mixture count, although a token meets only some.
+    N is the number of parameters without those that are only looked up (token and position embeddings). It includes
+    the output layer, also when that is tied to the embeddings. L is the number of layers, H the number of heads, Q
+    the width of a head, T the block size in tokens. Recomputed activations are not counted. All experts of a mixture
+    are counted, although a token uses only some of them.
 
     Source: Chowdhery et al. 2022, PaLM, arXiv:2204.02311, appendix B.
     """
-    tables = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    head: Any = model.get_output_embeddings()
-    looked_up = sum(table.numel() for table in tables.values())
-    if head is not None and id(head.weight) in tables:
-        looked_up -= head.weight.numel()
+    embeddings = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    lm_head: Any = model.get_output_embeddings()
+    num_looked_up = sum(weight.numel() for weight in embeddings.values())
+    if lm_head is not None and id(lm_head.weight) in embeddings:
+        num_looked_up -= lm_head.weight.numel()
     config = model.config.get_text_config(decoder=True)
     num_heads = getattr(config, "num_attention_heads", None) or 0
     width = getattr(config, "head_dim", None) or (config.hidden_size // num_heads if num_heads else 0)
     attention = 12 * config.num_hidden_layers * num_heads * width * block_size
-    return float(6 * (num_parameters(model) - looked_up) + attention)
+    return float(6 * (num_parameters(model) - num_looked_up) + attention)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak of a CUDA or ROCm device in FLOP/s for products in `dtype`; None when unknown.
+    """Return the dense peak, in FLOP/s, of a CUDA or ROCm device for matrix products in `dtype`; None if unknown.
 
-    Of float32 that of TF32, where torch may take it: `torch.set_float32_matmul_precision`.
+    For float32 this is the peak of TF32 if `torch.set_float32_matmul_precision` allows TF32.
     """
     if device.type != "cuda":
         return None
@@ -81,10 +82,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def peak_of_name(name: str, dtype: torch.dtype, *, tf32: bool) -> float | None:
-    """`peak_flops` of a device's name, such as ``NVIDIA A100-SXM4-40GB``; `tf32` is about float32 alone."""
-    for pattern, half, short, single in _PEAKS:
+    """Return the dense peak, in FLOP/s, of the device with this name; None if the name or the dtype is unknown.
+
+    Args:
+        name: device name as torch reports it, such as ``NVIDIA A100-SXM4-40GB``.
+        dtype: dtype of the matrix products: bf16, fp16 or fp32.
+        tf32: whether float32 products use TF32; ignored for other dtypes.
+    """
+    for pattern, half_peak, tf32_peak, fp32_peak in _PEAKS:
         if re.search(pattern, name, re.IGNORECASE):
             if dtype in _HALF:
-                return half * 1e12
-            return (short if tf32 else single) * 1e12 if dtype == torch.float32 else None
+                return half_peak * 1e12
+            if dtype == torch.float32:
+                return (tf32_peak if tf32 else fp32_peak) * 1e12
+            return None
     return None

@@ -1,4 +1,4 @@
-"""Head and cross entropy by chunks of rows: the logits of a whole batch are never there at once."""
+"""Cross entropy from hidden states, in chunks of rows, so that the logits of a batch are never in memory at once."""
 
 from __future__ import annotations
 
@@ -11,61 +11,74 @@ from torch.nn import functional as F
 
 from llm.tokenization import IGNORE_INDEX
 
-# Bytes of one chunk's logits in float32. Smaller ones read and write the head's gradient more often, larger ones
-# only take memory: 4 x 1,024 tokens of GPT-2's vocabulary make four chunks.
-_CHUNK_BYTES = 256 * 2**20
-# At 65 tokens whole logits take 16 ms and chunks 39, at 1,024 171 and 153 (another time 150 and 148), at 8,192 833 and
-# 701: between, there is little to win (forward and backward, one core, fp32, 4,096 rows x 384, of 8,192 half as many;
-# benchmarks/loss.py).
-_LARGE = 2048
-# Half of fp16's range: sums are rounded on their way.
-_FP16_ROOM = 32_752.0
-# Products over a multiple of this run faster on tensor cores.
-_COLUMNS = 64
+# Bytes of the float32 logits of one chunk. Smaller chunks read and write the gradient of the output layer more often;
+# larger ones only need more memory. 4 x 1,024 tokens with GPT-2's vocabulary make four chunks.
+MAX_CHUNK_BYTES = 256 * 2**20
+# Milliseconds with whole logits and with chunks: 16 and 39 for a vocabulary of 65 tokens, 171 and 153 (150 and 148 in
+# another run) for 1,024, 833 and 701 for 8,192; between the last two the gain is small. Forward and backward pass on
+# one core, fp32, 4,096 rows x 384 (2,048 rows for the vocabulary of 8,192). Source: benchmarks/loss.py.
+MIN_CHUNKED_VOCAB_SIZE = 2048
+# Half of the range of fp16, because rounding can increase partial sums.
+_FP16_SUM_LIMIT = 32_752.0
+# Tensor cores are faster on matrices whose dimensions are multiples of this number.
+_VOCAB_MULTIPLE = 64
 
 
-def chunking_is_faster(vocabulary: int) -> bool:
-    """Whether `chunked_loss` is at least as fast as whole logits."""
-    return vocabulary >= _LARGE
+def chunking_is_faster(vocab_size: int, min_vocab_size: int = MIN_CHUNKED_VOCAB_SIZE) -> bool:
+    """Return whether `chunked_loss` is at least as fast as `loss_of_logits` for this vocabulary."""
+    return vocab_size >= min_vocab_size
 
 
 def loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of logits that are there, summed, in float32 also where they are not.
+    """Return the cross entropy of the logits, summed over the rows and computed in float32: fp32 scalar, in nats.
 
     Args:
-        logits: [rows, vocabulary].
-        targets: int64 [rows]; -100 where there is none.
+        logits: [rows, vocab], any floating dtype.
+        targets: int64 [rows]; rows with `IGNORE_INDEX` add nothing.
     """
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """`loss_of_logits(F.linear(hidden, weight, bias), targets)`, the gradient computed along with the loss.
+def chunked_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, max_chunk_bytes: int = MAX_CHUNK_BYTES
+) -> Tensor:
+    """Return `loss_of_logits(F.linear(hidden, weight, bias), targets)`: fp32 scalar, in nats.
 
-    Under autocast the products are in its dtype, all else is float32.
+    The gradients are computed in the forward pass, together with the loss. Under autocast the matrix products use its
+    dtype; everything else is float32.
 
     Args:
-        hidden: [rows, width].
-        weight: [vocabulary, width].
-        bias: [vocabulary] or None.
-        targets: int64 [rows]; -100 where there is none.
+        hidden: hidden states, [rows, width], any floating dtype.
+        weight: weight of the output layer, [vocab, width].
+        bias: bias of the output layer, [vocab], or None.
+        targets: int64 [rows]; rows with `IGNORE_INDEX` add nothing.
+        max_chunk_bytes: bytes of float32 logits that are in memory at once.
     """
     device = hidden.device.type
-    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         apply: Any = _ChunkedLoss.apply
-        loss: Tensor = apply(hidden, weight, bias, targets, half)
+        loss: Tensor = apply(hidden, weight, bias, targets, autocast_dtype, max_chunk_bytes)
         return loss
-    return _sweep(hidden, weight, bias, targets, half, (False, False, False))[0]
+    needs_grad = (False, False, False)
+    return _loss_and_gradients(hidden, weight, bias, targets, autocast_dtype, max_chunk_bytes, needs_grad)[0]
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, half: torch.dtype | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        autocast_dtype: torch.dtype | None,
+        max_chunk_bytes: int,
     ) -> Tensor:
-        wanted = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-        loss, *gradients = _sweep(hidden, weight, bias, targets, half, wanted)
+        needs_grad = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+        loss, *gradients = _loss_and_gradients(
+            hidden, weight, bias, targets, autocast_dtype, max_chunk_bytes, needs_grad
+        )
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         return loss
@@ -74,88 +87,100 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
-            # Scaled in float32: one over the tokens of an update has no room in fp16, a loss scale neither.
+            # Scale in float32: fp16 can represent neither 1 / (tokens per step) nor a loss scale.
             None if gradient is None else (gradient.float() * scale).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
-def _sweep(
+def _loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    half: torch.dtype | None,
-    wanted: tuple[bool, bool, bool],
+    autocast_dtype: torch.dtype | None,
+    max_chunk_bytes: int,
+    needs_grad: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The summed loss, and its gradients of hidden states, weight and bias where they are wanted."""
-    vocabulary = weight.shape[0]
-    head, added = _cast(weight, bias, half)
-    hidden = hidden.to(head.dtype)
+    """Summed loss, and its gradients with respect to `hidden`, `weight` and `bias`; None where not needed."""
+    vocab_size = weight.shape[0]
+    weight, bias = _cast_and_pad(weight, bias, autocast_dtype)
+    hidden = hidden.to(weight.dtype)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    of_head = torch.zeros_like(head, dtype=torch.float32) if wanted[1] else None
-    of_bias = torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if wanted[2] else None
-    for begin, end in _chunks(len(hidden), len(head)):
+    grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad[1] else None
+    grad_bias = torch.zeros(vocab_size, dtype=torch.float32, device=hidden.device) if needs_grad[2] else None
+    for begin, end in _chunks(len(hidden), len(weight), max_chunk_bytes):
         rows = hidden[begin:end]
-        counts = (targets[begin:end] != IGNORE_INDEX)[:, None]
-        aims = targets[begin:end].clamp_min(0)[:, None]
-        logits = torch.mm(rows, head.t()) if added is None else torch.addmm(added, rows, head.t())
-        logits[:, vocabulary:] = float("-inf")
-        logits = logits.log_softmax(-1, dtype=torch.float32)
-        loss = loss - torch.where(counts, logits.gather(1, aims), 0).sum()
-        if not any(wanted):
+        is_predicted = (targets[begin:end] != IGNORE_INDEX)[:, None]
+        labels = targets[begin:end].clamp_min(0)[:, None]
+        log_probs = _log_probs(rows, weight, bias, vocab_size)
+        loss = loss - torch.where(is_predicted, log_probs.gather(1, labels), 0).sum()
+        if not any(needs_grad):
             continue
-        slope = _slope(logits, aims)
-        if of_bias is not None:
-            of_bias += torch.mv(slope[:, :vocabulary].t(), counts[:, 0].float())
-        slope = slope.to(head.dtype)
-        # Rows without a target are taken out where they are narrow.
-        if of_hidden is not None:
-            of_hidden[begin:end] = torch.mm(slope, head) * counts
-        if of_head is not None:
-            _add_product(of_head, slope.t(), rows * counts)
-        # Else they would still be there beside the next chunk's.
-        del logits, slope
-    return loss, of_hidden, None if of_head is None else of_head[:vocabulary], of_bias
+        grad_logits = _grad_of_logits(log_probs, labels)
+        if grad_bias is not None:
+            grad_bias += torch.mv(grad_logits[:, :vocab_size].t(), is_predicted[:, 0].float())
+        grad_logits = grad_logits.to(weight.dtype)
+        # Rows without a target are set to zero here, in matrices of `width` columns instead of `vocab_size`.
+        if grad_hidden is not None:
+            grad_hidden[begin:end] = torch.mm(grad_logits, weight) * is_predicted
+        if grad_weight is not None:
+            _add_product(grad_weight, grad_logits.t(), rows * is_predicted)
+        # Free both before the next chunk is computed.
+        del log_probs, grad_logits
+    return loss, grad_hidden, None if grad_weight is None else grad_weight[:vocab_size], grad_bias
 
 
-def _cast(weight: Tensor, bias: Tensor | None, half: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """The head in the products' dtype; where that makes a copy, its rows are filled up to a multiple of `_COLUMNS`."""
-    if half is None:
+def _cast_and_pad(
+    weight: Tensor, bias: Tensor | None, autocast_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in the dtype of autocast, with zero rows up to a multiple of `_VOCAB_MULTIPLE`.
+
+    Without autocast both are returned unchanged, so that nothing is copied.
+    """
+    if autocast_dtype is None:
         return weight, bias
-    vocabulary, width = weight.shape
-    padding = -vocabulary % _COLUMNS
-    head = torch.cat([weight.to(half), weight.new_zeros(padding, width, dtype=half)])
-    return head, None if bias is None else F.pad(bias.to(half), (0, padding))
+    vocab_size, width = weight.shape
+    padding = -vocab_size % _VOCAB_MULTIPLE
+    padded = torch.cat([weight.to(autocast_dtype), weight.new_zeros(padding, width, dtype=autocast_dtype)])
+    return padded, None if bias is None else F.pad(bias.to(autocast_dtype), (0, padding))
 
 
-def _slope(log_shares: Tensor, aims: Tensor) -> Tensor:
-    """The gradient of the logits, in the logarithms' place if it can be: shares, less one at the aims."""
-    if torch.compiler.is_compiling():  # which makes one kernel of it and what follows, but not of a scatter
-        columns = torch.arange(log_shares.shape[1], device=log_shares.device)
-        return log_shares.exp() - (columns == aims).float()
-    return log_shares.exp_().scatter_add_(1, aims, torch.full_like(aims, -1, dtype=torch.float32))
+def _log_probs(rows: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int) -> Tensor:
+    """Log probabilities of the tokens, float32 [rows, padded vocab]; -inf in the padding."""
+    logits = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+    logits[:, vocab_size:] = float("-inf")
+    return logits.log_softmax(-1, dtype=torch.float32)
 
 
-# One operator to a compiler: it would keep the products of all chunks, to add them at once.
+def _grad_of_logits(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of the summed loss: probabilities, minus one at the labels; overwrites `log_probs` if not compiling."""
+    if torch.compiler.is_compiling():  # the compiler fuses this form with what follows, but not a scatter
+        columns = torch.arange(log_probs.shape[1], device=log_probs.device)
+        return log_probs.exp() - (columns == labels).float()
+    return log_probs.exp_().scatter_add_(1, labels, torch.full_like(labels, -1, dtype=torch.float32))
+
+
+# One opaque operator for the compiler. Otherwise it would keep the products of all chunks and add them at the end.
 @torch.library.custom_op("llm::add_product", mutates_args=("total",))
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds a product to a float32 matrix in place; of the left factor no number is larger than 1."""
+    """Add `left @ right` to the float32 matrix `total` in place; no element of `left` is larger than 1."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif left.dtype == torch.float16:
-        # A token that stands in many rows would leave fp16's range, and no loss scale could help: it comes later.
-        most = right.abs().amax().float() * right.shape[0]
-        scale = torch.exp2((most / _FP16_ROOM).log2().ceil()).clamp_min(1)
+        # The sum over the rows of a very frequent token can exceed the range of fp16. A loss scale cannot prevent
+        # this, because it is applied only in the backward pass.
+        largest_sum = right.abs().amax().float() * right.shape[0]
+        scale = torch.exp2((largest_sum / _FP16_SUM_LIMIT).log2().ceil()).clamp_min(1)
         total.addcmul_(torch.mm(left, (right / scale).to(right.dtype)).float(), scale)
     else:
         total += torch.mm(left, right)
 
 
-def _chunks(num_rows: int, vocabulary: int) -> list[tuple[int, int]]:
-    """Equal ranges of rows, each with at most `_CHUNK_BYTES` of logits."""
-    number = max(1, -(-num_rows * vocabulary * 4 // _CHUNK_BYTES))
-    length = -(-num_rows // number)
+def _chunks(num_rows: int, vocab_size: int, max_chunk_bytes: int) -> list[tuple[int, int]]:
+    """Ranges of rows of equal length (the last may be shorter), each with at most `max_chunk_bytes` of logits."""
+    num_chunks = max(1, -(-num_rows * vocab_size * 4 // max_chunk_bytes))
+    length = -(-num_rows // num_chunks)
     return [(begin, min(begin + length, num_rows)) for begin in range(0, num_rows, length)]

@@ -1,4 +1,4 @@
-"""Counts of parameters and of arithmetic."""
+"""Counts of parameters and FLOPs, and peaks of devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from llm.models.flops import flops_per_token, num_parameters, peak_flops, peak_of_name
 
 
-def test_num_parameters_when_gpt2_then_is_the_published_count() -> None:
+def test_num_parameters_when_gpt2_then_is_the_published_number() -> None:
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config())
     assert num_parameters(model) == 124_439_808
@@ -22,7 +22,7 @@ def test_flops_when_gpt2_then_is_the_closed_form(tiny_gpt2: PreTrainedModel) -> 
     assert flops_per_token(tiny_gpt2, block) == 6 * weights + 12 * layers * d * block
 
 
-def test_flops_when_head_is_not_tied_then_table_is_left_out() -> None:
+def test_flops_when_lm_head_is_not_tied_then_embeddings_are_not_counted() -> None:
     config = LlamaConfig(
         vocab_size=100,
         hidden_size=16,
@@ -40,7 +40,7 @@ def test_flops_when_head_is_not_tied_then_table_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "half", "short", "single"),
+    ("name", "half_peak", "tf32_peak", "fp32_peak"),
     [
         ("NVIDIA A100-SXM4-40GB", 312e12, 156e12, 19.5e12),
         ("NVIDIA A10", 125e12, 62.5e12, 31.2e12),
@@ -57,12 +57,12 @@ def test_flops_when_head_is_not_tied_then_table_is_left_out() -> None:
         ("Some Device", None, None, None),
     ],
 )
-def test_peak_when_device_is_known_then_is_its_data_sheets(
-    name: str, half: float | None, short: float | None, single: float | None
+def test_peak_when_device_is_known_then_is_the_value_of_its_data_sheet(
+    name: str, half_peak: float | None, tf32_peak: float | None, fp32_peak: float | None
 ) -> None:
-    for tf32, of_float32 in ((True, short), (False, single)):
-        assert peak_of_name(name, torch.bfloat16, tf32=tf32) == half
-        assert peak_of_name(name, torch.float32, tf32=tf32) == of_float32
+    for tf32, float32_peak in ((True, tf32_peak), (False, fp32_peak)):
+        assert peak_of_name(name, torch.bfloat16, tf32=tf32) == half_peak
+        assert peak_of_name(name, torch.float32, tf32=tf32) == float32_peak
 
 
 def test_peak_when_cpu_then_is_unknown() -> None:
