@@ -1,9 +1,10 @@
-"""What the layers saw in the backward passes of one update: sums of products, nothing else.
+"""Capture of what a layer sees in the backward passes of one step: sums of outer products.
 
-A forward hook puts a tap on the layer's output; when the gradient comes back through it, the layer's input is at hand
-as it was saved for that purpose, or computed again under gradient checkpointing. So every real backward pass counts
-once: no pass without gradients does, nor the repeated forward of a checkpoint. `record` is an operator of its own,
-which torch.compile calls without looking inside; a compiled model has one more graph, with the taps, and no breaks.
+A forward hook wraps the layer's output in an identity whose backward pass receives the gradient of the output. The
+layer's input is available there, because autograd saved it, or because gradient checkpointing computed it again. So
+every backward pass is captured exactly once: neither a pass without gradients nor the repeated forward pass of a
+checkpoint counts. The capture is a custom operator, which torch.compile calls as a whole; a compiled model gets one
+additional graph, the one with captures, and no graph breaks.
 """
 
 from __future__ import annotations
@@ -22,118 +23,138 @@ from llm.kfac.packed_symmetric import add_product, add_to_last_row
 
 
 class CaptureSwitch:
-    """Whether this update's passes are captured, and which update it is; shared by all layers."""
+    """Whether the passes of the current step are captured; all layers share one switch.
+
+    Attributes:
+        is_on: whether backward passes are captured.
+        step: number of the current step, from 0.
+    """
 
     def __init__(self) -> None:
-        self.is_open = False
+        self.is_on = False
         self.step = 0
 
 
 class Capture:
-    """Sums over the rows that one layer saw in the backward passes since they were last dropped.
+    """Sums over the rows that one layer saw in its backward passes since the last `reset`.
 
-    The first is weight * a a^T with a = [x; 1], [dim_a, dim_a] folded; the second weight * g g^T with g as it came,
-    [dim_g, dim_g] folded.
+    A row is one token of a pass. The sum of weight * a a^T with a = [x; 1] is a folded matrix [dim_a, dim_a]; the sum
+    of weight * g g^T, with the gradient g as it arrives, is a folded matrix [dim_g, dim_g] (see `packed_symmetric`).
 
     Args:
-        layer: whose hook this is.
-        gate: closed, nothing is captured.
-        room: where the sums are, asked for at every pass.
-        row_weight: of each row of a pass, by their number.
-        max_rows: of a pass that are looked at; None: all.
+        layer: the layer that gets the hook.
+        switch: nothing is captured while it is off.
+        sums: returns the two folded matrices to add to, of factor_dtype; called in every captured pass.
+        row_weight: number of rows of a pass -> weight of each.
+        max_rows: rows of a pass that are used, evenly spaced; None: all.
 
     Attributes:
-        weight: of all rows together.
-        rows: how many there were.
+        weight: sum of the weights of all rows.
+        num_rows: number of rows.
     """
 
     def __init__(
         self,
         layer: Layer,
-        gate: CaptureSwitch,
-        room: Callable[[], tuple[Tensor, Tensor]],
+        switch: CaptureSwitch,
+        sums: Callable[[], tuple[Tensor, Tensor]],
         *,
         row_weight: Callable[[int], float],
         max_rows: int | None,
     ) -> None:
-        self.layer, self.gate = layer, gate
-        self._room, self._row_weight, self._max_rows = room, row_weight, max_rows
-        self.forget()
+        self.layer = layer
+        self.switch = switch
+        self._sums = sums
+        self._row_weight = row_weight
+        self._max_rows = max_rows
+        self.reset()
         self._key = next(_KEYS)
         _CAPTURES[self._key] = self
-        self._hook = layer.module.register_forward_hook(_Hook(gate, self._key), with_kwargs=True)
+        self._hook = layer.module.register_forward_hook(_Hook(switch, self._key), with_kwargs=True)
 
-    def forget(self) -> None:
-        """That there were rows; the room is somebody else's to clear."""
-        self.weight = self.rows = 0.0
+    def reset(self) -> None:
+        """Set weight and num_rows to 0; the owner of the sums clears those."""
+        self.weight = 0.0
+        self.num_rows = 0.0
 
     def close(self) -> None:
-        """Takes the hook off the layer."""
+        """Remove the hook from the layer."""
         self._hook.remove()
 
     @torch.no_grad()
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
-        """One backward pass: inputs [..., num_in] and gradients of the outputs [..., num_out], of any dtype.
+        """Add one backward pass to the sums; a pass that comes after the step it belongs to is ignored.
 
-        Nothing of one that comes after its update's step.
+        Args:
+            inputs: of the layer; [..., num_in], of any floating point dtype.
+            gradients: of the layer's outputs; [..., num_out], of any floating point dtype.
         """
-        if not self.gate.is_open:
+        if not self.switch.is_on:
             return
-        x, g = inputs.detach().reshape(-1, self.layer.num_in), gradients.detach().reshape(-1, self.layer.num_out)
-        rows = x.shape[0]
-        if rows == 0:
+        x = inputs.detach().reshape(-1, self.layer.num_in)
+        g = gradients.detach().reshape(-1, self.layer.num_out)
+        num_rows = x.shape[0]
+        if num_rows == 0:
             return
-        chosen = self._choose(rows, x.device)
-        x, g = (each.index_select(0, chosen) if chosen is not None else each for each in (x, g))
-        sum_a, sum_g = self._room()
-        x, g = x.to(sum_a.dtype), g.to(sum_g.dtype)
-        weight, share = self._row_weight(rows), rows / x.shape[0]
+        indices = self._sample(num_rows, x.device)
+        if indices is not None:
+            x = x.index_select(0, indices)
+            g = g.index_select(0, indices)
+        sum_a, sum_g = self._sums()
+        x = x.to(sum_a.dtype)
+        g = g.to(sum_g.dtype)
+        weight = self._row_weight(num_rows)
+        rows_per_sample = num_rows / x.shape[0]
         with torch.autocast(x.device.type, enabled=False):
-            add_product(sum_a, self.layer.dim_a, x, weight * share)
+            add_product(sum_a, self.layer.dim_a, x, weight * rows_per_sample)
             if self.layer.has_bias:
-                add_to_last_row(sum_a, self.layer.dim_a, x.sum(0) * (weight * share), weight * rows)
-            add_product(sum_g, self.layer.dim_g, g, weight * share)
-        self.weight += weight * rows
-        self.rows += rows
+                add_to_last_row(sum_a, self.layer.dim_a, x.sum(0) * (weight * rows_per_sample), weight * num_rows)
+            add_product(sum_g, self.layer.dim_g, g, weight * rows_per_sample)
+        self.weight += weight * num_rows
+        self.num_rows += num_rows
 
-    def _choose(self, rows: int, device: torch.device) -> Tensor | None:
-        """Evenly spaced rows, others in every update, the same whenever it is made again; None for all of them."""
-        if self._max_rows is None or rows <= self._max_rows:
+    def _sample(self, num_rows: int, device: torch.device) -> Tensor | None:
+        """Return the indices of evenly spaced rows, int64 [max_rows]; None for all rows.
+
+        The first row depends on the number of the step only, so that a repeated step uses the same rows.
+        """
+        if self._max_rows is None or num_rows <= self._max_rows:
             return None
-        start = random.Random(self.gate.step).randrange(rows // self._max_rows)
-        return torch.arange(self._max_rows, device=device) * rows // self._max_rows + start
+        start = random.Random(self.switch.step).randrange(num_rows // self._max_rows)
+        return torch.arange(self._max_rows, device=device) * num_rows // self._max_rows + start
 
 
 class _Hook:
-    """The forward hook of one layer. That of a copied model, which is not ours to train, captures nothing."""
+    """The forward hook of one layer; in a copy of the model, which this K-FAC does not train, it captures nothing."""
 
-    def __init__(self, gate: CaptureSwitch, key: int) -> None:
-        self.gate, self.key = gate, key
+    def __init__(self, switch: CaptureSwitch, key: int) -> None:
+        self.switch = switch
+        self.key = key
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        if not (self.gate.is_open and module.training and torch.is_grad_enabled() and output.requires_grad):
+        if not (self.switch.is_on and module.training and torch.is_grad_enabled() and output.requires_grad):
             return None
         inputs = args[0] if args else next(iter(kwargs.values()))
-        return _Tap.apply(output, inputs, self.key)  # type: ignore[no-untyped-call]
+        return _CaptureInBackward.apply(output, inputs, self.key)  # type: ignore[no-untyped-call]
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[CaptureSwitch, int]]:
         return _Hook, (CaptureSwitch(), -1)
 
 
 _CAPTURES: WeakValueDictionary[int, Capture] = WeakValueDictionary()
-"""A graph can hold a number, not an object."""
+"""The captures by key: a compiled graph can hold a number, not an object."""
 
 _KEYS = itertools.count()
 
 
-class _Tap(torch.autograd.Function):
-    """The identity; on the way back `record` is called."""
+class _CaptureInBackward(torch.autograd.Function):
+    """The identity; its backward pass calls the operator `record`."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, inputs: Tensor, key: int) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.key = key
-        return output.clone()  # a view could not be changed in place by what follows
+        return output.clone()  # the next operation could not change a view in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -141,10 +162,13 @@ class _Tap(torch.autograd.Function):
         return _record(gradient, inputs, ctx.key), None, None
 
 
-# A recorded CUDA graph would repeat the products and not the counting.
+# Not for CUDA graphs: a replayed graph would repeat the products, but not the counts, which Python adds.
 @torch.library.custom_op("llm_kfac::record", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _record(gradient: Tensor, inputs: Tensor, key: int) -> Tensor:
-    """Adds to the capture of that key; gives the gradient as it is, so that no compiler takes the call away."""
+    """Add a backward pass to the capture of that key; return a copy of the gradient, so that the call is not removed.
+
+    A compiler removes operators whose result is not used.
+    """
     capture = _CAPTURES.get(key)
     if capture is not None:
         capture.add(inputs, gradient)

@@ -1,6 +1,7 @@
-"""From factors to directions: eigenbases, or inverses, of stacks of layers of one shape.
+"""Decompositions of the factors, and their use on gradients, for stacks of layers of one shape.
 
-Both keep a state of tensors that begins as the identity, is refreshed now and then, and is used in between.
+A decomposition keeps its tensors in a state that starts as that of identity factors, is refreshed from the factors at
+some steps, and preconditions gradients in every step.
 """
 
 from __future__ import annotations
@@ -15,126 +16,163 @@ from llm.kfac.formulas import Formulas
 from llm.kfac.packed_symmetric import unfold
 
 State = dict[str, Tensor]
+"""Tensors by name, [layers, ...] each."""
 
-# Numbers in the matrices that are decomposed at once: enough to fill a device, little beside the model.
+# Numbers in the matrices that are decomposed at once: enough to fill a device, and little memory beside the model's.
 _BATCH = 2**24
 
+# Matrices of up to so many rows are decomposed in float64, which costs nothing at that size: most of the rounding error
+# of a direction comes from the eigenvectors.
+_MAX_ROWS_IN_FLOAT64 = 64
 
-# Up to so many rows a matrix is decomposed in float64, which costs nothing there: most of the rounding is in the bases.
-_SMALL = 64
 
-
-class Curvature(ABC):
-    """What divides a gradient by the curvature.
+class Decomposition(ABC):
+    """How gradients are divided by the Kronecker product of the factors.
 
     Args:
-        formulas: of the damping.
-        dtype: of what is kept, and of the products with gradients.
+        formulas: formulas of the damping.
+        inv_dtype: dtype of the state, and of the products with gradients.
     """
 
-    flops_of_refresh: float
-    """Of one n x n factor, in n^3: what it costs in time, counted in a matrix product's operations."""
+    refresh_cost: float
+    """Time of the refresh of one n x n factor, in units of n^3 operations of a matrix product."""
 
-    products: int
-    """Matrix products of a gradient, each with both factors."""
+    num_products: int
+    """Number of matrix products of a gradient with each of the two factors."""
 
-    def __init__(self, formulas: Formulas, dtype: torch.dtype) -> None:
-        self.formulas, self.dtype = formulas, dtype
+    def __init__(self, formulas: Formulas, inv_dtype: torch.dtype) -> None:
+        self.formulas = formulas
+        self.inv_dtype = inv_dtype
 
     @abstractmethod
     def shapes(self, side: str, n: int) -> dict[str, tuple[int, ...]]:
-        """The tensors kept for the factor of one layer (side: "a" or "g") and its n rows, by name."""
+        """Return name -> shape of the tensors kept for one layer's factor with n rows; side is "a" or "g"."""
 
     @abstractmethod
-    def start(self, state: State) -> None:
-        """Makes the state that of identity factors."""
+    def initialize(self, state: State) -> None:
+        """Set the state to that of identity factors."""
 
     @abstractmethod
     def refresh(self, state: State, side: str, factors: Tensor, n: int, damping: float) -> None:
-        """Takes in folded factors [layers, n | 1, ceil(n / 2)] of one side."""
+        """Recompute the state of one side from the factors, in place.
+
+        Args:
+            state: [layers, ...] of inv_dtype.
+            side: "a" or "g".
+            factors: folded matrices [layers, n | 1, ceil(n / 2)] of factor_dtype.
+            n: rows of a factor.
+            damping: see `Formulas`.
+        """
 
     @abstractmethod
-    def directions(self, state: State, gradients: Tensor, damping: float) -> Tensor:
-        """Gradients [layers, dim_a, dim_g] divided by the curvature, in their place."""
+    def precondition(self, state: State, gradients: Tensor, damping: float) -> Tensor:
+        """Return the directions: the gradients divided by the curvature, computed in place.
+
+        Args:
+            state: [layers, ...] of inv_dtype.
+            gradients: of [W, b]^T; [layers, dim_a, dim_g] of inv_dtype.
+            damping: see `Formulas`.
+
+        Returns:
+            `gradients`, overwritten by the directions; same shape and dtype.
+        """
 
 
-class Eigen(Curvature):
-    """Qa [(Qa^T W^T Qg) / (da dg^T + lambda)^power] Qg^T: the damped Kronecker product's exact inverse at power 1."""
+class Eigen(Decomposition):
+    """Eigendecompositions: Qa [(Qa^T W^T Qg) / (da dg^T + lambda)^power] Qg^T.
 
-    flops_of_refresh = 10.0  # measured on CPUs: eigh takes the time of a product of 5 n^3 multiplications
-    products = 2
+    At power 1 this is the exact inverse of the damped Kronecker product.
 
-    def __init__(self, formulas: Formulas, dtype: torch.dtype, power: float) -> None:
-        super().__init__(formulas, dtype)
+    Source: Pauloski et al. 2020 (arXiv:2007.00784), for power 1.
+    """
+
+    refresh_cost = 10.0  # measured on CPUs: eigh takes the time of a product of 5 n^3 multiplications
+    num_products = 2
+
+    def __init__(self, formulas: Formulas, inv_dtype: torch.dtype, power: float) -> None:
+        super().__init__(formulas, inv_dtype)
         self.power = power
 
     def shapes(self, side: str, n: int) -> dict[str, tuple[int, ...]]:
-        """An orthonormal basis in columns, and the eigenvalues."""
+        """Return the shapes of an orthonormal basis, in columns, and of the eigenvalues."""
         return {f"basis_{side}": (n, n), f"values_{side}": (n,)}
 
-    def start(self, state: State) -> None:
-        """Bases of unit vectors, eigenvalues of one."""
+    def initialize(self, state: State) -> None:
+        """Set the bases to the identity and the eigenvalues to one."""
         for side in "ag":
             _fill_identity(state[f"basis_{side}"])
             state[f"values_{side}"].fill_(1)
 
     def refresh(self, state: State, side: str, factors: Tensor, n: int, damping: float) -> None:
-        """The damping is not used: it is added to the eigenvalues of the product, in every update anew."""
-        exact = torch.float64 if n <= _SMALL and factors.device.type != "mps" else torch.float32  # which has none
-        for part, matrices in _batches(factors, n):
-            values, basis = torch.linalg.eigh(matrices.to(torch.promote_types(matrices.dtype, exact)))
-            state[f"values_{side}"][part] = values.clamp_(min=0).to(self.dtype)
-            state[f"basis_{side}"][part] = basis.to(self.dtype)
+        """Decompose the factors [layers, n | 1, ceil(n / 2)] of factor_dtype into bases and eigenvalues.
 
-    def directions(self, state: State, gradients: Tensor, damping: float) -> Tensor:
-        """Into the eigenbasis, divided, and back."""
+        The damping is not used here: `precondition` adds it to the product of the eigenvalues in every step.
+        """
+        has_float64 = factors.device.type != "mps"
+        dtype = torch.float64 if n <= _MAX_ROWS_IN_FLOAT64 and has_float64 else torch.float32
+        for part, matrices in _batches(factors, n):
+            values, basis = torch.linalg.eigh(matrices.to(torch.promote_types(matrices.dtype, dtype)))
+            state[f"values_{side}"][part] = values.clamp_(min=0).to(self.inv_dtype)
+            state[f"basis_{side}"][part] = basis.to(self.inv_dtype)
+
+    def precondition(self, state: State, gradients: Tensor, damping: float) -> Tensor:
+        """Rotate gradients [layers, dim_a, dim_g] of inv_dtype into the eigenbasis, divide them, and rotate back."""
         basis_a, basis_g = state["basis_a"], state["basis_g"]
         values_a, values_g = state["values_a"], state["values_g"]
         added = self.formulas.damp_product(damping, values_a.mean(-1), values_g.mean(-1))
         added.clamp_(min=torch.finfo(added.dtype).tiny)
         half = torch.bmm(basis_a.mT, gradients)
-        turned = torch.bmm(half, basis_g, out=gradients)
+        rotated = torch.bmm(half, basis_g, out=gradients)
         curvature = torch.baddbmm(added[:, None, None], values_a[:, :, None], values_g[:, None, :], out=half)
-        turned /= curvature if self.power == 1 else curvature.pow_(self.power)
-        return torch.bmm(torch.bmm(basis_a, turned, out=half), basis_g.mT, out=gradients)
+        rotated /= curvature if self.power == 1 else curvature.pow_(self.power)
+        return torch.bmm(torch.bmm(basis_a, rotated, out=half), basis_g.mT, out=gradients)
 
 
-class Inverse(Curvature):
-    """(A + la)^-1 W^T (G + lg)^-1 with la lg = lambda: half the products of the eigenbasis, and a cheaper refresh."""
+class Inverse(Decomposition):
+    """Inverses of the damped factors: (A + la)^-1 W^T (G + lg)^-1 with la lg = lambda.
 
-    flops_of_refresh = 1.5  # measured on CPUs, as that of `Eigen`
-    products = 1
+    It needs half of the products of `Eigen`, and its refresh is cheaper.
+
+    Source: Martens & Grosse 2015 (arXiv:1503.05671), section 6.3.
+    """
+
+    refresh_cost = 1.5  # measured on CPUs, as that of `Eigen`
+    num_products = 1
 
     def shapes(self, side: str, n: int) -> dict[str, tuple[int, ...]]:
-        """The inverse."""
+        """Return the shape of the inverse of the damped factor."""
         return {f"inverse_{side}": (n, n)}
 
-    def start(self, state: State) -> None:
-        """Identities."""
+    def initialize(self, state: State) -> None:
+        """Set the inverses to the identity, without damping."""
         for side in "ag":
             _fill_identity(state[f"inverse_{side}"])
 
     def refresh(self, state: State, side: str, factors: Tensor, n: int, damping: float) -> None:
-        """By Cholesky; what rounding has left without an inverse keeps its last one."""
+        """Invert the damped factors [layers, n | 1, ceil(n / 2)] of factor_dtype by Cholesky factorization.
+
+        Matrices whose factorization fails keep their previous inverse.
+        """
         for part, matrices in _batches(factors, n):
             diagonal = matrices.diagonal(dim1=-2, dim2=-1)
             diagonal += self.formulas.damp_factor(damping, diagonal.mean(-1))[:, None]
             triangle, failures = torch.linalg.cholesky_ex(matrices)
-            inverse = torch.cholesky_inverse(triangle).to(self.dtype)
-            kept = state[f"inverse_{side}"][part]
-            torch.where((failures == 0)[:, None, None], inverse, kept, out=kept)
+            inverse = torch.cholesky_inverse(triangle).to(self.inv_dtype)
+            previous = state[f"inverse_{side}"][part]
+            torch.where((failures == 0)[:, None, None], inverse, previous, out=previous)
 
-    def directions(self, state: State, gradients: Tensor, damping: float) -> Tensor:
-        """Two products; the damping is in the inverses."""
+    def precondition(self, state: State, gradients: Tensor, damping: float) -> Tensor:
+        """Multiply gradients [layers, dim_a, dim_g] of inv_dtype by both inverses, which contain the damping."""
         return torch.bmm(torch.bmm(state["inverse_a"], gradients), state["inverse_g"], out=gradients)
 
 
 def _fill_identity(matrices: Tensor) -> None:
+    """Set matrices [layers, n, n] to the identity, in place."""
     matrices.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
 
 
 def _batches(factors: Tensor, n: int) -> Iterator[tuple[slice, Tensor]]:
-    """The lower triangles [some, n, n], in float32 or better, and which of the stack they are."""
+    """Yield slices of the stack, and their matrices' lower triangles [some, n, n] in float32 or better."""
     size = max(1, _BATCH // n**2)
     for start in range(0, factors.shape[0], size):
         part = slice(start, start + size)

@@ -1,4 +1,4 @@
-"""Layers of one shape and one owner, worked on as one stack: averages of their factors, and what follows from them."""
+"""Groups of layers with one shape and one owner, computed as one stack: their factors and the decompositions."""
 
 from __future__ import annotations
 
@@ -9,184 +9,220 @@ import torch
 from torch import Tensor
 
 from llm.kfac.capture import Capture
-from llm.kfac.decompositions import Curvature, State
-from llm.kfac.formulas import Count, Formulas
+from llm.kfac.decompositions import Decomposition, State
+from llm.kfac.formulas import Formulas, Scalar
 from llm.kfac.layers import Layer
 from llm.kfac.packed_symmetric import folded_eye, folded_shape, folded_trace
 
 
 class FactorSums:
-    """Room for what the layers of a group capture: one vector, which is there while it is needed.
+    """The buffer for the sums that the layers of a group capture; it is allocated only while it is needed.
 
-    Captures hold it and it holds none, so that a preconditioner that nobody holds is gone at once.
+    The captures refer to this object and it refers to none of them, so that no reference cycle keeps a preconditioner
+    in memory that is not used any more.
 
     Args:
-        num: of layers.
-        dims: rows of the factors of each, of the inputs and of the outputs' gradients.
-        dtype: of the factors.
-        device: of the layers.
+        num_layers: number of layers.
+        dims: rows of each layer's factors, (dim_a, dim_g).
+        dtype: factor_dtype.
+        device: the layers' device.
     """
 
-    def __init__(self, num: int, dims: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> None:
-        self._num, self._dtype, self._device = num, dtype, device
-        self._shapes = [(num, *folded_shape(n)) for n in dims]
-        self._packed: Tensor | None = None
+    def __init__(self, num_layers: int, dims: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> None:
+        self._num_layers = num_layers
+        self._dtype = dtype
+        self._device = device
+        self._shapes = [(num_layers, *folded_shape(n)) for n in dims]
+        self._buffer: Tensor | None = None
 
-    def of(self, number: int) -> tuple[Tensor, Tensor]:
-        """Of one layer: folded, side by side with those of the others."""
-        sum_a, sum_g, _ = self.parts(self.packed())
-        return sum_a[number], sum_g[number]
+    def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return views of one layer's folded sums of a a^T and g g^T, of factor_dtype.
 
-    def packed(self) -> Tensor:
-        """All of them, and two numbers a layer; zeros at first."""
-        if self._packed is None:
-            size = sum(torch.Size(shape).numel() for shape in self._shapes) + 2 * self._num
-            self._packed = torch.zeros(size, dtype=self._dtype, device=self._device)
-        return self._packed
+        Their shapes are [dim_a | 1, ceil(dim_a / 2)] and [dim_g | 1, ceil(dim_g / 2)].
+        """
+        sum_a, sum_g, _ = self.split(self.buffer())
+        return sum_a[index], sum_g[index]
 
-    def parts(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of such a vector: sums [layers, …] of both sides, folded, and weights and rows [2, layers]."""
-        of_a, of_g = (torch.Size(shape).numel() for shape in self._shapes)
-        sum_a, sum_g, counts = packed.split([of_a, of_g, 2 * self._num])
-        return sum_a.view(self._shapes[0]), sum_g.view(self._shapes[1]), counts.view(2, self._num)
+    def buffer(self) -> Tensor:
+        """Return the sums of all layers and two counts a layer as one vector of factor_dtype [numbers]; zeros at first.
 
-    def drop(self) -> None:
-        """Gives the memory back."""
-        self._packed = None
+        `split` gives its parts.
+        """
+        if self._buffer is None:
+            size = sum(torch.Size(shape).numel() for shape in self._shapes) + 2 * self._num_layers
+            self._buffer = torch.zeros(size, dtype=self._dtype, device=self._device)
+        return self._buffer
+
+    def split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return views of a vector like `buffer`, of its dtype.
+
+        Args:
+            buffer: of factor_dtype [numbers].
+
+        Returns:
+            Folded sums of a a^T [layers, dim_a | 1, ceil(dim_a / 2)]; folded sums of g g^T
+            [layers, dim_g | 1, ceil(dim_g / 2)]; weights and numbers of rows [2, layers].
+        """
+        size_a, size_g = (torch.Size(shape).numel() for shape in self._shapes)
+        sum_a, sum_g, counts = buffer.split([size_a, size_g, 2 * self._num_layers])
+        return sum_a.view(self._shapes[0]), sum_g.view(self._shapes[1]), counts.view(2, self._num_layers)
+
+    def release(self) -> None:
+        """Free the memory of the buffer."""
+        self._buffer = None
 
 
 class LayerGroup:
-    """A stack of layers.
+    """A stack of layers of one shape.
 
     Args:
         layers: of one shape.
-        delays: theirs, as `schedule.is_refresh_due` wants them, ascending.
+        offsets: when each is refreshed, as `schedule.is_refresh_due` takes it; ascending.
         owner: the rank that keeps the state.
-        is_mine: whether this rank keeps it too.
-        formulas: of the factors.
-        curvature: how a gradient is divided by it.
-        factor_dtype: of the factors.
-        new_capture: of a layer, with the room for its sums.
+        is_local: whether this rank keeps the state too.
+        formulas: formulas of the factors.
+        decomposition: how gradients are divided by the curvature.
+        factor_dtype: dtype of the factors.
+        new_capture: returns the capture of a layer, from the layer and a function that returns its sums.
 
     Attributes:
-        captures: the layers'.
-        state: by name, [layers, …]: `factor_a` and `factor_g` folded, `count` of the captures that they hold, and what
-            the curvature keeps; empty where another rank keeps it.
+        captures: one for each layer.
+        state: tensors [layers, ...] by name: `factor_a` and `factor_g`, folded; `count`, the factor updates that they
+            contain; and the tensors of the decomposition. Empty if another rank keeps them.
     """
 
     def __init__(
         self,
         layers: Sequence[Layer],
-        delays: Sequence[float],
+        offsets: Sequence[float],
         *,
         owner: int,
-        is_mine: bool,
+        is_local: bool,
         formulas: Formulas,
-        curvature: Curvature,
+        decomposition: Decomposition,
         factor_dtype: torch.dtype,
         new_capture: Callable[[Layer, Callable[[], tuple[Tensor, Tensor]]], Capture],
     ) -> None:
-        self.layers, self.delays, self.owner, self.is_mine = layers, delays, owner, is_mine
-        self.formulas, self.curvature, self.factor_dtype = formulas, curvature, factor_dtype
-        self.dim_a, self.dim_g = self.layers[0].dim_a, self.layers[0].dim_g
+        self.layers = layers
+        self.offsets = offsets
+        self.owner = owner
+        self.is_local = is_local
+        self.formulas = formulas
+        self.decomposition = decomposition
+        self.factor_dtype = factor_dtype
+        self.dim_a = layers[0].dim_a
+        self.dim_g = layers[0].dim_g
         self._sums = FactorSums(len(layers), (self.dim_a, self.dim_g), dtype=factor_dtype, device=self.device)
-        self.captures = [new_capture(layer, partial(self._sums.of, number)) for number, layer in enumerate(layers)]
-        self.state: State = self.empty_state() if is_mine else {}
-        if is_mine:
+        self.captures = [new_capture(layer, partial(self._sums.of_layer, index)) for index, layer in enumerate(layers)]
+        self.state: State = self.empty_state() if is_local else {}
+        if is_local:
             for side, n in self.sides():
                 self.state[f"factor_{side}"][:] = folded_eye(n, dtype=factor_dtype, device=self.device)
             self.state["count"].zero_()
-            curvature.start(self.state)
+            decomposition.initialize(self.state)
 
     @property
     def device(self) -> torch.device:
-        """Where the layers are."""
+        """The device that the layers are on."""
         return self.layers[0].weight.device
 
     def sides(self) -> tuple[tuple[str, int], tuple[str, int]]:
-        """The two factors and their rows."""
+        """Return name and rows of the two factors: ("a", dim_a) and ("g", dim_g)."""
         return ("a", self.dim_a), ("g", self.dim_g)
 
-    def specification(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape, of one layer's, and dtype of every tensor in `state`."""
-        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"count": ((), torch.float32)}
+    def state_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape, for one layer, and the dtype of every tensor in `state`."""
+        spec: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"count": ((), torch.float32)}
         for side, n in self.sides():
-            found[f"factor_{side}"] = folded_shape(n), self.factor_dtype
-            found |= {name: (shape, self.curvature.dtype) for name, shape in self.curvature.shapes(side, n).items()}
-        return found
+            spec[f"factor_{side}"] = folded_shape(n), self.factor_dtype
+            for name, shape in self.decomposition.shapes(side, n).items():
+                spec[name] = shape, self.decomposition.inv_dtype
+        return spec
 
     def empty_state(self) -> State:
-        """Tensors as those of `state`, with nothing in them."""
+        """Return uninitialized tensors like those of `state`."""
         return {
             name: torch.empty(len(self.layers), *shape, dtype=dtype, device=self.device)
-            for name, (shape, dtype) in self.specification().items()
+            for name, (shape, dtype) in self.state_spec().items()
         }
 
     def num_bytes(self, *, factors: bool) -> int:
-        """Of the factors in `state`, or of all else in it."""
+        """Return the bytes of the factors in `state`, or of everything else in it."""
         return sum(stack.nbytes for name, stack in self.state.items() if name.startswith("factor") == factors)
 
-    def drop(self) -> None:
-        """Forgets what was captured, and gives its memory back."""
-        self._sums.drop()
+    def discard(self) -> None:
+        """Forget what was captured, and free its memory."""
+        self._sums.release()
         for capture in self.captures:
-            capture.forget()
+            capture.reset()
 
-    def pack(self) -> Tensor:
-        """What this rank captured, as one vector of factor_dtype; it is the sums themselves, and they are dropped."""
-        packed = self._sums.packed()
-        counts = [[capture.weight for capture in self.captures], [capture.rows for capture in self.captures]]
-        self._sums.parts(packed)[2].copy_(torch.tensor(counts, dtype=self.factor_dtype))
-        self.drop()
-        return packed
+    def take_sums(self) -> Tensor:
+        """Return what this rank captured, as one vector of factor_dtype [numbers] (see `FactorSums`), and forget it.
 
-    def take_in(self, packed: Tensor, decay: float, *, num_tokens: Count | None, loss_scale: Count, world: int) -> None:
-        """Blends the sum of all ranks' `pack` into the factors, layer by layer, where it is finite.
+        The vector is the buffer itself, not a copy.
+        """
+        buffer = self._sums.buffer()
+        counts = [[capture.weight for capture in self.captures], [capture.num_rows for capture in self.captures]]
+        self._sums.split(buffer)[2].copy_(torch.tensor(counts, dtype=self.factor_dtype))
+        self.discard()
+        return buffer
+
+    def accumulate(
+        self, sums: Tensor, decay: float, *, num_tokens: Scalar | None, loss_scale: Scalar, world: int
+    ) -> None:
+        """Add the sums to the moving averages of the factors, for the layers whose sums are usable.
 
         Args:
-            packed: the sum.
-            decay: the most that the old average counts.
+            sums: sum of all ranks' `take_sums`; factor_dtype [numbers]. It is overwritten.
+            decay: largest weight of the old average.
             num_tokens: see `Formulas.scale_g`.
-            loss_scale: the same.
+            loss_scale: see `Formulas.scale_g`.
             world: number of ranks.
         """
-        sum_a, sum_g, (weight, rows) = self._sums.parts(packed)
-        new = {"a": sum_a, "g": sum_g}
-        traces = [folded_trace(new[side], n) for side, n in self.sides()]
-        usable = self.formulas.is_usable(*traces) & (weight > 0)
+        sum_a, sum_g, (weight, num_rows) = self._sums.split(sums)
+        trace_a = folded_trace(sum_a, self.dim_a)
+        trace_g = folded_trace(sum_g, self.dim_g)
+        usable = self.formulas.is_usable(trace_a, trace_g) & (weight > 0)
         count = self.state["count"] + usable
-        memory = self.formulas.memory(count, decay).to(self.factor_dtype).where(usable, 1)
-        scale_g = self.formulas.scale_g(weight, rows, num_tokens=num_tokens, loss_scale=loss_scale, world=world)
-        for (side, total), scale in zip(new.items(), (weight.reciprocal(), scale_g), strict=True):
-            share = ((1 - memory) * scale).where(usable, 0)
-            total.masked_fill_(~usable[:, None, None], 0)  # not a number times nothing would still be none
-            self.state[f"factor_{side}"].mul_(memory[:, None, None]).addcmul_(total, share[:, None, None])
+        ema_decay = self.formulas.ema_decay(count, decay).to(self.factor_dtype).where(usable, 1)
+        scale_a = weight.reciprocal()
+        scale_g = self.formulas.scale_g(weight, num_rows, num_tokens=num_tokens, loss_scale=loss_scale, world=world)
+        for name, total, scale in (("factor_a", sum_a, scale_a), ("factor_g", sum_g, scale_g)):
+            share = ((1 - ema_decay) * scale).where(usable, 0)
+            total.masked_fill_(~usable[:, None, None], 0)  # because 0 * NaN is NaN
+            self.state[name].mul_(ema_decay[:, None, None]).addcmul_(total, share[:, None, None])
         self.state["count"].copy_(count)
 
     def refresh(self, damping: float, is_due: Callable[[float], bool]) -> None:
-        """Bases or inverses of the factors as they are now, of the layers whose delay is due."""
-        due = [number for number, delay in enumerate(self.delays) if is_due(delay)]
+        """Recompute the decompositions from the present factors.
+
+        Args:
+            damping: see `Formulas`.
+            is_due: whether layers of an offset are refreshed; offsets ascend, so those layers are neighbours.
+        """
+        due = [index for index, offset in enumerate(self.offsets) if is_due(offset)]
         if due:
             state = {name: stack[due[0] : due[-1] + 1] for name, stack in self.state.items()}
             for side, n in self.sides():
-                self.curvature.refresh(state, side, state[f"factor_{side}"], n, damping)
+                self.decomposition.refresh(state, side, state[f"factor_{side}"], n, damping)
 
-    def gradients(self) -> Tensor:
-        """Of [W, b]^T, as [layers, dim_a, dim_g].
+    def read_gradients(self) -> Tensor:
+        """Return the gradients of [W, b]^T, inv_dtype [layers, dim_a, dim_g].
 
-        With the constant input that a bias stands for, dim_a is seldom a number that matrix products like; dim_g mostly
-        is, and so the rows are that long.
+        With the constant input of a bias, dim_a is seldom a size that matrix products run fast with; dim_g mostly is.
+        So dim_g is the last dimension.
         """
-        stack = torch.empty(len(self.layers), self.dim_a, self.dim_g, dtype=self.curvature.dtype, device=self.device)
+        shape = (len(self.layers), self.dim_a, self.dim_g)
+        stack = torch.empty(*shape, dtype=self.decomposition.inv_dtype, device=self.device)
         for layer, gradient in zip(self.layers, stack, strict=True):
             layer.read_gradient(gradient)
         return stack
 
     def num_weights(self) -> int:
-        """Numbers in `gradients`."""
+        """Return the count of numbers in `read_gradients`."""
         return len(self.layers) * self.dim_g * self.dim_a
 
-    def write(self, directions: Tensor) -> None:
-        """Puts directions, in the shape of `gradients` or flat, where the gradients are."""
+    def write_gradients(self, directions: Tensor) -> None:
+        """Replace the gradients by directions, [layers, dim_a, dim_g] or flat, of inv_dtype."""
         for layer, direction in zip(self.layers, directions.view(-1, self.dim_a, self.dim_g), strict=True):
             layer.write_gradient(direction)

@@ -1,4 +1,4 @@
-"""The preconditioner: what a training loop sees of K-FAC."""
+"""The preconditioner, the part of K-FAC that a training loop calls."""
 
 from __future__ import annotations
 
@@ -13,70 +13,74 @@ from torch import Tensor, nn
 
 from llm.kfac.assignment import Ranks, assign, refresh_offsets
 from llm.kfac.capture import Capture, CaptureSwitch
-from llm.kfac.decompositions import Eigen, Inverse
-from llm.kfac.formulas import Count, Formulas, KfacPytorchFormulas
+from llm.kfac.decompositions import Decomposition, Eigen, Inverse
+from llm.kfac.formulas import Formulas, KfacPytorchFormulas, Scalar
 from llm.kfac.layer_groups import LayerGroup
 from llm.kfac.layers import Layer, device_of, find_layers
 from llm.kfac.packed_symmetric import share_of_product
-from llm.kfac.schedule import Number, is_due, is_refresh_due, steady_value, value_at
+from llm.kfac.schedule import ValueOrSchedule, is_due, is_refresh_due, steady_value, value_at
 from llm.kfac.summary import Report
-from llm.kfac.validation import FACTOR_UPDATE_STEPS, Default, as_anchor, check
+from llm.kfac.validation import FACTOR_UPDATE_STEPS, Default, check_arguments, kfac_pytorch_defaults
 
 
 class KFACPreconditioner:
-    """Divides the gradients of linear layers by their curvature, between `backward` and the optimizer's step.
+    """K-FAC: divide the gradients of linear layers by their curvature, between `backward` and the optimizer's step.
 
     For y = W x + b, with a = [x; 1] and g the gradient of the mean loss over n tokens: A = mean a a^T over the tokens,
-    G = n * sum g g^T, each averaged over updates, and the gradient of [W, b] becomes
-    Qg [(Qg^T [W, b]' Qa) / (dg da^T + lambda)^power] Qa^T with lambda = damping * mean(da) * mean(dg). It does not
-    depend on the batch's size, the number of ranks, accumulation or a loss scale, if `step` is told of them.
+    G = n * sum g g^T, each averaged over the factor updates, and the gradient [W, b]' of [W, b] becomes
+    Qg [(Qg^T [W, b]' Qa) / (dg da^T + lambda)^power] Qa^T with lambda = damping * mean(da) * mean(dg), where
+    Qa da Qa^T = A and Qg dg Qg^T = G. The result does not depend on the size of the batch, the number of ranks,
+    gradient accumulation or a loss scale, provided that `step` is told `num_tokens` and `loss_scale`.
 
-    It registers hooks: make it before torch.compile sees the first batch, and after the model is on its device. Where
-    DistributedDataParallel is used, the model may be the one inside or outside it.
+    The constructor registers forward hooks: call it after the model is on its device, and before torch.compile sees the
+    first batch. With DistributedDataParallel, pass the model inside or outside the wrapper.
+
+    Sources: Martens & Grosse 2015 (arXiv:1503.05671); Eschenhagen et al. 2023 (arXiv:2311.00636), setting "expand".
 
     Args:
-        model: its nn.Linear and HuggingFace Conv1D layers are taken, but for those that `report().skipped` names.
-        factor_update_steps: updates from one capture of the factors to the next; the updates between cost nothing in
-            the model's passes. Numbers may be functions of the number of the update. The default, `dense_early(10)`,
-            has captures at 1, 2, 4 and 8 too, so that the early refreshes of the inverses find something new; a plain
-            10 has none, nor has compat by itself.
-        inv_update_steps: updates from one refresh of the inverses to the next; below it also 1, 2, 4, 8, …
-        spread: from its first multiple on, each layer is refreshed at another update, so that all take about as long;
-            False: all layers at the multiples.
-        damping: lambda over the product of the factors' mean eigenvalues.
-        factor_decay: the k-th capture finds the average of those before it at a weight of min(factor_decay, 1 - 1/k).
-        kl_clip: shortens the whole direction d, with gradient w, where lr^2 * (d, w) exceeds it; with rescale=None.
-        lr: the learning rate, for kl_clip.
-        accumulation_steps: backward passes an update, among which `factor_tokens` are shared out.
-        skip_layers: regular expressions of names, or classes, to leave out.
-        rescale: "norm": every layer's direction gets the norm of its gradient; None: nothing is rescaled.
-        power: of the division; 0.5 lies halfway to a whitened gradient. Method "eigen" only.
-        method: "eigen", or "inverse", which damps each factor on its own and costs about half.
-        max_factor_dim: layers with a larger factor are left out.
-        factor_tokens: tokens of an update, all ranks together, that the factors are made of; None: all.
-        factor_dtype: of the factors.
-        inv_dtype: of the inverses, and of the products with gradients.
-        strategy: "owner": each layer's work and memory is one rank's; "replicate": all ranks do everything.
-        process_group: the ranks that train together; None: all of them.
-        compat: "kfac-pytorch": that package's formulas: factors that start as the identity, G of the mean loss, an
-            absolute damping (1e-3 if none is given), inverses at multiples only, kl_clip (1e-3 if none is given, at a
-            lr of 0.1) and no other rescaling.
+        model: its nn.Linear and HuggingFace Conv1D layers are preconditioned, except those in `report().skipped`.
+        factor_update_steps: steps between factor updates; other steps cost nothing in the model's passes. Any numeric
+            argument that is a `ValueOrSchedule` may also be a callable `step -> value`. The default, `dense_early(10)`,
+            has factor updates at 1, 2, 4 and 8 too, so that the early refreshes of the inverses use new factors; a
+            plain 10 does not, and neither does the default with `compat`.
+        inv_update_steps: steps between refreshes of the inverses; below it also at 1, 2, 4, 8, …
+        stagger: from the first multiple of `inv_update_steps` on, refresh each layer in a step of its own, so that all
+            steps take about as long; False: all layers at the multiples.
+        damping: lambda divided by the product of the factors' mean eigenvalues.
+        factor_decay: in factor update k, the old average has the weight min(factor_decay, 1 - 1/k).
+        kl_clip: shorten the directions d, of all layers together, where lr^2 * (d, w) for the gradients w exceeds it;
+            needs rescale=None.
+        lr: learning rate, for kl_clip.
+        accumulation_steps: backward passes in a step, over which `factor_tokens` are divided.
+        skip_layers: regular expressions of names, or class names, of layers to skip.
+        rescale: "norm": each layer's direction gets the norm of its gradient; None: no rescaling.
+        power: exponent of the division; 0.5 is halfway to a whitened gradient. Only with method "eigen".
+        method: "eigen", or "inverse", which damps each factor separately and costs about half.
+        max_factor_dim: layers with a larger factor are skipped.
+        factor_tokens: tokens of a step, on all ranks together, that a factor update uses; None: all.
+        factor_dtype: dtype of the factors.
+        inv_dtype: dtype of the inverses, and of the products with gradients.
+        strategy: "owner": each layer is computed and stored by one rank; "replicate": by every rank.
+        process_group: the ranks that train together; None: all ranks.
+        compat: "kfac-pytorch": the formulas of that package: factors that start as the identity, G of the mean loss, an
+            absolute damping (1e-3 if none is given), refreshes at multiples only, kl_clip (1e-3 if none is given, at an
+            lr of 0.1 if none is given) and no other rescaling.
 
     Raises:
-        ValueError: an argument is out of bounds, or the model has no layer to take; the message names why.
+        ValueError: an argument is out of bounds, or the model has no layer to precondition; the message names why.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        factor_update_steps: Number = FACTOR_UPDATE_STEPS,
-        inv_update_steps: Number = 10,
-        spread: bool = False,
-        damping: Number = Default(0.1),  # noqa: B008 - a constant
-        factor_decay: Number = 0.95,
-        kl_clip: Number | None = None,
-        lr: Number | None = None,
+        factor_update_steps: ValueOrSchedule = FACTOR_UPDATE_STEPS,
+        inv_update_steps: ValueOrSchedule = 10,
+        stagger: bool = False,
+        damping: ValueOrSchedule = Default(0.1),  # noqa: B008 - a constant
+        factor_decay: ValueOrSchedule = 0.95,
+        kl_clip: ValueOrSchedule | None = None,
+        lr: ValueOrSchedule | None = None,
         accumulation_steps: int = 1,
         skip_layers: Sequence[str] | None = None,
         rescale: Literal["norm"] | None = "norm",
@@ -92,230 +96,280 @@ class KFACPreconditioner:
     ) -> None:
         formulas = Formulas()
         if compat is not None:
-            formulas, rescale = KfacPytorchFormulas(), None
-            factor_update_steps, damping, kl_clip, lr = as_anchor(factor_update_steps, damping, kl_clip, lr)
-        check(locals())
-        self._factor_steps, self._inv_steps, self._damping = factor_update_steps, inv_update_steps, damping
-        self._decay, self._kl_clip, self._lr, self._rescale = factor_decay, kl_clip, lr, rescale
-        self._formulas, self._factor_tokens, self._replicate = formulas, factor_tokens, strategy == "replicate"
-        self._spread = spread
-        self._layers, self._skipped = find_layers(model, skip_layers, max_factor_dim)
-        self._device, self._factor_dtype = device_of(self._layers), factor_dtype
-        self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._ranks, self._gate = Ranks(process_group), CaptureSwitch()
-        self._curvature = Eigen(formulas, inv_dtype, power) if method == "eigen" else Inverse(formulas, inv_dtype)
-        shares = accumulation_steps * self._ranks.size
-        max_rows = None if factor_tokens is None else math.ceil(factor_tokens / shares)
-        self._groups = self._make_groups(
-            lambda layer, room: Capture(layer, self._gate, room, row_weight=formulas.row_weight, max_rows=max_rows)
+            formulas = KfacPytorchFormulas()
+            rescale = None
+            factor_update_steps, damping, kl_clip, lr = kfac_pytorch_defaults(factor_update_steps, damping, kl_clip, lr)
+        check_arguments(
+            factor_update_steps=factor_update_steps,
+            inv_update_steps=inv_update_steps,
+            stagger=stagger,
+            damping=damping,
+            factor_decay=factor_decay,
+            kl_clip=kl_clip,
+            lr=lr,
+            accumulation_steps=accumulation_steps,
+            rescale=rescale,
+            power=power,
+            method=method,
+            max_factor_dim=max_factor_dim,
+            factor_tokens=factor_tokens,
+            factor_dtype=factor_dtype,
+            strategy=strategy,
+            compat=compat,
         )
-        self._move_on(0)
+        self._factor_update_steps = factor_update_steps
+        self._inv_update_steps = inv_update_steps
+        self._stagger = stagger
+        self._damping = damping
+        self._factor_decay = factor_decay
+        self._kl_clip = kl_clip
+        self._lr = lr
+        self._rescale = rescale
+        self._factor_tokens = factor_tokens
+        self._factor_dtype = factor_dtype
+        self._replicate = strategy == "replicate"
+        self._formulas = formulas
+        self._decomposition: Decomposition
+        if method == "eigen":
+            self._decomposition = Eigen(formulas, inv_dtype, power)
+        else:
+            self._decomposition = Inverse(formulas, inv_dtype)
+        self._layers, self._skipped = find_layers(model, skip_layers, max_factor_dim)
+        self._device = device_of(self._layers)
+        self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._ranks = Ranks(process_group)
+        self._switch = CaptureSwitch()
+        num_passes = accumulation_steps * self._ranks.size
+        max_rows = None if factor_tokens is None else math.ceil(factor_tokens / num_passes)
+        self._groups = self._make_groups(
+            lambda layer, sums: Capture(layer, self._switch, sums, row_weight=formulas.row_weight, max_rows=max_rows)
+        )
+        self._begin_step(0)
 
     @torch.no_grad()
-    def step(self, *, num_tokens: Count | None = None, loss_scale: Count = 1.0) -> None:
-        """Turns the gradients of one finished update into directions, in place; on all ranks together.
+    def step(self, *, num_tokens: Scalar | None = None, loss_scale: Scalar = 1.0) -> None:
+        """Replace the gradients of a finished step by directions, in place; call it on all ranks together.
 
-        Call it when the gradients are complete: averaged over the ranks, not scaled, not clipped yet.
+        Call it when the gradients are complete: averaged over the ranks, unscaled, and not clipped yet.
 
         Args:
-            num_tokens: tokens in the loss of the whole update, on all ranks; None: as many as the layers saw.
-            loss_scale: by what the loss whose `backward` was called exceeds the mean over those tokens. For
-                `(loss_sum * world_size / num_tokens).backward()` under DistributedDataParallel, which divides by
-                world_size, it is world_size; a gradient scaler's scale is a factor of it, and so is the number of
-                backward passes where each has the mean of its own micro-batch. While it is the same in all updates
-                it matters only where lengths do: not with rescale="norm".
+            num_tokens: tokens in the loss of the whole step, on all ranks, a number or scalar tensor; None: as many as
+                the layers saw.
+            loss_scale: ratio of the loss passed to `backward` to the mean loss per token of the whole step, a number or
+                scalar tensor of dtype fp32. For `(loss_sum * world_size / num_tokens).backward()` under
+                DistributedDataParallel, which divides by world_size, it is world_size. A gradient scaler's scale is a
+                factor of it, and so is the number of backward passes if each has the mean loss of its own micro-batch.
+                While it is the same in all steps it affects lengths only, and nothing with rescale="norm".
 
         Raises:
-            RuntimeError: the factors are due, and no layer saw a backward pass, on any rank.
+            RuntimeError: a factor update is due, and no layer saw a backward pass, on any rank.
         """
-        step = self._gate.step
+        step = self._switch.step
         damping = value_at(self._damping, step)
         with torch.autocast(self._device.type, enabled=False):
-            if self._gate.is_open:
-                self._update_factors(value_at(self._decay, step), num_tokens, loss_scale)
-            for group in self._mine():
-                group.refresh(damping, lambda delay: self._is_refresh_due(step, delay))
+            if self._switch.is_on:
+                self._update_factors(value_at(self._factor_decay, step), num_tokens, loss_scale)
+            for group in self._local_groups():
+                group.refresh(damping, lambda offset: self._is_refresh_due(step, offset))
             self._precondition(step, damping)
-        self._move_on(step + 1)
+        self._begin_step(step + 1)
 
     def discard(self) -> None:
-        """Drops what the backward passes of a bad update left; no factor changes, and the update does not count."""
+        """Drop what the backward passes of a bad step left: no factor changes, and the step does not count."""
         for group in self._groups:
-            group.drop()
+            group.discard()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later updates depend on; call it between updates, on all ranks together.
+        """Return everything that later steps depend on; call it between steps, on all ranks together.
 
         Returns:
-            `step` (int), `formulas` (str), and tensors on the CPU, copies, named `<layer>/<what>`; the same on all
-            ranks, whatever their number.
+            `step` (int), `formulas` (str), and copies of tensors on the CPU, named `<layer>/<name>`; the same on all
+            ranks, and for any number of them.
         """
-        found: dict[str, Any] = {"step": self._gate.step, "formulas": self._formulas.name}
+        state: dict[str, Any] = {"step": self._switch.step, "formulas": self._formulas.name}
         for group in self._groups:
             for key, stack in (group.state or group.empty_state()).items():
                 if not self._replicate:
-                    self._ranks.spread(stack, group.owner)
+                    self._ranks.broadcast(stack, group.owner)
                 for layer, tensor in zip(group.layers, stack, strict=True):
-                    found[f"{layer.name}/{key}"] = tensor.to("cpu", copy=True)
-        return found
+                    state[f"{layer.name}/{key}"] = tensor.to("cpu", copy=True)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave, on any number of ranks.
+        """Load what `state_dict` returned, on any number of ranks.
 
         Raises:
-            ValueError: it is of another model, or of other arguments; nothing was changed.
+            ValueError: the state is of another model, or of other arguments; nothing was changed.
         """
         expected = {
             f"{layer.name}/{key}": shape
             for group in self._groups
-            for key, (shape, _) in group.specification().items()
+            for key, (shape, _) in group.state_spec().items()
             for layer in group.layers
         }
         if "step" not in state:
-            raise ValueError("the state does not say of which update it is")
+            raise ValueError("the state has no `step`: it does not name the step it is of")
         if state.get("formulas", self._formulas.name) != self._formulas.name:
             raise ValueError(f"the state is of {state['formulas']}'s formulas, and these are {self._formulas.name}'s")
-        given = {name: tensor.shape for name, tensor in state.items() if name not in ("step", "formulas")}
-        if wrong := sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name)):
+        shapes = {name: tensor.shape for name, tensor in state.items() if name not in ("step", "formulas")}
+        if wrong := sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)):
             raise ValueError(f"the state is of another model or other K-FAC arguments: {wrong[0]} does not fit")
-        for group in self._mine():
+        for group in self._local_groups():
             for key, stack in group.state.items():
                 for layer, tensor in zip(group.layers, stack, strict=True):
                     tensor.copy_(state[f"{layer.name}/{key}"])
         self.discard()
-        self._move_on(int(state["step"]))
+        self._begin_step(int(state["step"]))
 
     def report(self) -> Report:
-        """Which layers are taken and which are not, the memory, and the cost as it is computed."""
-        step, mine = self._gate.step, list(self._mine())
-        own = [layer for group in mine for layer in group.layers]
+        """Return the preconditioned and the skipped layers, the memory, and the computed cost."""
+        step = self._switch.step
+        local_groups = self._local_groups()
+        local_layers = [layer for group in local_groups for layer in group.layers]
         owners = {
             layer.name: -1 if self._replicate else group.owner for group in self._groups for layer in group.layers
         }
-        sides = [n for layer in self._layers for n in (layer.dim_a, layer.dim_g)]
-        cubes = sum(layer.dim_a**3 + layer.dim_g**3 for layer in own)
-        products = sum(layer.dim_a * layer.dim_g * (layer.dim_a + layer.dim_g) for layer in own)
+        dims = [n for layer in self._layers for n in (layer.dim_a, layer.dim_g)]
+        cubes = sum(layer.dim_a**3 + layer.dim_g**3 for layer in local_layers)
+        products = sum(layer.dim_a * layer.dim_g * (layer.dim_a + layer.dim_g) for layer in local_layers)
         return Report(
             layers={layer.name: (layer.dim_g, layer.dim_a) for layer in self._layers},
             skipped=dict(self._skipped),
             owners={layer.name: owners[layer.name] for layer in self._layers},
-            factor_bytes=sum(group.num_bytes(factors=True) for group in mine),
-            inverse_bytes=sum(group.num_bytes(factors=False) for group in mine),
-            capture_bytes=sum(n * (n + 1) // 2 for n in sides) * self._factor_dtype.itemsize,
-            capture_flops=2 * share_of_product(self._device) * sum(n * n for n in sides),
-            refresh_flops=self._curvature.flops_of_refresh * cubes,
-            step_flops=2 * self._curvature.products * products,
+            factor_bytes=sum(group.num_bytes(factors=True) for group in local_groups),
+            inverse_bytes=sum(group.num_bytes(factors=False) for group in local_groups),
+            capture_bytes=sum(n * (n + 1) // 2 for n in dims) * self._factor_dtype.itemsize,
+            capture_flops=2 * share_of_product(self._device) * sum(n * n for n in dims),
+            refresh_flops=self._decomposition.refresh_cost * cubes,
+            step_flops=2 * self._decomposition.num_products * products,
             model_flops=6 * self._num_parameters,
-            factor_update_steps=int(steady_value(self._factor_steps, step)),
-            inv_update_steps=int(steady_value(self._inv_steps, step)),
+            factor_update_steps=int(steady_value(self._factor_update_steps, step)),
+            inv_update_steps=int(steady_value(self._inv_update_steps, step)),
             factor_tokens=self._factor_tokens,
             world_size=self._ranks.size,
         )
 
     def close(self) -> None:
-        """Takes the hooks off the model; the preconditioner is of no use afterwards."""
-        self._gate.is_open = False
+        """Remove the hooks from the model; the preconditioner cannot be used afterwards."""
+        self._switch.is_on = False
         for group in self._groups:
-            group.drop()
+            group.discard()
             for capture in group.captures:
                 capture.close()
 
     def _make_groups(
         self, new_capture: Callable[[Layer, Callable[[], tuple[Tensor, Tensor]]], Capture]
     ) -> list[LayerGroup]:
-        """The layers by owner and shape, in the order of the owners."""
-        owners = [0] * len(self._layers) if self._replicate else assign(self._layers, self._ranks.size)
-        waits = refresh_offsets(self._layers) if self._spread else [0.0] * len(self._layers)
-        stacks: dict[tuple[int, int, int], list[tuple[Layer, float]]] = {}
-        for owner, layer, delay in zip(owners, self._layers, waits, strict=True):
-            stacks.setdefault((owner, layer.dim_g, layer.dim_a), []).append((layer, delay))
+        """Return the layers in groups of one owner and shape, ordered by owner."""
+        num_layers = len(self._layers)
+        owners = [0] * num_layers if self._replicate else assign(self._layers, self._ranks.size)
+        offsets = refresh_offsets(self._layers) if self._stagger else [0.0] * num_layers
+        members: dict[tuple[int, int, int], list[tuple[Layer, float]]] = {}
+        for owner, layer, offset in zip(owners, self._layers, offsets, strict=True):
+            members.setdefault((owner, layer.dim_g, layer.dim_a), []).append((layer, offset))
         return [
             LayerGroup(
-                *zip(*members, strict=True),
+                [layer for layer, _ in pairs],
+                [offset for _, offset in pairs],
                 owner=owner,
-                is_mine=self._replicate or owner == self._ranks.rank,
+                is_local=self._replicate or owner == self._ranks.rank,
                 formulas=self._formulas,
-                curvature=self._curvature,
+                decomposition=self._decomposition,
                 factor_dtype=self._factor_dtype,
                 new_capture=new_capture,
             )
-            for (owner, _, _), members in sorted(stacks.items(), key=lambda item: item[0])
+            for (owner, _, _), pairs in sorted(members.items(), key=lambda item: item[0])
         ]
 
-    def _mine(self) -> list[LayerGroup]:
-        return [group for group in self._groups if group.is_mine]
+    def _local_groups(self) -> list[LayerGroup]:
+        """Return the groups that this rank computes."""
+        return [group for group in self._groups if group.is_local]
 
-    def _move_on(self, step: int) -> None:
-        """To that update: the passes of the model must know beforehand whether they are captured."""
-        self._gate.step, self._gate.is_open = step, is_due(self._factor_steps, step)
+    def _begin_step(self, step: int) -> None:
+        """Set the step; the hooks must know before the model's passes whether a factor update is due."""
+        self._switch.step = step
+        self._switch.is_on = is_due(self._factor_update_steps, step)
 
-    def _is_refresh_due(self, step: int, delay: float) -> bool:
-        if self._formulas.dense_start:
-            return is_refresh_due(self._inv_steps, step, delay)
-        return is_due(self._inv_steps, step)
+    def _is_refresh_due(self, step: int, offset: float) -> bool:
+        if self._formulas.refreshes_early:
+            return is_refresh_due(self._inv_update_steps, step, offset)
+        return is_due(self._inv_update_steps, step)
 
-    def _update_factors(self, decay: float, num_tokens: Count | None, loss_scale: Count) -> None:
-        """Sums what all ranks captured at the owners, who blend it in."""
-        # A rank alone may have had nothing to do; that none had is known to all, or some would wait for ever.
-        has_rows = any(capture.rows for group in self._groups for capture in group.captures)
-        seen = torch.full((), float(has_rows), device=self._device)
-        self._ranks.sum_to(seen, None)
-        if not has_rows and not seen.item():
+    def _update_factors(self, decay: float, num_tokens: Scalar | None, loss_scale: Scalar) -> None:
+        """Sum what all ranks captured on the owners, which update their factors."""
+        # One rank may have had no batch. All ranks learn whether any had one, so that all or none raise; otherwise some
+        # ranks would wait for ever.
+        has_rows = any(capture.num_rows for group in self._groups for capture in group.captures)
+        num_ranks_with_rows = torch.full((), float(has_rows), device=self._device)
+        self._ranks.reduce_sum(num_ranks_with_rows, None)
+        if not has_rows and not num_ranks_with_rows.item():
             raise RuntimeError(
-                "K-FAC saw no backward pass of this update: is the model in training mode, and was the preconditioner "
+                "K-FAC saw no backward pass of this step: is the model in training mode, and was the preconditioner "
                 "made before torch.compile saw the first batch?"
             )
         for group in self._groups:
-            packed = group.pack()
-            self._ranks.sum_to(packed, None if self._replicate else group.owner)
-            if group.is_mine:
-                group.take_in(packed, decay, num_tokens=num_tokens, loss_scale=loss_scale, world=self._ranks.size)
+            sums = group.take_sums()
+            self._ranks.reduce_sum(sums, None if self._replicate else group.owner)
+            if group.is_local:
+                group.accumulate(sums, decay, num_tokens=num_tokens, loss_scale=loss_scale, world=self._ranks.size)
 
     def _precondition(self, step: int, damping: float) -> None:
-        """Replaces the gradients: the owners compute, then everybody gets everything."""
-        mine = self._mine()
-        directions, products = [], torch.zeros((), device=self._device)
-        for group in mine:
-            gradients = group.gradients()
+        """Replace the gradients by directions: each owner computes those of its layers, then all ranks get all."""
+        local_groups = self._local_groups()
+        directions = []
+        inner_product = torch.zeros((), device=self._device)
+        for group in local_groups:
+            gradients = group.read_gradients()
             norms = _norms(gradients)
-            direction = self._curvature.directions(group.state, gradients, damping)
+            direction = self._decomposition.precondition(group.state, gradients, damping)
             if self._rescale is not None:
                 direction *= norms / _norms(direction).clamp(min=torch.finfo(torch.float32).tiny)
             if self._kl_clip is not None:
-                products += (direction * group.gradients()).sum(dtype=torch.float32)
+                inner_product += (direction * group.read_gradients()).sum(dtype=torch.float32)
             directions.append(direction)
         if self._kl_clip is not None and self._lr is not None:
-            if not self._replicate:
-                self._ranks.sum_to(products, None)
-            rate = value_at(self._lr, step)
-            allowed = value_at(self._kl_clip, step) / rate**2 if rate else math.inf  # no step is too long at rate 0
-            for direction in directions:
-                direction *= (allowed / products.abs()).sqrt().clamp(max=1)
+            self._clip(directions, inner_product, value_at(self._kl_clip, step), value_at(self._lr, step))
         if self._replicate or self._ranks.size == 1:
-            for group, direction in zip(mine, directions, strict=True):
-                group.write(direction)
+            for group, direction in zip(local_groups, directions, strict=True):
+                group.write_gradients(direction)
         else:
             self._exchange(directions)
 
+    def _clip(self, directions: list[Tensor], inner_product: Tensor, kl_clip: float, lr: float) -> None:
+        """Multiply all directions by min(1, sqrt(kl_clip / |lr^2 * (d, w)|)), in place.
+
+        Source: Ba et al. 2017, Distributed second-order optimization using Kronecker-factored approximations; in this
+        form in kfac-pytorch.
+
+        Args:
+            directions: d of this rank's groups; [layers, dim_a, dim_g] of inv_dtype each.
+            inner_product: (d, w) of this rank's groups; fp32 scalar tensor, overwritten.
+            kl_clip: bound.
+            lr: learning rate; at 0 nothing is shortened.
+        """
+        if not self._replicate:
+            self._ranks.reduce_sum(inner_product, None)
+        allowed = kl_clip / lr**2 if lr else math.inf
+        for direction in directions:
+            direction *= (allowed / inner_product.abs()).sqrt().clamp(max=1)
+
     def _exchange(self, directions: list[Tensor]) -> None:
-        """Sends this rank's directions to all, and takes everybody's."""
+        """Send this rank's directions to all ranks, and write the directions of all ranks into the gradients."""
         sizes = [0] * self._ranks.size
         for group in self._groups:
             sizes[group.owner] += group.num_weights()
-        empty = torch.empty(0, dtype=self._curvature.dtype, device=self._device)
+        empty = torch.empty(0, dtype=self._decomposition.inv_dtype, device=self._device)
         flat = torch.cat([empty, *(direction.flatten() for direction in directions)])
-        gathered = self._ranks.gather(flat, sizes)
-        for owner, groups in self._by_owner():
+        gathered = self._ranks.all_gather(flat, sizes)
+        for owner, owned_groups in groupby(self._groups, key=lambda group: group.owner):
+            groups = list(owned_groups)
             parts = gathered[owner].split([group.num_weights() for group in groups])
             for group, part in zip(groups, parts, strict=True):
-                group.write(part)
-
-    def _by_owner(self) -> list[tuple[int, list[LayerGroup]]]:
-        return [(owner, list(groups)) for owner, groups in groupby(self._groups, key=lambda group: group.owner)]
+                group.write_gradients(part)
 
 
 def _norms(stack: Tensor) -> Tensor:
-    """Of each layer's matrix: [layers, 1, 1], float32 or better."""
+    """Return the norm of each layer's matrix: [layers, dim_a, dim_g] -> [layers, 1, 1], float32 or better."""
     dtype = torch.promote_types(stack.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=dtype)
     return norms

@@ -1,58 +1,64 @@
-"""Numbers that may change from update to update, and when something is due."""
+"""Arguments that may change from step to step, and the steps at which factors and inverses are updated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Number = float | Callable[[int], float]
-"""A number, or a function of the number of the update (0-based)."""
+ValueOrSchedule = float | Callable[[int], float]
+"""A number, or a function `step -> number`; steps count from 0."""
 
 
-def value_at(number: Number, step: int) -> float:
-    """The number at that update."""
-    return number(step) if callable(number) else number
+def value_at(value: ValueOrSchedule, step: int) -> float:
+    """Return the value at a step."""
+    return value(step) if callable(value) else value
 
 
-def steady_value(number: Number, step: int) -> float:
-    """As `value_at`, but what an interval is once the early updates are over."""
-    return number.interval if isinstance(number, DenseEarly) else value_at(number, step)
+def steady_value(value: ValueOrSchedule, step: int) -> float:
+    """Return the value at a step; for `dense_early` the interval that holds after the early steps."""
+    return value.interval if isinstance(value, DenseEarly) else value_at(value, step)
 
 
-def is_due(interval: Number, step: int) -> bool:
-    """Whether the update's number is a multiple of the interval, in updates; 0 always is."""
+def is_due(interval: ValueOrSchedule, step: int) -> bool:
+    """Return whether the step is a multiple of the interval, in steps; step 0 always is."""
     return step % max(1, int(value_at(interval, step))) == 0
 
 
-def is_refresh_due(interval: Number, step: int, delay: float = 0.0) -> bool:
-    """As `is_due`, and at 1, 2, 4, 8, … below the interval: the curvature of the first updates is soon out of date.
+def is_refresh_due(interval: ValueOrSchedule, step: int, offset: float = 0.0) -> bool:
+    """Return whether inverses are refreshed: at multiples of the interval, and at 1, 2, 4, 8, … below it.
+
+    The early refreshes are there because the curvature of the first steps is soon out of date.
 
     Args:
-        interval: in updates.
-        step: number of the update.
-        delay: by which share of the interval, 0 <= delay < 1, refreshes follow its multiples from the first one on; the
-            early ones and that at 0 have none.
+        interval: in steps.
+        step: number of the step, from 0.
+        offset: share of the interval, 0 <= offset < 1, by which refreshes follow its multiples, from the first multiple
+            above 0 on. Step 0 and the early refreshes are not shifted.
     """
     length = max(1, int(value_at(interval, step)))
     if step < length:
         return step & (step - 1) == 0
-    return step % length == int(delay * length)
+    return step % length == int(offset * length)
 
 
 @dataclass(frozen=True)
 class DenseEarly:
-    """What `dense_early` makes."""
+    """The schedule that `dense_early` returns.
+
+    Attributes:
+        interval: in steps, after the early steps.
+    """
 
     interval: int
 
     def __call__(self, step: int) -> int:
-        """1 where the update is due although it is no multiple."""
+        """Return 1 at an early step that is due, else the interval."""
         return 1 if 0 < step < self.interval and step & (step - 1) == 0 else self.interval
 
 
 def dense_early(interval: int) -> DenseEarly:
-    """An interval that is kept except at the updates 1, 2, 4, 8, … below it, which are due too.
+    """Return an interval in steps that has additional updates at the steps 1, 2, 4, 8, … below it.
 
-    For `factor_update_steps`: refreshing an inverse early says nothing new unless its factor is new.
+    It is meant for `factor_update_steps`: the early refreshes of an inverse need new factors to change anything.
     """
     return DenseEarly(interval)

@@ -1,4 +1,4 @@
-"""What a preconditioner says about itself."""
+"""Layers, memory and cost of a preconditioner."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from dataclasses import dataclass
 class Report:
     """Layers, memory and cost.
 
-    Costs are operations of matrix products that take as long; they are computed, not measured.
+    Costs count the operations of matrix products that take as long. They are computed, not measured.
 
     Attributes:
-        layers: name -> (rows of the factor G, rows of the factor A) of every layer that is preconditioned.
-        skipped: name -> why the optimizer alone has it, for every other module with weights of its own.
-        owners: name -> the rank that does the layer's work; -1 where all ranks do.
-        factor_bytes: of the averages that this rank keeps.
-        inverse_bytes: of the inverses, or bases, that it keeps.
-        capture_bytes: of the sums that an update with a capture needs, from its first backward pass to its step; on
-            every rank those of all layers, since each has seen its own tokens.
-        capture_flops: of the factors of one token, where the update has a capture.
-        refresh_flops: of one refresh of this rank's inverses or bases.
-        step_flops: of this rank's products with gradients in every update.
-        model_flops: of one token's forward and backward pass, 6 a parameter.
-        factor_update_steps: updates from one capture to the next.
-        inv_update_steps: updates from one refresh to the next.
-        factor_tokens: tokens of an update that its capture looks at; None: all.
-        world_size: ranks that share the tokens.
+        layers: name -> (rows of the factor G, rows of the factor A), for every preconditioned layer.
+        skipped: name -> reason, for every other module with weights of its own; the optimizer alone updates those.
+        owners: name -> the rank that computes for the layer; -1 if all ranks do.
+        factor_bytes: bytes of the factors that this rank keeps.
+        inverse_bytes: bytes of the inverses, or eigenbases, that this rank keeps.
+        capture_bytes: bytes of the sums that a factor update needs from its first backward pass to its step. Every rank
+            has those of all layers, because each rank has seen its own tokens.
+        capture_flops: operations for the factors of one token, in a step with a factor update.
+        refresh_flops: operations of one refresh of this rank's inverses or eigenbases.
+        step_flops: operations of this rank's products with gradients in every step.
+        model_flops: operations of one token's forward and backward pass, 6 for each parameter.
+        factor_update_steps: steps from one factor update to the next.
+        inv_update_steps: steps from one refresh to the next.
+        factor_tokens: tokens of a step that a factor update uses; None: all.
+        world_size: number of ranks that share the tokens.
     """
 
     layers: dict[str, tuple[int, int]]
@@ -45,9 +45,13 @@ class Report:
     world_size: int
 
     def cost(self, num_tokens: int) -> float:
-        """The matrix work that it adds to an update of so many tokens (of all ranks), as a share of the model's own.
+        """Return the matrix work that K-FAC adds to a step, as a share of the model's own.
 
-        Of the time it is a smaller share: an update has other work than products, and that of a small model much.
+        The share of wall time is lower, because a step also does work other than matrix products; for a small model
+        that is much of the time.
+
+        Args:
+            num_tokens: tokens in a step, on all ranks.
         """
         captured = min(num_tokens, self.factor_tokens or num_tokens) / self.world_size
         added = (
@@ -58,13 +62,13 @@ class Report:
         return added / (self.model_flops * num_tokens / self.world_size)
 
     def __str__(self) -> str:
-        """A line for the whole, then one for every layer that is left out."""
+        """Return one line with the totals, then one line for every skipped module."""
         taken = f"K-FAC on {len(self.layers)} of {len(self.layers) + len(self.skipped)} modules with weights"
-        kept = f"{_mb(self.factor_bytes)} of factors and {_mb(self.inverse_bytes)} of inverses here"
-        lines = [f"{taken}: {kept}, {_mb(self.capture_bytes)} more while it captures"]
+        memory = f"{_megabytes(self.factor_bytes)} of factors and {_megabytes(self.inverse_bytes)} of inverses here"
+        lines = [f"{taken}: {memory}, {_megabytes(self.capture_bytes)} more during a factor update"]
         lines += [f"  left to the optimizer: {name or '(model)'}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
 
-def _mb(num_bytes: int) -> str:
+def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.1f} MB"

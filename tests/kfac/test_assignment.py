@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "owner": {},
     "replicate": {"strategy": "replicate"},
     "inverse": {"method": "inverse"},
-    "spread": {"spread": True},
+    "stagger": {"stagger": True},
     "clipped": {"rescale": None, "kl_clip": 1e-3, "lr": 0.1},
     "compat": {"compat": "kfac-pytorch", "lr": 1.0},
 }

@@ -18,8 +18,8 @@ def test_layers_when_gpt2_then_its_matrices_are_taken_and_the_rest_has_a_reason(
     sizes = {"attn.c_attn": (96, 33), "attn.c_proj": (32, 33), "mlp.c_fc": (128, 33), "mlp.c_proj": (32, 129)}
     assert report.layers == {f"transformer.h.{i}.{name}": size for i in range(2) for name, size in sizes.items()}
     assert report.skipped["lm_head"] == "its weight is shared with transformer.wte"
-    assert report.skipped["transformer.wte"] == "Embedding is no linear layer"
-    assert report.skipped["transformer.h.0.ln_1"] == "LayerNorm is no linear layer"
+    assert report.skipped["transformer.wte"] == "Embedding is not a linear layer"
+    assert report.skipped["transformer.h.0.ln_1"] == "LayerNorm is not a linear layer"
     # wte, wpe, ln_f, lm_head and two norms a block
     assert len(report.skipped) == 8
     lines = str(report).splitlines()
@@ -39,7 +39,7 @@ def test_layers_when_left_out_on_demand_then_by_name_class_and_size() -> None:
     report = KFACPreconditioner(model, skip_layers=["^a$"], max_factor_dim=49).report()
     assert list(report.layers) == ["c"]
     assert report.skipped == {
-        "a": "skip_layers names it (^a$)",
+        "a": "skip_layers matches it (^a$)",
         "b": "its weight is frozen",
         "big": "a factor of 50 rows is above max_factor_dim = 49",
     }
@@ -54,7 +54,7 @@ def test_layers_when_a_bias_is_frozen_then_it_has_no_part_in_the_factor() -> Non
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"skip_layers": ["Linear"]}, r"^K-FAC has no layer to precondition: 0 and 1 more: skip_layers names it"),
+        ({"skip_layers": ["Linear"]}, r"^K-FAC has no layer to precondition: 0 and 1 more: skip_layers matches it"),
         ({"max_factor_dim": 2}, "0 and 1 more: a factor of 4 rows is above max_factor_dim = 2"),
     ],
 )

@@ -89,7 +89,7 @@ def test_directions_when_inverses_are_fresh_and_stale_then_are_those_of_the_dens
 def test_directions_when_refreshes_are_spread_then_each_layer_has_those_of_its_own_update(method: str) -> None:
     # The dearest layer comes first: 8^3 + 9^3, 10^3 + 5^3 and 9^3 + 7^3, of 3,438 together.
     oracle = Oracle(split=method == "inverse", inv_steps=4, late={"proj": 0, "head": 1, "fc": 2})
-    arguments = {"factor_update_steps": 1, "inv_update_steps": 4, "spread": True, "method": method, "rescale": None}
+    arguments = {"factor_update_steps": 1, "inv_update_steps": 4, "stagger": True, "method": method, "rescale": None}
     assert max(run("mlp", [8], oracle, 11, **arguments)) < 1e-5
 
 
@@ -292,7 +292,7 @@ def test_report_when_asked_at_an_early_update_then_is_that_of_the_others() -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.pop("step"), "does not say of which update"),
+        (lambda state: state.pop("step"), "has no `step`"),
         (lambda state: state.update(formulas="kfac-pytorch"), "of kfac-pytorch's formulas, and these are llm.kfac's"),
         (lambda state: state.pop("fc/count"), "fc/count does not fit"),
     ],
@@ -321,10 +321,10 @@ def test_state_when_of_something_else_then_is_refused_and_nothing_is_changed(
         ({"compat": "kfac"}, "compat is one of None, 'kfac-pytorch'"),
         ({"kl_clip": 1e-3, "lr": 0.1}, "kl_clip needs rescale=None"),
         ({"kl_clip": 1e-3, "rescale": None}, "and lr"),
-        ({"compat": "kfac-pytorch", "spread": True}, "spread is not kfac-pytorch's way"),
+        ({"compat": "kfac-pytorch", "stagger": True}, "stagger cannot be combined"),
         ({"method": "inverse", "power": 0.5}, 'power needs method="eigen"'),
-        ({"power": lambda _: 1.0}, "power is a number, no function of the update"),
-        ({"factor_dtype": torch.float16}, "factor_dtype is not torch.float16"),
+        ({"power": lambda _: 1.0}, "power is a number, not a function of the step"),
+        ({"factor_dtype": torch.float16}, "factor_dtype is torch.float16"),
     ],
 )
 def test_arguments_when_out_of_bounds_then_are_refused_by_name(arguments: dict[str, Any], words: str) -> None:

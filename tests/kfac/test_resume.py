@@ -18,7 +18,7 @@ NUM_UPDATES = 9
 SETTINGS: dict[str, dict[str, Any]] = {
     "eigen": {"factor_update_steps": 2, "inv_update_steps": 5},
     "inverse": {"factor_update_steps": dense_early(3), "inv_update_steps": 4, "method": "inverse"},
-    "spread": {"factor_update_steps": 2, "inv_update_steps": 4, "spread": True},
+    "stagger": {"factor_update_steps": 2, "inv_update_steps": 4, "stagger": True},
     "compat": {"factor_update_steps": 2, "inv_update_steps": 4, "compat": "kfac-pytorch"},
     "some_tokens": {"factor_update_steps": 1, "factor_tokens": 20, "damping": lambda step: 0.1 / (1 + step)},
 }

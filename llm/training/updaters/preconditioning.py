@@ -234,7 +234,7 @@ def _preconditioner(
             # A refresh of the early updates is of use only where the factors were looked at anew.
             factor_update_steps=steps if options.kfac_compat else dense_early(steps),
             inv_update_steps=options.kfac_inv_update_steps,
-            spread=options.kfac_spread,
+            stagger=options.kfac_spread,
             factor_decay=options.kfac_factor_decay,
             method=options.kfac_method,
             factor_tokens=options.kfac_factor_tokens,
