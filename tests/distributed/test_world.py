@@ -1,11 +1,13 @@
 """Ranks that agree: three real processes over gloo, as one process on a first node and two on a second.
 
-This file is also the program that each of them runs; see `rank_program`.
+This file is also the program that each process runs; see `rank_program`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from llm.config.errors import Stopped, UsageError, UserError
+from llm.distributed import world as world_module
 from llm.distributed.world import World, launched_size
 
 NODES = [0, 0, 1]  # local ranks: rank 0 is alone on its node
@@ -27,7 +30,7 @@ Answers = dict[str, list[Any]]
 
 
 def attempt(work: Callable[[], object]) -> object:
-    """What `work` gives, or what its mistake looks like."""
+    """Return the result of `work`, or its error as a list of its parts."""
     try:
         return work()
     except (UserError, Stopped) as error:
@@ -35,7 +38,7 @@ def attempt(work: Callable[[], object]) -> object:
 
 
 def rank_program(world: World, folder: Path) -> None:
-    """Asks everything once; writes each answer of this rank to a file as soon as it is there."""
+    """Call every method of `World`; write each answer of this rank to a file as soon as it is known."""
 
     def note(name: str, work: Callable[[], object]) -> None:
         (folder / f"{name}.{world.rank}.json").write_text(json.dumps(attempt(work)))
@@ -51,16 +54,16 @@ def rank_program(world: World, folder: Path) -> None:
         return [started, time.monotonic()]
 
     note("sum", lambda: world.all_reduce_sum(torch.tensor([1.0, 10.0]) * (world.rank + 1)).tolist())
-    note("sum_whole", lambda: world.all_reduce_sum(torch.tensor(2**40 + world.rank)).item())
-    note("share", lambda: world.broadcast({"from": world.rank, "none": None}))
+    note("sum_integers", lambda: world.all_reduce_sum(torch.tensor(2**40 + world.rank)).item())
+    note("broadcast", lambda: world.broadcast({"from": world.rank, "none": None}))
     note("is_main", lambda: world.is_main)
     note("on_main", lambda: world.run_on_main(lambda: f"of {world.rank}"))
     note("on_main_user_error", lambda: world.run_on_main(lambda: fail(UserError("no text"))))
     note("on_main_usage_error", lambda: world.run_on_main(lambda: fail(UsageError("no such\noption"))))
     note("on_main_stop", lambda: world.run_on_main(lambda: fail(Stopped("SIGTERM"))))
     note("after_errors", lambda: world.all_reduce_sum(torch.ones(())).item())
-    seen = iter([None, None, 5])
-    note("wait", lambda: world.poll_on_main(lambda: next(seen), "a number", lambda: False))
+    polled = iter([None, None, 5])
+    note("wait", lambda: world.poll_on_main(lambda: next(polled), "a number", lambda: False))
     note("wait_stopped", lambda: world.poll_on_main(lambda: None, "nothing", lambda: world.rank == 2))
     note("wait_error", lambda: world.poll_on_main(lambda: fail(UserError("broke")), "nothing", lambda: False))
     note("in_turn", lambda: world.main_first("turn", take_turn))
@@ -73,7 +76,7 @@ def rank_program(world: World, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """Every answer by its name, in the order of the ranks; a rank that hung or died has given `None`."""
+    """Return the answers by name, in the order of the ranks; None stands for a rank that hung or died."""
     folder = tmp_path_factory.mktemp("ranks")
     path = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {**os.environ, "WORLD_SIZE": str(len(NODES)), "PYTHONPATH": os.pathsep.join(filter(None, path))}
@@ -88,27 +91,27 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
             process.kill()
             process.wait()
     names = {file.name.split(".")[0] for file in folder.glob("*.json")}
-    found: Answers = {name: [None] * len(NODES) for name in names}
+    answers: Answers = {name: [None] * len(NODES) for name in names}
     for name in names:
         for rank in range(len(NODES)):
             file = folder / f"{name}.{rank}.json"
             if file.exists():
-                found[name][rank] = json.loads(file.read_text())
-    return found
+                answers[name][rank] = json.loads(file.read_text())
+    return answers
 
 
-def test_sum_when_taken_then_is_that_of_all_ranks_on_each(answers: Answers) -> None:
+def test_all_reduce_sum_when_called_then_every_rank_has_the_sum_over_all(answers: Answers) -> None:
     assert answers["sum"] == [[6.0, 60.0]] * 3
-    assert answers["sum_whole"] == [3 * 2**40 + 3] * 3  # whole numbers stay exact
+    assert answers["sum_integers"] == [3 * 2**40 + 3] * 3  # integers stay exact
 
 
-def test_share_when_asked_then_gives_the_first_ranks_value(answers: Answers) -> None:
-    assert answers["share"] == [{"from": 0, "none": None}] * 3
+def test_broadcast_when_called_then_every_rank_has_the_value_of_rank_0(answers: Answers) -> None:
+    assert answers["broadcast"] == [{"from": 0, "none": None}] * 3
     assert answers["is_main"] == [True, False, False]
     assert answers["launched_size"] == [3, 3, 3]
 
 
-def test_on_main_when_done_then_ran_on_the_first_rank_alone(answers: Answers) -> None:
+def test_run_on_main_when_called_then_runs_on_rank_0_alone(answers: Answers) -> None:
     assert answers["on_main"] == ["of 0"] * 3
 
 
@@ -116,29 +119,29 @@ def test_on_main_when_done_then_ran_on_the_first_rank_alone(answers: Answers) ->
     ("name", "kind", "message", "code"),
     [("user", "UserError", "no text", 1), ("usage", "UsageError", "no such\noption", 2)],
 )
-def test_on_main_when_it_fails_then_all_ranks_raise_and_the_others_echo(
+def test_run_on_main_when_the_work_fails_then_all_ranks_raise_and_only_rank_0_reports(
     answers: Answers, name: str, kind: str, message: str, code: int
 ) -> None:
     assert answers[f"on_main_{name}_error"] == [[kind, message, code, rank > 0] for rank in range(3)]
-    assert answers["after_errors"] == [3.0] * 3  # nobody is one collective ahead
+    assert answers["after_errors"] == [3.0] * 3  # no rank is one collective ahead
 
 
-def test_work_when_it_is_stopped_on_one_rank_then_is_on_all_and_the_others_echo(answers: Answers) -> None:
+def test_work_when_stopped_on_one_rank_then_stops_on_all_and_only_that_rank_reports(answers: Answers) -> None:
     for name, first in (("on_main_stop", 0), ("in_turn_stop", 1)):
         assert answers[name] == [["Stopped", "SIGTERM", 75, rank != first] for rank in range(3)]
 
 
-def test_wait_on_main_when_something_is_seen_then_all_get_it(answers: Answers) -> None:
+def test_poll_on_main_when_there_is_a_value_then_all_ranks_get_it(answers: Answers) -> None:
     assert answers["wait"] == [5] * 3
     assert answers["wait_error"] == [["UserError", "broke", 1, rank > 0] for rank in range(3)]
 
 
-def test_wait_on_main_when_another_rank_is_asked_to_stop_then_all_end(answers: Answers) -> None:
+def test_poll_on_main_when_another_rank_is_asked_to_stop_then_all_ranks_get_none(answers: Answers) -> None:
     assert answers["wait_stopped"] == [None] * 3
     assert ALONE.poll_on_main(lambda: None, "nothing", lambda: True) is None
 
 
-def test_in_turn_when_all_work_then_the_first_rank_does_before_each_node_and_that_before_its_ranks(
+def test_main_first_when_all_work_then_rank_0_is_first_and_each_node_starts_with_its_local_rank_0(
     answers: Answers,
 ) -> None:
     (_, first_end), (second_start, second_end), (third_start, _) = answers["in_turn"]
@@ -146,17 +149,17 @@ def test_in_turn_when_all_work_then_the_first_rank_does_before_each_node_and_tha
     assert second_end <= third_start
 
 
-def test_in_turn_when_the_first_rank_fails_then_every_rank_says_so_and_none_hangs(answers: Answers) -> None:
+def test_main_first_when_rank_0_fails_then_every_rank_raises_and_none_hangs(answers: Answers) -> None:
     first, *others = answers["in_turn_error"]
     assert first == ["UsageError", "line 2\nline 3", 2, False]
     assert others == [["UserError", "line 2\nline 3", 2, True]] * 2
 
 
-def test_in_turn_when_the_last_rank_fails_then_all_raise_and_the_others_echo(answers: Answers) -> None:
+def test_main_first_when_the_last_rank_fails_then_all_raise_and_only_that_rank_reports(answers: Answers) -> None:
     assert answers["in_turn_own_error"] == [["UserError", "full disk", 1, rank != 2] for rank in range(3)]
 
 
-def test_world_when_of_one_then_needs_no_process_group() -> None:
+def test_world_when_it_has_one_process_then_needs_no_process_group() -> None:
     assert not dist.is_initialized()
     tensor = torch.ones(2)
     assert ALONE.all_reduce_sum(tensor) is tensor
@@ -165,9 +168,36 @@ def test_world_when_of_one_then_needs_no_process_group() -> None:
     assert ALONE.broadcast(value) is value
     assert ALONE.main_first("anything", lambda: 7) == ALONE.run_on_main(lambda: 7) == 7
     ALONE.barrier()
-    with pytest.raises(UserError) as mistake:
+    with pytest.raises(UserError) as failure:
         ALONE.run_on_main(lambda: (_ for _ in ()).throw(UserError("no text")))
-    assert not mistake.value.reported_elsewhere
+    assert not failure.value.reported_elsewhere
+
+
+def test_console_when_another_rank_than_0_waits_then_shows_what_it_waits_for_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llm.training.run_dir.console import setup_logging, teardown_logging  # here: the rank programs do without it
+
+    num_checks = itertools.count()
+
+    class Store:
+        """Stands for the process group's store: rank 0 has finished from the third look on."""
+
+        def check(self, keys: list[str]) -> bool:
+            return not keys[0].endswith("/error") and next(num_checks) >= 2
+
+        def set(self, key: str, value: str) -> None:
+            pass
+
+    monkeypatch.setattr(world_module, "_store", Store)
+    monkeypatch.setattr(world_module, "_HEARTBEAT_SECONDS", 0.3)  # two polls take 0.4 s
+    setup_logging(is_main=False, rank=1)
+    try:
+        logging.getLogger("llm.data.dataset").warning("a line that rank 0 logs too")
+        assert World(rank=1, size=2, local_rank=1, device=torch.device("cpu")).main_first("the text", lambda: 7) == 7
+    finally:
+        teardown_logging()
+    assert capsys.readouterr().err == "[rank 1] rank 1 waits for the text (0 min)\n"
 
 
 def test_launched_size_when_there_is_no_launcher_then_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +206,7 @@ def test_launched_size_when_there_is_no_launcher_then_is_one(monkeypatch: pytest
 
 
 if __name__ == "__main__":
-    this_rank, place = int(sys.argv[1]), Path(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=this_rank, world_size=len(NODES))
-    rank_program(World(this_rank, len(NODES), NODES[this_rank], torch.device("cpu")), place)
+    this_rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=this_rank, world_size=len(NODES))
+    rank_program(World(this_rank, len(NODES), NODES[this_rank], torch.device("cpu")), folder)
     dist.destroy_process_group()

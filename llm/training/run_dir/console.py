@@ -13,6 +13,8 @@ from pathlib import Path
 import transformers.utils.logging
 from tqdm import tqdm
 
+from llm.distributed.world import LOGGER_NAME
+
 _LOGGER = logging.getLogger("llm")
 
 
@@ -67,7 +69,7 @@ def setup_logging(*, is_main: bool, rank: int) -> None:
     console = ConsoleHandler(to_stderr=not is_main)
     if not is_main:
         # What they say of options and text, rank 0 says too.
-        console.addFilter(logging.Filter("llm.distributed"))
+        console.addFilter(logging.Filter(LOGGER_NAME))
     console.setFormatter(logging.Formatter("%(message)s" if is_main else f"[rank {rank}] %(message)s"))
     _LOGGER.addHandler(console)
     _LOGGER.setLevel(logging.INFO)
