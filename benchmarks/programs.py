@@ -76,8 +76,8 @@ def run_ours(setting: Setting, gate: Gate, *words: str, keeps_memory: bool = Tru
     from llm.config.options import Options
     from llm.config.reader import read_options
     from llm.data.batches.loader import training_batches
-    from llm.models.build import read_config
     from llm.models.compile import is_compiled
+    from llm.models.config import read_config
     from llm.models.flops import flops_per_token
     from llm.system.allocator import return_freed_memory
     from llm.training.accelerator import start_compute

@@ -87,7 +87,8 @@ def _load(options: GenerateOptions, place: str) -> tuple[PreTrainedModel, PreTra
     import torch
     from transformers.utils import logging as library_logging
 
-    from llm.models.build import build_model, load_config
+    from llm.models.build import build_model
+    from llm.models.config import load_config
     from llm.tokenization.load import load_tokenizer
 
     library_logging.set_verbosity_error()  # its advice is for programmers

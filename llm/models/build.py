@@ -1,4 +1,4 @@
-"""A causal language model: loaded with its weights, or built from scratch."""
+"""Build a causal language model: with weights that are loaded, or with random weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,6 @@ from transformers.utils import logging as transformers_logging
 from llm.config.errors import UsageError, UserError, first_line
 from llm.config.options import ModelOptions
 from llm.hub.names import name_error
-from llm.models.config import context_limit, load_config, read_config
-
-__all__ = ["build_model", "context_limit", "load_config", "read_config"]
 
 log = logging.getLogger(__name__)
 
@@ -32,55 +29,57 @@ log = logging.getLogger(__name__)
 def build_model(
     options: ModelOptions, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, str]:
-    """The model in float32 on the CPU, in training mode, and where its weights come from.
+    """Build the model in float32 on the CPU, in training mode.
 
-    Random weights are drawn from torch's global generator, which the caller seeds.
+    Random weights are drawn from torch's global random generator, which the caller seeds.
 
     Args:
-        options: the model's options.
-        config: what `load_config` gave.
-        tokenizer: the tables of embeddings get its length; None leaves them as they are.
+        options: options of the model.
+        config: configuration of the model, the result of `load_config`.
+        tokenizer: loaded embeddings are resized to its length; None: they keep their size.
 
     Returns:
-        The model, and ``loaded from X`` or ``random``.
+        The model, and the origin of its weights: ``loaded from X`` or ``random``.
 
     Raises:
-        UserError: weights that are missing, broken or of other shapes; an attention that is not
-            there.
+        UserError: weights are missing, damaged or of other shapes; the attention is not available.
+        UsageError: no model can be built from the configuration.
     """
     source = options.model_name_or_path
     if source is None:
-        model = _random(options, config)
+        model = _build_random(options, config)
         origin = "random"
     else:
-        model = _loaded("--model_name_or_path", source, options, config)
+        model = _load("--model_name_or_path", source, options, config)
         if tokenizer is not None:
             _fit_vocabulary(model, tokenizer)
         origin = f"loaded from {source}"
     if options.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
-            raise UserError(f"--gradient_checkpointing: {config.model_type} cannot do it; leave it out")
-        _checkpoint_activations(model)
+            raise UserError(
+                f"--gradient_checkpointing: {config.model_type} does not support it; leave out --gradient_checkpointing"
+            )
+        _enable_gradient_checkpointing(model)
     model.train()
     return model, origin
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    # transformers 5.23 renamed the method and warns of the old name.
+def _enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    # transformers 5.23 renamed the method and warns about the old name.
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _random(options: ModelOptions, config: PretrainedConfig) -> PreTrainedModel:
+def _build_random(options: ModelOptions, config: PretrainedConfig) -> PreTrainedModel:
     try:
         auto: Any = AutoModelForCausalLM
         model: PreTrainedModel = auto.from_config(
             config,
             dtype=torch.float32,
             trust_remote_code=options.trust_remote_code,
-            **_attention(options),
+            **_attention_argument(options),
         )
     except (ValueError, ImportError) as error:
         _raise_if_attention(options, error)
@@ -88,9 +87,9 @@ def _random(options: ModelOptions, config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _loaded(flag: str, source: str, options: ModelOptions, config: PretrainedConfig) -> PreTrainedModel:
+def _load(flag: str, source: str, options: ModelOptions, config: PretrainedConfig) -> PreTrainedModel:
     try:
-        with _quiet():
+        with _quiet_transformers():
             auto: Any = AutoModelForCausalLM
             model, report = auto.from_pretrained(
                 source,
@@ -98,48 +97,56 @@ def _loaded(flag: str, source: str, options: ModelOptions, config: PretrainedCon
                 dtype=torch.float32,
                 trust_remote_code=options.trust_remote_code,
                 output_loading_info=True,
-                # Mismatches are refused below, in one line that names them.
+                # `_require_all_weights` refuses mismatches, in one line that names them.
                 ignore_mismatched_sizes=True,
-                **_attention(options),
+                **_attention_argument(options),
             )
-    # Unpickling and the reading of weights raise many types, all of them the file's fault.
+    # Reading and unpickling weights raises many types of exceptions, all caused by the file.
     except Exception as error:
         _raise_if_attention(options, error)
         raise _weights_error(flag, source, error) from error
-    _require_whole(flag, source, report)
+    _require_all_weights(flag, source, report)
     loaded: PreTrainedModel = model
     return loaded
 
 
-def _attention(options: ModelOptions) -> dict[str, str]:
+def _attention_argument(options: ModelOptions) -> dict[str, str]:
+    """The argument `attn_implementation`, left out if not chosen: None would replace that of the configuration."""
     return {} if options.attn_implementation is None else {"attn_implementation": options.attn_implementation}
 
 
 def _raise_if_attention(options: ModelOptions, error: Exception) -> None:
-    """Raises the one-line form of an error that the choice of attention caused."""
+    """Raise a UserError of one line if the choice of attention caused the error."""
     name = options.attn_implementation
     if name is None or isinstance(error, OSError):
         return
     if isinstance(error, ImportError) or "attn_implementation" in str(error) or "attention" in str(error).lower():
         raise UserError(
-            f"--attn_implementation {name}: {first_line(error)} Use eager or sdpa, or leave it out"
+            f"--attn_implementation {name}: {first_line(error)} Use eager or sdpa, or leave out --attn_implementation"
         ) from error
 
 
-def _require_whole(flag: str, source: str, report: dict[str, Any]) -> None:
-    """Refuses weights of which some are missing; says which ones the model has no use for."""
+def _require_all_weights(flag: str, source: str, report: dict[str, Any]) -> None:
+    """Refuse weights that are missing or of other shapes; log those that the model does not use."""
     mismatched = sorted(entry[0] for entry in report["mismatched_keys"])
     missing = sorted(report["missing_keys"])
     if mismatched:
-        raise UserError(f"{flag} {source}: weights of other shapes than the configuration says: {_named(mismatched)}")
+        raise UserError(
+            f"{flag} {source}: the shapes of these weights differ from those of the configuration: "
+            f"{_first_names(mismatched)}; use the config.json that belongs to the weights"
+        )
     if missing:
-        raise UserError(f"{flag} {source}: weights that the model needs are not there: {_named(missing)}")
+        raise UserError(
+            f"{flag} {source}: the model needs weights that are missing: {_first_names(missing)}; "
+            "use a checkpoint of the same architecture"
+        )
     unused = sorted(report["unexpected_keys"])
     if unused:
-        log.warning("weights of %s that this model has no use for are left out: %s", source, _named(unused))
+        log.warning("%s: weights that this model does not use are ignored: %s", source, _first_names(unused))
 
 
-def _named(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
+    """The first three names, and the number of the others."""
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + rest
 
@@ -152,18 +159,18 @@ def _weights_error(flag: str, source: str, error: Exception) -> UserError:
         try:
             with safe_open(file, framework="pt") as tensors:
                 tensors.keys()
-        except (SafetensorError, OSError) as broken:
-            return UserError(f"{flag} {source}: {file} is damaged ({first_line(broken)}); copy or download it again")
+        except (SafetensorError, OSError) as damage:
+            return UserError(f"{flag} {source}: {file} is damaged ({first_line(damage)}); copy or download it again")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         return UserError(
-            f"{flag} {source}: no weights in this folder (no model.safetensors); to start from "
-            f"random ones use --config_name"
+            f"{flag} {source}: no weights in this folder (no model.safetensors); "
+            f"to start from random weights use --config_name"
         )
-    return UserError(f"{flag} {source}: the weights cannot be loaded: {first_line(error)}")
+    return UserError(f"{flag} {source}: the weights cannot be loaded: {first_line(error)}; copy or download them again")
 
 
 def _folder_of(source: str) -> Path | None:
-    """The folder on disk of a folder's or a cached repository's files."""
+    """Folder of the files: `source` itself, or that of a cached repository; None if there is none."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -174,28 +181,28 @@ def _folder_of(source: str) -> Path | None:
 
 
 def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives the tables of embeddings the tokenizer's length."""
-    table: Any = model.get_input_embeddings()
-    rows: int = table.weight.shape[0]
-    if rows != len(tokenizer):
-        with _quiet():
+    """Resize the embeddings to the length of the tokenizer, and replace special ids that lie beyond it."""
+    embeddings: Any = model.get_input_embeddings()
+    num_rows: int = embeddings.weight.shape[0]
+    if num_rows != len(tokenizer):
+        with _quiet_transformers():
             model.resize_token_embeddings(len(tokenizer))
-        change = len(tokenizer) - rows
-        what = f"{change} new rows" if change > 0 else f"{-change} rows without a token dropped"
-        log.info("embeddings: %d rows became %d, as the tokenizer has (%s)", rows, len(tokenizer), what)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        num_added = len(tokenizer) - num_rows
+        change = f"{num_added} new rows" if num_added > 0 else f"{-num_added} rows without a token dropped"
+        log.info("embeddings: resized from %d rows to the %d of the tokenizer (%s)", num_rows, len(tokenizer), change)
+    special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for settings in (model.config.get_text_config(decoder=True), model.generation_config):
-        for name, i in ids.items():
-            present = getattr(settings, name, None)
-            if isinstance(present, int) and present >= len(tokenizer):
-                setattr(settings, name, i)
+        for name, token_id in special_ids.items():
+            current = getattr(settings, name, None)
+            if isinstance(current, int) and current >= len(tokenizer):
+                setattr(settings, name, token_id)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and tables of the library; what matters in them is said in one line here."""
+def _quiet_transformers() -> Iterator[None]:
+    """Turn off progress bars, tables and warnings of transformers; this module reports what matters in one line."""
     library: Any = transformers_logging
-    bars = library.is_progress_bar_enabled()
+    had_progress_bar = library.is_progress_bar_enabled()
     level = library.get_verbosity()
     library.disable_progress_bar()
     library.set_verbosity_error()
@@ -203,5 +210,5 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         library.set_verbosity(level)
-        if bars:
+        if had_progress_bar:
             library.enable_progress_bar()

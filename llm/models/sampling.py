@@ -1,4 +1,4 @@
-"""Text that a model writes."""
+"""Sample text from a model."""
 
 from __future__ import annotations
 
@@ -27,93 +27,95 @@ def sample(
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """Texts that continue a prompt, the prompt included, each up to its end-of-text token.
+    """Return texts that continue a prompt; each contains the prompt and ends at its end-of-text token.
 
-    A text longer than the model's context goes on from its last half whenever the context is full;
-    the keys and values of what stays in it are computed once. The model's mode and the random
-    state of the process are left as they were.
+    When a text fills the model's context, sampling continues with the last half of the context. The keys and values
+    of the tokens in the context are cached. The mode of the model (train or eval) and the random state of the process
+    are restored.
 
     Args:
         model: a causal language model, on any device.
-        tokenizer: its tokenizer.
-        prompt: what is continued; None or "" starts a new text: a line break for a character
-            tokenizer, else the begin or end-of-text token, else id 0.
-        num_samples: texts drawn.
-        max_new_tokens: tokens drawn for each.
-        temperature: divides the logits; 0 takes the likeliest token always.
-        top_k: only the k likeliest tokens are drawn; None or 0 for all.
+        tokenizer: the tokenizer of the model.
+        prompt: the text to continue; None or "" starts a new text, with a line break for a character tokenizer, else
+            with the begin-of-text or end-of-text token, else with id 0.
+        num_samples: number of texts.
+        max_new_tokens: largest number of tokens that are added to each text.
+        temperature: divides the logits; with 0 the likeliest token is always taken.
+        top_k: only the k likeliest tokens can be drawn; None or 0: all tokens.
         seed: the same seed, model and arguments give the same texts.
-        should_stop: asked after each token; the texts then end where they are.
+        should_stop: called after each token; when it returns True, the texts end there.
     """
-    start = _start(tokenizer, prompt).to(model.device)
+    start = _start_ids(tokenizer, prompt).to(model.device)
+    start_length = start.shape[1]
     ids = start.repeat(num_samples, 1)
     window = context_limit(model.config)
-    with _evaluating(model), _own_randomness(model.device, seed):
-        end, eos = ids.shape[1] + max_new_tokens, tokenizer.eos_token_id
-        while ids.shape[1] < end and not (should_stop() or _all_ended(ids[:, start.shape[1] :], eos)):
+    end = start_length + max_new_tokens
+    with _eval_mode(model), _forked_randomness(model.device, seed):
+        while ids.shape[1] < end and not (should_stop() or _all_ended(ids[:, start_length:], tokenizer.eos_token_id)):
             room = min(end - ids.shape[1], max(1, window // 2))
             context = ids if ids.shape[1] < window else ids[:, -max(1, window - room) :]
             num_new = min(end - ids.shape[1], window - context.shape[1])
-            drawn = model.generate(  # type: ignore[operator]
+            output_ids = model.generate(  # type: ignore[operator]
                 context,
                 attention_mask=torch.ones_like(context),
-                generation_config=_settings(tokenizer, num_new, temperature, top_k),
+                generation_config=_generation_config(tokenizer, num_new, temperature, top_k),
                 stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), should_stop(), device=ids.device)],
             )
-            ids = torch.cat([ids, drawn[:, context.shape[1] :]], dim=1)
-    return [_text(tokenizer, prompt or "", start[0], row[start.shape[1] :]) for row in ids]
+            ids = torch.cat([ids, output_ids[:, context.shape[1] :]], dim=1)
+    return [_decode(tokenizer, prompt or "", start[0], row[start_length:]) for row in ids]
 
 
-def _start(tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> Tensor:
-    """int64 [1, length]: the ids that are continued."""
+def _start_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> Tensor:
+    """Ids of the prompt, or of the start of a new text, int64 [1, length]."""
     ids: list[int] = tokenizer(prompt)["input_ids"] if prompt else []
     if not ids and is_character_level(tokenizer):
-        # A single text holds no end-of-text token, so that a character model has never seen it.
+        # A character model was trained on a single text, without an end-of-text token.
         ids = [tokenizer.get_vocab()["\n"]]
     if not ids:
-        known = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
-        ids = [next(i for i in known if i is not None)]
+        candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, 0)
+        ids = [next(token_id for token_id in candidates if token_id is not None)]
     return torch.tensor([ids], dtype=torch.int64)
 
 
-def _settings(
+def _generation_config(
     tokenizer: PreTrainedTokenizerBase, num_new: int, temperature: float, top_k: int | None
 ) -> GenerationConfig:
-    """All that decides what is drawn, so that nothing is taken from the model's own settings."""
-    eos = tokenizer.eos_token_id
-    pad = next(i for i in (tokenizer.pad_token_id, eos, 0) if i is not None)
-    drawing: dict[str, Any] = {"do_sample": False}
+    """A complete configuration, so that nothing is taken from the generation configuration of the model."""
+    eos_id = tokenizer.eos_token_id
+    pad_id = next(token_id for token_id in (tokenizer.pad_token_id, eos_id, 0) if token_id is not None)
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        drawing = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": 1.0}
-    settings: Any = GenerationConfig
-    made: GenerationConfig = settings(
-        max_new_tokens=num_new, eos_token_id=eos, pad_token_id=pad, use_cache=True, **drawing
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0, "top_p": 1.0}
+    untyped: Any = GenerationConfig
+    config: GenerationConfig = untyped(
+        max_new_tokens=num_new, eos_token_id=eos_id, pad_token_id=pad_id, use_cache=True, **sampling
     )
-    return made
+    return config
 
 
-def _all_ended(new: Tensor, eos: int | None) -> bool:
-    return eos is not None and bool((new == eos).any(dim=1).all())
+def _all_ended(new_ids: Tensor, eos_id: int | None) -> bool:
+    """Whether every row of int64 [rows, length] contains the end-of-text token."""
+    return eos_id is not None and bool((new_ids == eos_id).any(dim=1).all())
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, prompt: str, start: Tensor, new: Tensor) -> str:
-    """The prompt as it was given, and what follows it up to the first end-of-text token."""
-    ids = new.tolist()
+def _decode(tokenizer: PreTrainedTokenizerBase, prompt: str, start: Tensor, new_ids: Tensor) -> str:
+    """The prompt, unchanged, and the text of `new_ids`, int64 [length], up to the first end-of-text token."""
+    ids = new_ids.tolist()
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    # Decoded with the prompt before it: some tokenizers drop the space before a text's first word.
-    before: Any = tokenizer.decode(start.tolist(), **options)
-    whole: Any = tokenizer.decode(start.tolist() + ids, **options)
-    return prompt + str(whole[len(before) :])
+    # Decode together with the start, because some tokenizers drop the space before the first word of a text.
+    start_text: Any = tokenizer.decode(start.tolist(), **options)
+    full_text: Any = tokenizer.decode(start.tolist() + ids, **options)
+    return prompt + str(full_text[len(start_text) :])
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
     model.train(False)
     try:
-        # Layers that are compiled for training would be compiled again for every length of a text.
+        # Layers that are compiled for training would be compiled again for every length of the text.
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
@@ -121,14 +123,14 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Random numbers of this seed inside; after it the state of before, on CPU and device."""
-    mps = torch.mps.get_rng_state() if device.type == "mps" else None
-    forked = device.type in ("cuda", "xpu")
-    with torch.random.fork_rng([device] if forked else [], device_type=device.type if forked else "cuda"):
+def _forked_randomness(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the random generators of the CPU and the device; restore their states on exit."""
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
+    can_fork = device.type in ("cuda", "xpu")
+    with torch.random.fork_rng([device] if can_fork else [], device_type=device.type if can_fork else "cuda"):
         torch.manual_seed(seed)
         try:
             yield
         finally:
-            if mps is not None:
-                torch.mps.set_rng_state(mps)
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)

@@ -18,7 +18,7 @@ from llm.data.streaming.dataset import open_dataset
 from llm.distributed.world import World
 from llm.hub.connection import come_online
 from llm.hub.push import check_hub_access
-from llm.models.build import context_limit, load_config, read_config
+from llm.models.config import context_limit, load_config, read_config
 from llm.training.accelerator import Compute, restore_process, start_compute
 from llm.training.build import build_language_model, build_updater
 from llm.training.callbacks.actions import Actions

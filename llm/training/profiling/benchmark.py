@@ -20,8 +20,8 @@ from llm.data.batches.loader import BlockSource
 from llm.data.dataset import detect_hub, prepare_dataset
 from llm.distributed.world import World
 from llm.hub.connection import come_online
-from llm.models.build import context_limit, load_config, read_config
 from llm.models.compile import is_compiled
+from llm.models.config import context_limit, load_config, read_config
 from llm.models.flops import flops_per_token, peak_flops
 from llm.system.units import format_quantity
 from llm.tokenization.load import CHARACTERS, DEFAULT_VOCAB_SIZE, TRAINED, load_tokenizer
