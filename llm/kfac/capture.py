@@ -44,7 +44,7 @@ class Capture:
     Args:
         layer: the layer that gets the hook.
         switch: nothing is captured while it is off.
-        sums: returns the two folded matrices to add to, of factor_dtype; called in every captured pass.
+        sums: returns the two folded matrices to add to, of dtype `factor_dtype`; called in every captured pass.
         row_weight: number of rows of a pass -> weight of each.
         max_rows: rows of a pass that are used, evenly spaced; None: all.
 

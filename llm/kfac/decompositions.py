@@ -57,9 +57,9 @@ class Decomposition(ABC):
         """Recompute the state of one side from the factors, in place.
 
         Args:
-            state: [layers, ...] of inv_dtype.
+            state: [layers, ...] of dtype `inv_dtype`.
             side: "a" or "g".
-            factors: folded matrices [layers, n | 1, ceil(n / 2)] of factor_dtype.
+            factors: folded matrices [layers, n | 1, ceil(n / 2)] of dtype `factor_dtype`.
             n: rows of a factor.
             damping: see `Formulas`.
         """
@@ -69,8 +69,8 @@ class Decomposition(ABC):
         """Return the directions: the gradients divided by the curvature, computed in place.
 
         Args:
-            state: [layers, ...] of inv_dtype.
-            gradients: of [W, b]^T; [layers, dim_a, dim_g] of inv_dtype.
+            state: [layers, ...] of dtype `inv_dtype`.
+            gradients: of [W, b]^T; [layers, dim_a, dim_g] of dtype `inv_dtype`.
             damping: see `Formulas`.
 
         Returns:
@@ -104,7 +104,7 @@ class Eigen(Decomposition):
             state[f"values_{side}"].fill_(1)
 
     def refresh(self, state: State, side: str, factors: Tensor, n: int, damping: float) -> None:
-        """Decompose the factors [layers, n | 1, ceil(n / 2)] of factor_dtype into bases and eigenvalues.
+        """Decompose the factors, [layers, n | 1, ceil(n / 2)] of dtype `factor_dtype`, into bases and eigenvalues.
 
         The damping is not used here: `precondition` adds it to the product of the eigenvalues in every step.
         """
@@ -116,7 +116,7 @@ class Eigen(Decomposition):
             state[f"basis_{side}"][part] = basis.to(self.inv_dtype)
 
     def precondition(self, state: State, gradients: Tensor, damping: float) -> Tensor:
-        """Rotate gradients [layers, dim_a, dim_g] of inv_dtype into the eigenbasis, divide them, and rotate back."""
+        """Divide gradients, [layers, dim_a, dim_g] of dtype `inv_dtype`, in the basis of the eigenvectors."""
         basis_a, basis_g = state["basis_a"], state["basis_g"]
         values_a, values_g = state["values_a"], state["values_g"]
         added = self.formulas.damp_product(damping, values_a.mean(-1), values_g.mean(-1))
@@ -149,7 +149,7 @@ class Inverse(Decomposition):
             _fill_identity(state[f"inverse_{side}"])
 
     def refresh(self, state: State, side: str, factors: Tensor, n: int, damping: float) -> None:
-        """Invert the damped factors [layers, n | 1, ceil(n / 2)] of factor_dtype by Cholesky factorization.
+        """Invert the damped factors, [layers, n | 1, ceil(n / 2)] of dtype `factor_dtype`, by Cholesky factorization.
 
         Matrices whose factorization fails keep their previous inverse.
         """
@@ -162,7 +162,7 @@ class Inverse(Decomposition):
             torch.where((failures == 0)[:, None, None], inverse, previous, out=previous)
 
     def precondition(self, state: State, gradients: Tensor, damping: float) -> Tensor:
-        """Multiply gradients [layers, dim_a, dim_g] of inv_dtype by both inverses, which contain the damping."""
+        """Multiply gradients, [layers, dim_a, dim_g] of dtype `inv_dtype`, by the inverses of the damped factors."""
         return torch.bmm(torch.bmm(state["inverse_a"], gradients), state["inverse_g"], out=gradients)
 
 

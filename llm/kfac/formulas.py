@@ -48,14 +48,14 @@ class Formulas:
         """Return the number that turns sum g g^T into G, for each layer: num_tokens / loss_scale^2.
 
         Args:
-            weight: sum of `row_weight` over the rows of all ranks; factor_dtype [layers].
-            rows: number of rows on all ranks; factor_dtype [layers].
+            weight: sum of `row_weight` over the rows of all ranks; [layers] of dtype `factor_dtype`.
+            rows: number of rows on all ranks; [layers] of dtype `factor_dtype`.
             num_tokens: tokens in the loss; None: as many as rows.
             loss_scale: ratio of the loss passed to `backward` to the mean loss.
             world: number of ranks.
 
         Returns:
-            factor_dtype [layers].
+            [layers] of dtype `factor_dtype`.
         """
         tokens = rows if num_tokens is None else num_tokens
         scale: Tensor = torch.ones_like(rows) * tokens / loss_scale**2
@@ -67,8 +67,8 @@ class Formulas:
         A zero factor is left out, because no relative damping makes it invertible.
 
         Args:
-            trace_a: traces of the sums of a a^T; factor_dtype [layers].
-            trace_g: traces of the sums of g g^T; factor_dtype [layers].
+            trace_a: traces of the sums of a a^T; [layers] of dtype `factor_dtype`.
+            trace_g: traces of the sums of g g^T; [layers] of dtype `factor_dtype`.
         """
         return trace_a.isfinite() & trace_g.isfinite() & (trace_a > 0) & (trace_g > 0)
 
@@ -77,11 +77,11 @@ class Formulas:
 
         Args:
             damping: share of the factors' mean eigenvalues.
-            mean_a: mean eigenvalue of each A; inv_dtype [layers].
-            mean_g: mean eigenvalue of each G; inv_dtype [layers].
+            mean_a: mean eigenvalue of each A; [layers] of dtype `inv_dtype`.
+            mean_g: mean eigenvalue of each G; [layers] of dtype `inv_dtype`.
 
         Returns:
-            inv_dtype [layers].
+            [layers] of dtype `inv_dtype`.
         """
         return damping * mean_a * mean_g
 
@@ -124,7 +124,7 @@ class KfacPytorchFormulas(Formulas):
     def scale_g(
         self, weight: Tensor, rows: Tensor, *, num_tokens: Scalar | None, loss_scale: Scalar, world: int
     ) -> Tensor:
-        """Return (world / loss_scale)^2 / weight, factor_dtype [layers]; `num_tokens` is not used.
+        """Return (world / loss_scale)^2 / weight, [layers] of dtype `factor_dtype`; `num_tokens` is not used.
 
         The gradient of a rank's own mean loss is `world` times the gradient that the rank adds to that of the whole
         batch.
@@ -136,7 +136,7 @@ class KfacPytorchFormulas(Formulas):
         return trace_a.isfinite() & trace_g.isfinite()
 
     def damp_product(self, damping: float, mean_a: Tensor, mean_g: Tensor) -> Tensor:
-        """Return the damping itself for every layer; inv_dtype [layers]."""
+        """Return the damping itself for every layer; [layers] of dtype `inv_dtype`."""
         return torch.full_like(mean_a, damping)
 
     def damp_factor(self, damping: float, mean: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class FactorSums:
         self._buffer: Tensor | None = None
 
     def of_layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return views of one layer's folded sums of a a^T and g g^T, of factor_dtype.
+        """Return views of one layer's folded sums of a a^T and g g^T, of dtype `factor_dtype`.
 
         Their shapes are [dim_a | 1, ceil(dim_a / 2)] and [dim_g | 1, ceil(dim_g / 2)].
         """
@@ -44,9 +44,9 @@ class FactorSums:
         return sum_a[index], sum_g[index]
 
     def buffer(self) -> Tensor:
-        """Return the sums of all layers and two counts a layer as one vector of factor_dtype [numbers]; zeros at first.
+        """Return the sums of all layers and two counts a layer, as one vector; zeros at first.
 
-        `split` gives its parts.
+        Its shape is [numbers], its dtype `factor_dtype`; `split` gives its parts.
         """
         if self._buffer is None:
             size = sum(torch.Size(shape).numel() for shape in self._shapes) + 2 * self._num_layers
@@ -57,7 +57,7 @@ class FactorSums:
         """Return views of a vector like `buffer`, of its dtype.
 
         Args:
-            buffer: of factor_dtype [numbers].
+            buffer: [numbers] of dtype `factor_dtype`.
 
         Returns:
             Folded sums of a a^T [layers, dim_a | 1, ceil(dim_a / 2)]; folded sums of g g^T
@@ -157,9 +157,9 @@ class LayerGroup:
             capture.reset()
 
     def take_sums(self) -> Tensor:
-        """Return what this rank captured, as one vector of factor_dtype [numbers] (see `FactorSums`), and forget it.
+        """Return what this rank captured, [numbers] of dtype `factor_dtype`, and forget it.
 
-        The vector is the buffer itself, not a copy.
+        The vector is the buffer of `FactorSums` itself, not a copy.
         """
         buffer = self._sums.buffer()
         counts = [[capture.weight for capture in self.captures], [capture.num_rows for capture in self.captures]]
@@ -173,7 +173,7 @@ class LayerGroup:
         """Add the sums to the moving averages of the factors, for the layers whose sums are usable.
 
         Args:
-            sums: sum of all ranks' `take_sums`; factor_dtype [numbers]. It is overwritten.
+            sums: sum of all ranks' `take_sums`; [numbers] of dtype `factor_dtype`. It is overwritten.
             decay: largest weight of the old average.
             num_tokens: see `Formulas.scale_g`.
             loss_scale: see `Formulas.scale_g`.
@@ -207,7 +207,7 @@ class LayerGroup:
                 self.decomposition.refresh(state, side, state[f"factor_{side}"], n, damping)
 
     def read_gradients(self) -> Tensor:
-        """Return the gradients of [W, b]^T, inv_dtype [layers, dim_a, dim_g].
+        """Return the gradients of [W, b]^T, [layers, dim_a, dim_g] of dtype `inv_dtype`.
 
         With the constant input of a bias, dim_a is seldom a size that matrix products run fast with; dim_g mostly is.
         So dim_g is the last dimension.
@@ -223,6 +223,6 @@ class LayerGroup:
         return len(self.layers) * self.dim_g * self.dim_a
 
     def write_gradients(self, directions: Tensor) -> None:
-        """Replace the gradients by directions, [layers, dim_a, dim_g] or flat, of inv_dtype."""
+        """Replace the gradients by directions, [layers, dim_a, dim_g] or flat, of dtype `inv_dtype`."""
         for layer, direction in zip(self.layers, directions.view(-1, self.dim_a, self.dim_g), strict=True):
             layer.write_gradient(direction)

@@ -342,7 +342,7 @@ class KFACPreconditioner:
         form in kfac-pytorch.
 
         Args:
-            directions: d of this rank's groups; [layers, dim_a, dim_g] of inv_dtype each.
+            directions: d of this rank's groups; [layers, dim_a, dim_g] of dtype `inv_dtype` each.
             inner_product: (d, w) of this rank's groups; fp32 scalar tensor, overwritten.
             kl_clip: bound.
             lr: learning rate; at 0 nothing is shortened.

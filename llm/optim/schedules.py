@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the update number."""
+"""The learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from llm.config.options import ScheduleOptions
 
 log = logging.getLogger(__name__)
 
-# What the schedules are given by this function itself.
-_GIVEN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+# Arguments that `build_schedule` passes itself.
+_OWN_ARGUMENTS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
-# Schedules whose functions take arguments that HF never passes on.
+# Schedules whose functions take arguments that HF never passes to them.
 _WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")
 
 
 def build_schedule(options: ScheduleOptions, num_steps: int, *, learning_rate: float) -> Callable[[int], float]:
-    """The factor on the peak rate at update k, 0 <= k < num_steps, by transformers' own formulas.
+    """Return the function from step k, 0 <= k < num_steps, to the factor on the peak rate.
 
-    At k = num_steps, after the last update, it is the schedule's end: 0, or its floor. ``cosine``
-    with `min_lr_ratio` is HF's cosine_with_min_lr.
+    At k = num_steps, after the last step, the factor is the end of the schedule: 0, or its floor. `cosine` with
+    `min_lr_ratio` is HF's cosine_with_min_lr.
+
+    Source: the formulas of transformers (`transformers.get_scheduler`).
 
     Args:
-        options: the schedule's options.
-        num_steps: updates of the whole run.
-        learning_rate: the peak; arguments such as ``lr_end`` are rates, not shares of the peak.
+        options: of the schedule.
+        num_steps: steps of the whole run.
+        learning_rate: the peak; arguments such as `lr_end` are rates, not shares of the peak.
 
     Raises:
-        UsageError: arguments that this schedule does not take, lacks, or cannot work with.
+        UsageError: an argument is unknown to this schedule, missing, or has an invalid value.
     """
     name, arguments = options.lr_scheduler_type, dict(options.lr_scheduler_kwargs)
     if options.min_lr_ratio is not None:
@@ -46,7 +48,7 @@ def build_schedule(options: ScheduleOptions, num_steps: int, *, learning_rate: f
     _refuse_unknown(name, arguments)
     if options.num_warmup_steps > num_steps:
         log.warning(
-            "--num_warmup_steps %d: the run has only %d updates and never reaches its peak rate",
+            "--num_warmup_steps %d: the run has only %d steps and never reaches its peak learning rate",
             options.num_warmup_steps,
             num_steps,
         )
@@ -62,7 +64,7 @@ def build_schedule(options: ScheduleOptions, num_steps: int, *, learning_rate: f
         factor: Callable[[int], float] = scheduler.lr_lambdas[0]
         for step in {0, min(options.num_warmup_steps, num_steps), num_steps}:
             if not math.isfinite(factor(step)):
-                raise ValueError(f"the factor of update {step} is {factor(step)}")
+                raise ValueError(f"the factor of step {step} is {factor(step)}")
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UsageError(f"--lr_scheduler_type {options.lr_scheduler_type}: {_cause(error)}{_allowed(name)}") from error
     return lambda step: float(factor(step))
@@ -78,7 +80,7 @@ def _argument_names(name: str) -> list[str]:
     if name in _WITHOUT_ARGUMENTS:
         return []
     function: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
-    return [parameter for parameter in inspect.signature(function).parameters if parameter not in _GIVEN]
+    return [parameter for parameter in inspect.signature(function).parameters if parameter not in _OWN_ARGUMENTS]
 
 
 def _allowed(name: str) -> str:
@@ -87,5 +89,5 @@ def _allowed(name: str) -> str:
 
 
 def _cause(error: Exception) -> str:
-    # Python puts the name of a function before it that no user has called.
+    # Python starts the message with the name of a function of HF, which says nothing to the user.
     return first_line(error).rpartition("() ")[2]

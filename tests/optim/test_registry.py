@@ -15,7 +15,7 @@ from llm.optim.registry import OPTIMIZERS, OptimizerSpec, build_optimizer, unuse
 from llm.training.estimates import count_numbers
 
 
-def test_optimizer_when_adamw_then_has_the_options(tiny_gpt2: PreTrainedModel) -> None:
+def test_optimizer_when_adamw_then_uses_the_options(tiny_gpt2: PreTrainedModel) -> None:
     options = OptimizerOptions(learning_rate=3e-4, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
     optimizer = build_optimizer(tiny_gpt2, options)
     assert type(optimizer) is torch.optim.AdamW
@@ -25,7 +25,7 @@ def test_optimizer_when_adamw_then_has_the_options(tiny_gpt2: PreTrainedModel) -
         assert len(group["param_names"]) == len(group["params"])
 
 
-def test_optimizer_when_adamw_steps_then_is_the_textbook_update() -> None:
+def test_optimizer_when_adamw_steps_then_the_update_is_that_of_the_paper() -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     options = OptimizerOptions(learning_rate=0.1, weight_decay=0.5)
@@ -46,7 +46,7 @@ def test_optimizer_when_sgd_then_momentum_is_beta1(tiny_gpt2: PreTrainedModel) -
     assert {group["momentum"] for group in optimizer.param_groups} == {0.7}
 
 
-def test_optimizer_when_nothing_is_trained_then_refuses() -> None:
+def test_optimizer_when_no_parameter_is_trained_then_raises() -> None:
     with pytest.raises(ValueError, match="no parameter"):
         build_optimizer(nn.Linear(2, 2).requires_grad_(False), OptimizerOptions())
 

@@ -1,4 +1,4 @@
-"""Every schedule against its closed form, written here once more."""
+"""Every schedule against its closed form, which is written out here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm.optim.schedules import build_schedule
 N, W, PEAK = 100, 10, 2e-3
 
 
-def _built(name: str, num_steps: int = N, warmup: int = W, ratio: float | None = None, **kwargs):
+def _build(name: str, num_steps: int = N, warmup: int = W, ratio: float | None = None, **kwargs):
     options = ScheduleOptions(
         lr_scheduler_type=name,
         num_warmup_steps=warmup,
@@ -57,9 +57,9 @@ AFTER_WARMUP: dict[str, tuple[dict[str, object], Callable[[int], float], float]]
 
 
 @pytest.mark.parametrize("name", AFTER_WARMUP)
-def test_schedule_when_any_type_then_is_its_closed_form_and_ends_there(name: str) -> None:
+def test_schedule_when_of_any_type_then_is_its_closed_form_to_the_end(name: str) -> None:
     kwargs, closed, end = AFTER_WARMUP[name]
-    factor = _built(name, **kwargs)
+    factor = _build(name, **kwargs)
     start = kwargs.get("min_lr_ratio", 0.0)
     for k in range(W):
         assert factor(k) == pytest.approx(start + (1 - start) * k / W)
@@ -69,36 +69,36 @@ def test_schedule_when_any_type_then_is_its_closed_form_and_ends_there(name: str
 
 
 def test_schedule_when_constant_then_is_one() -> None:
-    factor = _built("constant", warmup=0)
+    factor = _build("constant", warmup=0)
     assert [factor(k) for k in (0, 50, N)] == [1.0, 1.0, 1.0]
 
 
 def test_schedule_when_cosine_warmup_with_min_lr_then_is_its_closed_form() -> None:
-    # This one of HF's counts from one: no update has the rate 0, and the last one has the floor.
-    factor = _built("cosine_warmup_with_min_lr", min_lr_rate=0.2)
+    # HF counts from one here: no step has the rate 0, and the last step has the floor.
+    factor = _build("cosine_warmup_with_min_lr", min_lr_rate=0.2)
     assert [factor(k) for k in range(W)] == pytest.approx([(k + 1) / W for k in range(W)])
     for k in range(W, N):
         assert factor(k) == pytest.approx(_half_cosine((k - W + 1) / (N - W), 0.2))
     assert factor(N - 1) == pytest.approx(0.2)
 
 
-def test_schedule_when_cosine_has_a_ratio_then_ends_at_the_floor() -> None:
-    factor = _built("cosine", ratio=0.1)
+def test_schedule_when_cosine_has_min_lr_ratio_then_ends_at_the_floor() -> None:
+    factor = _build("cosine", ratio=0.1)
     assert factor(N) == pytest.approx(0.1)
     assert factor(55) == pytest.approx(_half_cosine(0.5, 0.1))
 
 
-def test_schedule_when_read_out_of_order_then_is_the_same() -> None:
-    factor = _built("cosine_with_restarts", num_cycles=2)
+def test_schedule_when_steps_are_read_out_of_order_then_is_the_same() -> None:
+    factor = _build("cosine_with_restarts", num_cycles=2)
     backwards = [factor(k) for k in reversed(range(N))]
     assert backwards[::-1] == [factor(k) for k in range(N)]
 
 
-def test_schedule_when_argument_is_unknown_then_names_the_allowed_ones() -> None:
+def test_schedule_when_an_argument_is_unknown_then_names_the_allowed_ones() -> None:
     with pytest.raises(UsageError, match=r"cycles: not an argument of cosine; .*takes num_cycles"):
-        _built("cosine", cycles=2)
+        _build("cosine", cycles=2)
     with pytest.raises(UsageError, match="takes nothing here"):
-        _built("linear", num_cycles=2)
+        _build("linear", num_cycles=2)
 
 
 @pytest.mark.parametrize(
@@ -116,17 +116,17 @@ def test_schedule_when_argument_is_unknown_then_names_the_allowed_ones() -> None
         ),
     ],
 )
-def test_schedule_when_argument_is_wrong_then_one_line_says_why(
+def test_schedule_when_an_argument_is_invalid_then_the_error_is_one_line(
     name: str, kwargs: dict[str, object], cause: str
 ) -> None:
     with pytest.raises(UsageError, match=cause) as caught:
-        _built(name, **kwargs)
+        _build(name, **kwargs)
     assert "\n" not in str(caught.value)
 
 
 def test_schedule_when_warmup_is_longer_than_the_run_then_warns(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    factor = _built("linear", num_steps=5, warmup=10)
+    factor = _build("linear", num_steps=5, warmup=10)
     assert factor(4) == pytest.approx(0.4)
     assert "never reaches its peak" in caplog.text
