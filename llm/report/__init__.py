@@ -1,1 +1,1 @@
-"""Records in, pictures and pages out."""
+"""Model cards and pictures of the curves of a run."""

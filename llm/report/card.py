@@ -1,6 +1,6 @@
-"""The model card: what a stranger on the Hub needs to load, judge and repeat the model.
+"""The model card: what a reader on the Hub needs to load, judge and reproduce the model.
 
-It says what it is told and nothing else: a fact that is None leaves its line out.
+A card states only the facts that were passed in. A fact that is None has no line.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from llm.system.units import format_duration
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 _LIMITS = """\
-This run taught the model to continue text, and nothing else: it did not tune it to follow
-instructions, to be right, or to be safe. The model can write falsehoods, repeat passages of its
-training text, and reproduce whatever bias or offence stands in it. Beyond the numbers on this page
-nothing about it was measured; look at its output before you rely on it."""
+This run trained the model to continue text, and nothing else: it was not tuned to follow
+instructions, to be correct, or to be safe. The model can write falsehoods, repeat passages of its
+training text, and reproduce bias or offensive content of that text. Nothing was measured beyond the
+numbers on this page; check the output of the model before you rely on it."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run knows about itself at its end.
+    """Facts about a finished run, for its model card.
 
     Attributes:
-        name: of the run, the card's heading.
-        command: the command line that made the model, its secrets already removed.
+        name: name of the run, the heading of the card.
+        command: command line that made the model, without secrets.
         architecture: class of the model, such as ``GPT2LMHeadModel``.
-        model_type: transformers' name of it, such as ``gpt2``.
-        num_parameters: counted once where weights are shared.
-        base_model: Hub name or folder whose weights were trained further; None from scratch.
-        data_name: as the options name it.
-        data_hash: of the training text.
-        hub_dataset: the Hub's name of the data, where it came from there.
-        tokenizer: its origin, such as ``gpt2`` or ``train:bpe``.
-        vocab_size: tokens of the tokenizer.
-        block_size: tokens a block.
-        num_steps: updates of the weights.
-        num_tokens: training tokens seen, repetitions counted.
-        train_loss: nats per token, near the end of training.
-        eval_loss: nats per token on the held-out text.
+        model_type: type of the model in transformers, such as ``gpt2``.
+        num_parameters: number of parameters; shared weights are counted once.
+        base_model: Hub name or folder of the weights that were fine-tuned; None: trained from scratch.
+        data_name: name of the data in the options.
+        data_hash: hash of the training text.
+        hub_dataset: Hub name of the data, if the data came from the Hub.
+        tokenizer: origin of the tokenizer, such as ``gpt2`` or ``train:bpe``.
+        vocab_size: number of tokens of the tokenizer.
+        block_size: tokens per block.
+        num_steps: number of training steps.
+        num_tokens: number of tokens trained on, repetitions included.
+        train_loss: mean loss near the end of training, in nats per token.
+        eval_loss: mean loss on the held-out text, in nats per token.
         perplexity: ``exp(eval_loss)``.
-        bits_per_byte: on the held-out text.
-        num_eval_tokens: tokens that these three are means over.
+        bits_per_byte: loss on the held-out text, in bits per byte of text.
+        num_eval_tokens: number of held-out tokens that the last three are means over.
         train_seconds: duration of the training.
-        hardware: such as ``1 x NVIDIA H200``.
-        hyperparameters: name to value, in the order in which they are shown.
-        versions: library to version.
+        hardware: devices of the run, such as ``1 x NVIDIA H200``.
+        hyperparameters: option name to value, in the order of the card.
+        versions: library name to version.
     """
 
     name: str
@@ -81,32 +81,34 @@ class RunFacts:
 
 
 def model_card(facts: RunFacts, *, repo_id: str | None = None) -> str:
-    """README.md of a finished run: YAML that the Hub reads, then sections that people read.
+    """Return the README.md of a finished run: YAML metadata for the Hub, then sections for readers.
 
     Args:
-        facts: what is to be said.
-        repo_id: where the model can be loaded from; this folder's path stands there when None.
+        facts: the facts that the card states.
+        repo_id: Hub name or folder in the example that loads the model; None: a placeholder for this folder.
     """
-    base = facts.base_model
-    if base is None:
+    base_model = facts.base_model
+    if base_model is None:
         origin = "trained from scratch"
+    elif is_hub_id(base_model):
+        origin = f"fine-tuned from {_link(base_model)}"
     else:
-        origin = f"fine-tuned from {_link(base) if is_hub_id(base) else f'`{base}`'}"
+        origin = f"fine-tuned from `{base_model}`"
     sections = [
         f"---\n{_metadata(facts)}\n---",
         f"# {facts.name}",
         f"A causal language model ({facts.architecture}, {facts.num_parameters:,} parameters), "
         f"{origin} on `{facts.data_name}` with `llm-trainers`.",
         "## How to load it",
-        _fenced("python", _loading(repo_id or "path/to/this/folder")),
+        _code_block("python", _example(repo_id or "path/to/this/folder")),
         "## Results",
         _results(facts),
         "## Training",
-        _table(("fact", "value"), _training(facts)),
+        _table(("fact", "value"), _training_rows(facts)),
         "The command:",
-        _fenced("bash", facts.command),
-        *_optional("### Hyperparameters", ("option", "value"), facts.hyperparameters),
-        *_optional("### Versions", ("library", "version"), facts.versions),
+        _code_block("bash", facts.command),
+        *_optional_table("### Hyperparameters", ("option", "value"), facts.hyperparameters),
+        *_optional_table("### Versions", ("library", "version"), facts.versions),
         "## Limits",
         _LIMITS,
     ]
@@ -114,7 +116,7 @@ def model_card(facts: RunFacts, *, repo_id: str | None = None) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be a Hub repository: spelled like one, and no folder of this machine."""
+    """Return whether a name can be a Hub repository: it has the form of one and is not a path on this machine."""
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
@@ -127,10 +129,10 @@ def _metadata(facts: RunFacts) -> str:
             dataset_name=facts.data_name,
             dataset_split="validation",
             metric_type=metric,
-            metric_name=name,
+            metric_name=title,
             metric_value=value,
         )
-        for metric, name, value in _scores(facts)
+        for metric, title, value in _scores(facts)
     ]
     data = ModelCardData(
         library_name="transformers",
@@ -145,19 +147,24 @@ def _metadata(facts: RunFacts) -> str:
 
 
 def _scores(facts: RunFacts) -> list[tuple[str, str, float]]:
-    """Metric, its name and its value; without those that are not finite, which no YAML holds."""
+    """Metric, its title and its value; values that are None or not finite are left out, because YAML has none."""
     scores = [
         ("loss", "Loss (nats per token)", facts.eval_loss),
         ("perplexity", "Perplexity", facts.perplexity),
         ("bits_per_byte", "Bits per byte", facts.bits_per_byte),
     ]
-    return [(m, n, round(v, 6)) for m, n, v in scores if v is not None and math.isfinite(v)]
+    return [
+        (metric, title, round(value, 6))
+        for metric, title, value in scores
+        if value is not None and math.isfinite(value)
+    ]
 
 
-def _loading(place: str) -> str:
+def _example(source: str) -> str:
+    """Python code that loads the model from a Hub name or folder and samples from it."""
     return (
         "from transformers import pipeline\n\n"
-        f'generate = pipeline("text-generation", model={json.dumps(place)})\n'
+        f'generate = pipeline("text-generation", model={json.dumps(source)})\n'
         'print(generate("Once upon a time", max_new_tokens=100)[0]["generated_text"])'
     )
 
@@ -166,23 +173,24 @@ def _results(facts: RunFacts) -> str:
     scores = _scores(facts)
     if not scores:
         return "The model was not evaluated on held-out text."
-    over = "" if facts.num_eval_tokens is None else f" ({facts.num_eval_tokens:,} tokens)"
-    rows = [(name, f"{value:.4f}") for _, name, value in scores]
-    return f"On the held-out text{over}:\n\n" + _table(("measure", "value"), rows)
+    num_tokens = "" if facts.num_eval_tokens is None else f" ({facts.num_eval_tokens:,} tokens)"
+    rows = [(title, f"{value:.4f}") for _, title, value in scores]
+    return f"On the held-out text{num_tokens}:\n\n" + _table(("measure", "value"), rows)
 
 
-def _training(facts: RunFacts) -> list[tuple[str, str]]:
-    """Rows of the table about the training; those without a value are left out."""
-    num, seconds = facts.num_tokens, facts.train_seconds
+def _training_rows(facts: RunFacts) -> list[tuple[str, str]]:
+    """Rows of the table about the training; rows without a value are left out."""
+    tokens_per_parameter = facts.num_tokens / max(1, facts.num_parameters)
+    seconds = facts.train_seconds
     rows: list[tuple[str, str | None]] = [
         ("data", f"`{facts.data_name}`"),
         ("hash of the data", f"`{facts.data_hash}`"),
         ("tokenizer", f"`{facts.tokenizer}`" if facts.tokenizer else None),
         ("tokens of the tokenizer", f"{facts.vocab_size:,}" if facts.vocab_size else None),
-        ("tokens a block", f"{facts.block_size:,}" if facts.block_size else None),
-        ("updates", f"{facts.num_steps:,}"),
-        ("tokens seen", f"{num:,}"),
-        ("tokens seen per parameter", f"{num / max(1, facts.num_parameters):.3g}"),
+        ("tokens per block", f"{facts.block_size:,}" if facts.block_size else None),
+        ("steps", f"{facts.num_steps:,}"),
+        ("tokens seen", f"{facts.num_tokens:,}"),
+        ("tokens seen per parameter", f"{tokens_per_parameter:.3g}"),
         ("last training loss", None if facts.train_loss is None else f"{facts.train_loss:.4f}"),
         ("duration", None if seconds is None else format_duration(round(seconds))),
         ("hardware", facts.hardware),
@@ -190,14 +198,15 @@ def _training(facts: RunFacts) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value is not None]
 
 
-def _optional(heading: str, head: tuple[str, str], facts: Mapping[str, object]) -> list[str]:
-    if not facts:
+def _optional_table(heading: str, header: tuple[str, str], entries: Mapping[str, object]) -> list[str]:
+    """A heading and a table; nothing if there are no entries."""
+    if not entries:
         return []
-    return [heading, _table(head, [(f"`{name}`", f"`{value}`") for name, value in facts.items()])]
+    return [heading, _table(header, [(f"`{name}`", f"`{value}`") for name, value in entries.items()])]
 
 
-def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
-    lines = [head, ("---", "---"), *rows]
+def _table(header: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
+    lines = [header, ("---", "---"), *rows]
     return "\n".join(f"| {_cell(left)} | {_cell(right)} |" for left, right in lines)
 
 
@@ -205,10 +214,10 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _fenced(language: str, code: str) -> str:
-    """A code block whose fence no line of the code can close."""
-    longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
+def _code_block(language: str, code: str) -> str:
+    """A code block with a fence longer than any run of backticks in the code."""
+    longest_run = max((len(run) for run in re.findall(r"`+", code)), default=0)
+    fence = "`" * max(3, longest_run + 1)
     return f"{fence}{language}\n{code}\n{fence}"
 
 

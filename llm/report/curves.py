@@ -1,4 +1,4 @@
-"""The picture of a run, or of several compared: losses and learning rate over the steps."""
+"""Curves of one or more runs as a picture: losses and learning rate over steps or tokens."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ log = logging.getLogger(__name__)
 
 Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
-# Colours that people with any colour vision tell apart (Okabe and Ito), without the yellow.
+# Colours that are distinguishable with any colour vision (Okabe and Ito), without the yellow.
 # Source: https://jfly.uni-koeln.de/color/
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
 _EVALUATION_COLOR = "#D55E00"
-_INK = "#333333"
+_TEXT_COLOR = "#333333"
 
 
 @dataclass
 class _Records:
-    """The records of one run, each kind with ascending steps."""
+    """The training and evaluation records of one run, in ascending order of steps."""
 
     training: list[dict[str, Any]] = field(default_factory=list)
     evaluation: list[dict[str, Any]] = field(default_factory=list)
@@ -41,76 +41,78 @@ class _Records:
 
 def draw_curves(
     runs: Mapping[str, Path],
-    picture: Path,
+    output: Path,
     *,
     x: Literal["step", "tokens"] = "step",
     smoothing: int | None = None,
 ) -> None:
-    """Writes a PNG: training loss (raw and smoothed) with evaluations above, learning rate below.
+    """Draw the curves of runs and write them to a file.
+
+    The upper panel shows the training loss (raw and smoothed) and the evaluation loss, the lower one the learning rate.
 
     Args:
-        runs: for each name in the legend the metrics.jsonl of that run; a line cut short by a crash
-            is passed over, and of steps that were done twice the later ones count.
-        picture: file that is written, its folder too where it is missing.
-        x: what the horizontal axis counts: updates, or training tokens.
-        smoothing: span of the moving average in records; one in fifty of a run's records when None.
+        runs: name in the legend to the metrics.jsonl of that run. A line that a crash cut short is skipped. If a
+            step occurs twice, the later record is drawn.
+        output: file to write (PNG, PDF or SVG, by its suffix); its folder is created if it is missing.
+        x: unit of the horizontal axis: steps, or training tokens.
+        smoothing: span of the moving average in records; None: a fiftieth of the records of the run.
 
     Raises:
-        UserError: matplotlib is missing, a file is missing or has no records, or the picture cannot
-            be written.
+        UserError: matplotlib is missing, a file is missing or has no records, or the output cannot be written.
     """
     records = {name: _read_records(path) for name, path in runs.items()}
     if x == "tokens":
         for name, path in runs.items():
             if not all("tokens" in record for record in records[name].training):
-                raise UserError(f"{path} counts no tokens: leave out --x tokens")
+                raise UserError(f"{path}: records without a number of tokens; leave out --x tokens")
     figure = _new_figure()
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     for index, (name, run) in enumerate(records.items()):
         color = _COLORS[index % len(_COLORS)]
-        place = _places(run, x)
+        to_x = _x_axis(run, x)
         label = name if len(records) > 1 else None
-        _draw_losses(losses, run, place, smoothing, color, label)
+        _draw_losses(losses, run, to_x, smoothing, color, label)
         if series := _series(run.training, "lr"):
-            rates.plot(place(series[0]), series[1], color=color, linewidth=1.6)
-    _dress(losses, rates, title=next(iter(records)) if len(records) == 1 else "", x=x)
+            rates.plot(to_x(series[0]), series[1], color=color, linewidth=1.6)
+    title = next(iter(records)) if len(records) == 1 else ""
+    _style_axes(losses, rates, title=title, x=x)
     figure.align_ylabels()
-    _save(figure, picture)
+    _save(figure, output)
 
 
 def _read_records(path: Path) -> _Records:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a run writes it from its first record on") from None
+        raise UserError(f"{path}: no such file; a run creates it with its first record") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     records = _Records()
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
             step = int(record["step"])
         except (ValueError, KeyError, TypeError):
-            if line.strip() and number < len(lines):  # a torn last line is what a kill leaves
-                log.warning("%s: line %d is no record and is passed over", path, number)
+            if line.strip() and number < len(lines):  # a killed run may leave an incomplete last line
+                log.warning("%s: line %d is not a record; it is skipped", path, number)
             continue
         if "eval_loss" in record:
             kind = records.evaluation
         elif "loss" in record:
             kind = records.training
-        else:  # samples and other notes
+        else:  # samples and other records
             continue
-        # A resumed run repeats the steps after its checkpoint: what came before is no more.
+        # A resumed run repeats the steps after its checkpoint: remove the records of the first time.
         while kind and kind[-1]["step"] >= step:
             kind.pop()
         kind.append(record)
     if not records.training and not records.evaluation:
-        raise UserError(f"{path} holds no records yet")
+        raise UserError(f"{path}: no records yet; wait for the first step of the run")
     return records
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[Floats, Floats] | None:
-    """Steps and finite values of a key, float64 [n] each; None where no record has it."""
+    """Steps and finite values of a key, float64 [n] each; None if no record has a finite value."""
     pairs = [
         (record["step"], record[key])
         for record in records
@@ -122,8 +124,11 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[Floats, Flo
     return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
 
 
-def _places(run: _Records, x: Literal["step", "tokens"]) -> Callable[[Floats], Floats]:
-    """Where a step lies on the horizontal axis; evaluations carry no tokens of their own."""
+def _x_axis(run: _Records, x: Literal["step", "tokens"]) -> Callable[[Floats], Floats]:
+    """Function from steps to positions on the horizontal axis, float64 [n] each.
+
+    Records of evaluations have no number of tokens, so tokens are interpolated between training records.
+    """
     tokens = _series(run.training, "tokens") if x == "tokens" else None
     if tokens is None:
         return lambda steps: steps
@@ -131,46 +136,46 @@ def _places(run: _Records, x: Literal["step", "tokens"]) -> Callable[[Floats], F
     return lambda steps: np.interp(steps, known_steps, known_tokens)
 
 
-def _smoothed(values: Floats, span: int) -> Floats:
-    """Exponential moving average with the weight of `span` records, unbiased from the first on."""
+def _smooth(values: Floats, span: int) -> Floats:
+    """Exponential moving average with a span of `span` records and bias correction, float64 [n]."""
     decay = 1 - 2 / (span + 1)
-    smooth = np.empty_like(values)
+    averages = np.empty_like(values)
     total = weight = 0.0
     for index, value in enumerate(values):
         total = decay * total + value
         weight = decay * weight + 1
-        smooth[index] = total / weight
-    return smooth
+        averages[index] = total / weight
+    return averages
 
 
 def _draw_losses(
     axes: Axes,
     run: _Records,
-    place: Callable[[Floats], Floats],
+    to_x: Callable[[Floats], Floats],
     smoothing: int | None,
     color: str,
     label: str | None,
 ) -> None:
-    """One run's losses; `label` is its name among several, None where it is the only one."""
+    """Draw the losses of one run; `label` is its name if there are several runs, else None."""
     if series := _series(run.training, "loss"):
         steps, values = series
-        smooth = _smoothed(values, smoothing or max(1, len(values) // 50))
-        axes.plot(place(steps), values, color=color, alpha=0.25, linewidth=0.9)
-        axes.plot(place(steps), smooth, color=color, linewidth=1.8, label=label or "training")
+        averages = _smooth(values, smoothing or max(1, len(values) // 50))
+        axes.plot(to_x(steps), values, color=color, alpha=0.25, linewidth=0.9)
+        axes.plot(to_x(steps), averages, color=color, linewidth=1.8, label=label or "training")
     if series := _series(run.evaluation, "eval_loss"):
         steps, values = series
-        own = _EVALUATION_COLOR if label is None else color
+        prefix = "" if label is None else f"{label}, "
         axes.plot(
-            place(steps),
+            to_x(steps),
             values,
-            color=own,
+            color=_EVALUATION_COLOR if label is None else color,
             linewidth=1.2,
             linestyle=(0, (4, 2)),
             marker="o",
             markersize=5,
             markerfacecolor="white",
             markeredgewidth=1.4,
-            label=f"{f'{label}, ' if label else ''}evaluation (last {values[-1]:.3f})",
+            label=f"{prefix}evaluation (last {values[-1]:.3f})",
         )
 
 
@@ -179,21 +184,21 @@ def _new_figure() -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("curves need matplotlib: pip install llm-trainers[plot]") from None
-    # A figure of our own, without pyplot: no window, no global state, no setting of the user's.
+        raise UserError("curves need matplotlib, which is not installed: pip install llm-trainers[plot]") from None
+    # A figure without pyplot opens no window, changes no global state and ignores the settings of the user.
     figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _dress(losses: Axes, rates: Axes, *, title: str, x: str) -> None:
-    """Axes, grid, legend and title."""
+def _style_axes(losses: Axes, rates: Axes, *, title: str, x: str) -> None:
+    """Set labels, grid, legend and title."""
     from matplotlib.ticker import EngFormatter
 
-    losses.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK)
-    losses.set_ylabel("loss (nats per token)", color=_INK)
-    rates.set_ylabel("learning rate", color=_INK)
-    rates.set_xlabel("update" if x == "step" else "training tokens", color=_INK)
+    losses.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_TEXT_COLOR)
+    losses.set_ylabel("loss (nats per token)", color=_TEXT_COLOR)
+    rates.set_ylabel("learning rate", color=_TEXT_COLOR)
+    rates.set_xlabel("step" if x == "step" else "training tokens", color=_TEXT_COLOR)
     rates.xaxis.set_major_formatter(EngFormatter(sep=""))
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rates.set_ylim(bottom=0)
@@ -202,17 +207,17 @@ def _dress(losses: Axes, rates: Axes, *, title: str, x: str) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#999999")
-        axes.tick_params(colors=_INK, labelsize=9)
+        axes.tick_params(colors=_TEXT_COLOR, labelsize=9)
         axes.margins(x=0.02)
     if losses.get_legend_handles_labels()[0]:
-        losses.legend(frameon=False, fontsize=9, labelcolor=_INK)
+        losses.legend(frameon=False, fontsize=9, labelcolor=_TEXT_COLOR)
 
 
-def _save(figure: Figure, picture: Path) -> None:
+def _save(figure: Figure, output: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=picture.suffix[1:].lower())
+    figure.savefig(buffer, format=output.suffix[1:].lower())
     try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(picture, buffer.getvalue())
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(output, buffer.getvalue())
     except OSError as error:
-        raise UserError(f"{picture} cannot be written ({error.strerror})") from None
+        raise UserError(f"{output}: cannot be written ({error.strerror})") from None

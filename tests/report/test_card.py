@@ -1,4 +1,4 @@
-"""The model card: metadata that the Hub accepts, and no claim that was not passed in."""
+"""The model card: metadata that the Hub accepts, and no fact that was not passed in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from llm.report.card import RunFacts, is_hub_id, model_card
 
-SMALL = RunFacts(
+MINIMAL = RunFacts(
     name="demo",
     command="python -m llm.trainers.gpt --output_dir runs/demo --hub_token ***",
     architecture="GPT2LMHeadModel",
@@ -23,8 +23,8 @@ SMALL = RunFacts(
     num_steps=500,
     num_tokens=2_000_000,
 )
-WHOLE = replace(
-    SMALL,
+COMPLETE = replace(
+    MINIMAL,
     base_model="openai-community/gpt2",
     hub_dataset="Salesforce/wikitext",
     tokenizer="train:bpe",
@@ -43,13 +43,13 @@ WHOLE = replace(
 
 
 def metadata(card: str) -> dict[str, object]:
-    loaded = yaml.safe_load(card.split("---\n")[1])
-    assert isinstance(loaded, dict)
-    return loaded
+    values = yaml.safe_load(card.split("---\n")[1])
+    assert isinstance(values, dict)
+    return values
 
 
-def test_card_when_all_is_known_has_metadata_that_the_hub_reads() -> None:
-    card = ModelCard(model_card(WHOLE))
+def test_card_when_all_facts_are_given_then_has_metadata_that_the_hub_reads() -> None:
+    card = ModelCard(model_card(COMPLETE))
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.base_model == "openai-community/gpt2"
@@ -59,8 +59,8 @@ def test_card_when_all_is_known_has_metadata_that_the_hub_reads() -> None:
     assert results == {"loss": 2.25, "perplexity": 9.4877, "bits_per_byte": 1.62}
 
 
-def test_card_when_all_is_known_says_all() -> None:
-    card = model_card(WHOLE)
+def test_card_when_all_facts_are_given_then_states_all() -> None:
+    card = model_card(COMPLETE)
     for text in ("54,321 tokens", "2.2500", "2,000,000", "1:02:05", "1 x CPU", "`0.004`", "2.13.0"):
         assert text in card
     assert "```bash\npython -m llm.trainers.gpt --output_dir runs/demo --hub_token ***\n```" in card
@@ -68,8 +68,8 @@ def test_card_when_all_is_known_says_all() -> None:
     assert "[openai-community/gpt2](https://huggingface.co/openai-community/gpt2)" in card
 
 
-def test_card_when_little_is_known_claims_nothing_more() -> None:
-    card = model_card(SMALL)
+def test_card_when_few_facts_are_given_then_states_nothing_else() -> None:
+    card = model_card(MINIMAL)
     assert set(metadata(card)) == {"library_name", "pipeline_tag", "tags"}
     assert "trained from scratch" in card
     assert "not evaluated" in card
@@ -85,26 +85,28 @@ def test_card_when_little_is_known_claims_nothing_more() -> None:
         assert text not in card
 
 
-def test_card_when_the_loss_is_not_finite_leaves_it_out() -> None:
-    card = model_card(replace(WHOLE, eval_loss=float("nan"), perplexity=float("inf"), bits_per_byte=None))
+def test_card_when_the_loss_is_not_finite_then_leaves_it_out() -> None:
+    card = model_card(replace(COMPLETE, eval_loss=float("nan"), perplexity=float("inf"), bits_per_byte=None))
     assert "model-index" not in metadata(card)
 
 
-def test_card_when_the_base_is_a_folder_names_it_without_a_hub_link(tmp_path: Path) -> None:
-    card = model_card(replace(WHOLE, base_model=str(tmp_path)))
+def test_card_when_the_base_model_is_a_folder_then_names_it_without_a_hub_link(tmp_path: Path) -> None:
+    card = model_card(replace(COMPLETE, base_model=str(tmp_path)))
     assert "base_model" not in metadata(card)
     assert f"fine-tuned from `{tmp_path}`" in card
 
 
-def test_card_when_the_command_holds_fences_and_bars_stays_whole() -> None:
-    facts = replace(SMALL, command="x --sample_prompt '```'", hyperparameters={"prompt": "a|b\nc"})
+def test_card_when_the_command_has_backticks_and_bars_then_escapes_them() -> None:
+    facts = replace(MINIMAL, command="x --sample_prompt '```'", hyperparameters={"prompt": "a|b\nc"})
     card = model_card(facts)
     assert "````bash\nx --sample_prompt '```'\n````" in card
     assert "| `prompt` | `a\\|b c` |" in card
 
 
-def test_card_code_when_run_loads_the_model(tiny_gpt2_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = re.search(r"```python\n(.*?)```", model_card(SMALL, repo_id=str(tiny_gpt2_dir)), re.DOTALL)
+def test_card_when_its_example_is_run_then_loads_the_model(
+    tiny_gpt2_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = re.search(r"```python\n(.*?)```", model_card(MINIMAL, repo_id=str(tiny_gpt2_dir)), re.DOTALL)
     assert code is not None
     exec(code[1].replace("max_new_tokens=100", "max_new_tokens=3"), {})  # noqa: S102
     assert capsys.readouterr().out.startswith("Once upon a time")
@@ -120,7 +122,7 @@ def test_card_code_when_run_loads_the_model(tiny_gpt2_dir: Path, capsys: pytest.
         ("a/b/c", False),
     ],
 )
-def test_hub_id_is_told_from_other_names(
+def test_is_hub_id_when_name_is_a_path_or_malformed_then_false(
     name: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
