@@ -1,4 +1,4 @@
-"""``python -m llm.generate``: text from a model that was trained here, or from one of the Hub."""
+"""``python -m llm.generate``: continue a text with a model of a run, a checkpoint or the Hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llm.config.errors import UserError
 from llm.config.exit_codes import run_command
-from llm.config.generate import GenerateOptions
+from llm.config.option import OptionGroup, option
 from llm.config.options import ModelOptions, TokenizerOptions
 from llm.config.reader import read_options
 
@@ -20,8 +20,33 @@ if TYPE_CHECKING:
 _RULE_WIDTH = 79
 
 
+class GenerateOptions(OptionGroup):
+    """The options of ``python -m llm.generate``."""
+
+    model: str = option(..., "folder of a run or of a checkpoint, or Hub name", positional=True, metavar="MODEL")
+    prompt: str | None = option(
+        None, "text to continue, or - for the standard input (default: the tokenizer's first token)", metavar="TEXT"
+    )
+    num_samples: int = option(1, "number of continuations", ge=1, metavar="N")
+    max_new_tokens: int = option(200, "maximum length of a continuation, in tokens", ge=1, metavar="N")
+    temperature: float = option(
+        0.8,
+        "sampling temperature: 0 always takes the most likely token, 1 samples from the model's distribution",
+        ge=0,
+        metavar="X",
+    )
+    top_k: int | None = option(200, "sample from this many most likely tokens only", ge=1, metavar="N")
+    seed: int | None = option(None, "seed of the sampling (default: drawn, and printed)", ge=0, lt=2**63, metavar="N")
+    trust_remote_code: bool = option(False, "run code from a Hub repository")
+    use_cpu: bool = option(False, "run on the CPU, not on an accelerator")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the samples to the standard output and returns the exit code."""
+    """Write the samples to the standard output and return the exit code.
+
+    Args:
+        argv: the command line without the program's name; `sys.argv[1:]` when None.
+    """
     return run_command(lambda: _generate(sys.argv[1:] if argv is None else argv))
 
 
@@ -30,9 +55,9 @@ def _generate(argv: Sequence[str]) -> int:
         GenerateOptions,
         argv,
         prog="python -m llm.generate",
-        description="Continues a text with a trained model.",
+        description="Continue a text with a trained model.",
     )
-    place = model_place(options.model)
+    name_or_path = find_model(options.model)
     prompt = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
     seed = random.randrange(2**31) if options.seed is None else options.seed
     if options.seed is None:
@@ -40,7 +65,7 @@ def _generate(argv: Sequence[str]) -> int:
 
     from llm.models.sampling import sample
 
-    model, tokenizer = _load(options, place)
+    model, tokenizer = _load(options, name_or_path)
     texts = sample(
         model,
         tokenizer,
@@ -55,11 +80,11 @@ def _generate(argv: Sequence[str]) -> int:
     return 0
 
 
-def model_place(name: str) -> str:
-    """The folder or Hub name to load: of a run that is not at its end, its newest checkpoint.
+def find_model(name: str) -> str:
+    """Return the folder or Hub name to load; the newest checkpoint for a run that has no finished model.
 
     Raises:
-        UserError: a folder without a model.
+        UserError: the folder holds no model.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -75,14 +100,15 @@ def model_place(name: str) -> str:
             f"{name}: no model in this folder (no config.json, no checkpoints); "
             "give a run's --output_dir, one of its checkpoints/step_N, or a Hub name"
         )
-    print(f"{name} has no finished model; taking {steps[-1][1]}", file=sys.stderr)
-    return str(steps[-1][1])
+    _, checkpoint = steps[-1]
+    print(f"{name} has no finished model; using {checkpoint}", file=sys.stderr)
+    return str(checkpoint)
 
 
-def _load(options: GenerateOptions, place: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in fp32 on the machine's accelerator, if it has one, and its tokenizer."""
-    if not Path(place).is_dir():
-        _detect_hub(place)
+def _load(options: GenerateOptions, name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model in fp32, on the accelerator if there is one, and its tokenizer."""
+    if not Path(name_or_path).is_dir():
+        _detect_hub(name_or_path)
 
     import torch
     from transformers.utils import logging as library_logging
@@ -91,18 +117,18 @@ def _load(options: GenerateOptions, place: str) -> tuple[PreTrainedModel, PreTra
     from llm.models.config import load_config
     from llm.tokenization.load import load_tokenizer
 
-    library_logging.set_verbosity_error()  # its advice is for programmers
-    named = ModelOptions(model_name_or_path=place, trust_remote_code=options.trust_remote_code)
+    library_logging.set_verbosity_error()  # the warnings of transformers address programmers
+    model_options = ModelOptions(model_name_or_path=name_or_path, trust_remote_code=options.trust_remote_code)
     try:
         tokenizer = load_tokenizer(
             TokenizerOptions(),
-            named,
-            # A tokenizer is read, not made: there is no text.
+            model_options,
+            # An existing tokenizer is loaded: no text is needed to train one.
             texts=lambda: iter(()),
             corpus_fingerprint="",
             cache_dir=Path(),
         )
-        model, _ = build_model(named, load_config(named, tokenizer), tokenizer)
+        model, _ = build_model(model_options, load_config(model_options, tokenizer), tokenizer)
     except UserError as error:
         raise UserError(str(error).removeprefix("--model_name_or_path ")) from error
     accelerator = None if options.use_cpu else torch.accelerator.current_accelerator()
@@ -122,11 +148,11 @@ def _detect_hub(name: str) -> None:
 
 
 def _print_texts(texts: Sequence[str]) -> None:
-    """A single text alone, so that it can be piped on; several below a rule each."""
+    """Print a single text alone, so that it can be piped; print several with a heading each."""
     for number, text in enumerate(texts, start=1):
         if len(texts) > 1:
             print(f"--- sample {number} of {len(texts)} ".ljust(_RULE_WIDTH, "-"))
-        # A terminal that does not speak UTF-8 gets question marks, not a traceback.
+        # A terminal without UTF-8 shows question marks; otherwise print would raise.
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, errors="replace").decode(encoding))
 

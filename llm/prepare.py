@@ -1,22 +1,23 @@
-"""``python -m llm.prepare``: text of any size to token shards, tokenized once."""
+"""``python -m llm.prepare``: tokenize text of any size once, into token shards."""
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from pydantic import model_validator
 from tqdm import tqdm
 
 from llm.config.errors import UserError
 from llm.config.exit_codes import run_command
-from llm.config.prepare import PrepareOptions
+from llm.config.option import OptionGroup, option
+from llm.config.options import DataOptions, ModelOptions, TokenizerOptions
 from llm.config.reader import read_options
 
 if TYPE_CHECKING:
@@ -26,78 +27,156 @@ if TYPE_CHECKING:
     from llm.data.sources.corpus import Corpus
     from llm.files.lock import Lock
 
-# The trainer of a tokenizer counts the words of all that it is given; more text changes no merge of note.
+# Text for training a tokenizer. The training counts words in memory; more text changes no important merge.
 _TOKENIZER_CHARS = 1 << 30
-_JOB = "prepare.json"
-# Raised when the same text begins to be cut into other pieces, by whose number a shard says where it ends.
-_CALLED = {"fingerprint": "content of the text", "version": "version of this program"}
-# Names that nothing but this program gives.
-_LEFT = (f".{_JOB}.*.tmp", ".tokenizer.*.tmp", ".tokenizer.old")
-_JOB_VERSION = 3
+
+
+def _data_option(name: str) -> Any:
+    """Return a copy of the trainer's own option of that name."""
+    return copy(DataOptions.model_fields[name])
+
+
+class PrepareOptions(OptionGroup):
+    """The options of ``python -m llm.prepare``."""
+
+    output_dir: str = option(..., "folder of the shards, which the trainer reads as --train_dir", metavar="DIR")
+    dataset_name: str | None = option(None, "Hub dataset (streamed), local folder, or builtin:python", metavar="NAME")
+    dataset_config_name: str | None = _data_option("dataset_config_name")
+    train_file: tuple[str, ...] | None = option(
+        None,
+        "text: txt, md, csv, tsv, json, jsonl or parquet files, also compressed; several files and globs",
+        metavar="FILE",
+        replaces=("dataset_name", "dataset_config_name"),
+    )
+    validation_file: tuple[str, ...] | None = _data_option("validation_file")
+    validation_split_percentage: float = _data_option("validation_split_percentage")
+    text_column: str | None = _data_option("text_column")
+    no_keep_linebreaks: bool = _data_option("no_keep_linebreaks")
+    tokenizer_name: str | None = option(None, "Hub name or folder of the tokenizer, or char", metavar="NAME")
+    train_tokenizer: Literal["bpe"] | None = option(None, "train the tokenizer on the text: bpe is byte-level BPE")
+    vocab_size: int | None = option(None, "vocabulary size of --train_tokenizer (default 8192)", ge=258, metavar="N")
+    shard_size: int = option(100_000_000, "tokens per shard; the last one has fewer", ge=1, metavar="N")
+    preprocessing_num_workers: int | None = _data_option("preprocessing_num_workers")
+    verify: bool = option(
+        False,
+        "read the finished shards of --output_dir and compare every byte with what was written; prepare nothing",
+    )
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> PrepareOptions:
+        if self.vocab_size is not None and self.train_tokenizer is None:
+            raise ValueError("--vocab_size applies to --train_tokenizer bpe only; other tokenizers have a fixed size")
+        if self.train_tokenizer is not None and self.tokenizer_name is not None:
+            raise ValueError("--train_tokenizer and --tokenizer_name each name the tokenizer; give one of them")
+        if not self.verify and self.train_tokenizer is None and self.tokenizer_name is None:
+            raise ValueError("no tokenizer: give --tokenizer_name NAME (such as gpt2), or --train_tokenizer bpe")
+        return self
+
+    @property
+    def data(self) -> DataOptions:
+        """The text, as the options of the trainer."""
+        return DataOptions(
+            dataset_name=self.dataset_name,
+            dataset_config_name=self.dataset_config_name,
+            train_file=self.train_file,
+            validation_file=self.validation_file,
+            validation_split_percentage=self.validation_split_percentage,
+            text_column=self.text_column,
+            no_keep_linebreaks=self.no_keep_linebreaks,
+            preprocessing_num_workers=self.preprocessing_num_workers,
+        )
+
+    @property
+    def tokenizer(self) -> TokenizerOptions:
+        """The tokenizer, as the options of the trainer."""
+        name = "train:bpe" if self.train_tokenizer == "bpe" else self.tokenizer_name
+        return TokenizerOptions(tokenizer_name=name, vocab_size=self.vocab_size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the shards, or verifies them, and returns the exit code."""
-    return run_command(lambda: _prepare(sys.argv[1:] if argv is None else argv))
+    """Write the shards, or verify them, and return the exit code.
+
+    Args:
+        argv: the command line without the program's name; `sys.argv[1:]` when None.
+    """
+    return run_command(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
-def _prepare(argv: Sequence[str]) -> int:
+def _run(argv: Sequence[str]) -> int:
     options = read_options(
         PrepareOptions,
         argv,
         prog="python -m llm.prepare",
-        description="Tokenizes a text once, into shards that the trainer reads as --train_dir.",
+        description="Tokenize a text once, into shards that the trainer reads as --train_dir.",
     )
     folder = Path(options.output_dir).expanduser()
     if options.verify:
-        return _verify(folder)
+        _verify(folder)
+    else:
+        _prepare(folder, options)
+    return 0
 
+
+def _prepare(folder: Path, options: PrepareOptions) -> None:
+    """Write the shards, or those that an interrupted start has not written, and print a summary."""
+    from llm.data.preparation.job_record import claim_folder
     from llm.data.shards.format import MANIFEST, open_folder
     from llm.files.lock import locked
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _speaking(), locked(folder / ".lock") as lock:
+        with _log_to_stdout(), locked(folder / ".lock") as lock:
             corpus = _open_text(options)
-            _claim(folder, options, corpus)
+            settings = {
+                "text": corpus.name,
+                "fingerprint": corpus.fingerprint,
+                "tokenizer": options.tokenizer.tokenizer_name,
+                "vocab_size": options.vocab_size,
+                "shard_size": options.shard_size,
+            }
+            claim_folder(folder, settings)
             if (folder / MANIFEST).is_file():
                 print(f"{folder} is finished already")
             else:
-                _write(folder, options, corpus, lock)
-        _sum_up(folder, open_folder(folder))
+                _write_shards(folder, options, corpus, lock)
+        _print_summary(folder, open_folder(folder))
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted; start the same command again: it continues in {folder}\n")
         raise
     except OSError as error:
         raise UserError(
-            f"--output_dir {folder}: cannot be written ({error.strerror or error}); make room or name another,"
+            f"--output_dir {folder}: cannot be written ({error.strerror or error}); make room or give another folder,"
             " and start the same command again: it continues"
         ) from error
-    return 0
 
 
-def _verify(folder: Path) -> int:
-    """Prints a line for every shard, and one for the tokenizer; 1 if one is damaged."""
+def _verify(folder: Path) -> None:
+    """Print a line for each shard and one for the tokenizer.
+
+    Raises:
+        UserError: a shard is damaged, or the tokenizer is another one.
+    """
     from llm.data.shards.format import verify
     from llm.tokenization.vocabulary import tokenizer_hash
 
-    num_damaged, expected = 0, set()
+    num_damaged = 0
+    expected_hashes = set()
     for shard, damage in verify(folder):
-        num_damaged += damage is not None
-        expected.add(shard.tokenizer_hash)
+        if damage is not None:
+            num_damaged += 1
+        expected_hashes.add(shard.tokenizer_hash)
         print(f"{shard.path}: {damage or f'good, {shard.num_tokens:,} tokens'}")
     if num_damaged:
         raise UserError(f"{folder}: {num_damaged} shards are damaged; remove the folder and prepare the text again")
     saved = folder / "tokenizer"
-    if saved.is_dir():  # the shards of the cache have theirs elsewhere
-        if {tokenizer_hash(_saved_tokenizer(saved))} != expected:
+    if saved.is_dir():  # the shards of the token cache have no tokenizer beside them
+        if {tokenizer_hash(_load_saved_tokenizer(saved))} != expected_hashes:
             raise UserError(f"{saved} is not the tokenizer of the shards; remove the folder and prepare the text again")
         print(f"{saved}: good")
-    return 0
 
 
-class _Lines(logging.StreamHandler[TextIO]):
-    """Prints above a progress bar, not through it."""
+class _LineHandler(logging.StreamHandler[TextIO]):
+    """A handler that prints above a progress bar instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=self.stream)
@@ -105,10 +184,10 @@ class _Lines(logging.StreamHandler[TextIO]):
 
 
 @contextmanager
-def _speaking() -> Iterator[None]:
-    """Lets the package's own lines through to the standard output while the block runs."""
+def _log_to_stdout() -> Iterator[None]:
+    """Print the log lines of this package on the standard output inside the `with` block."""
     logger = logging.getLogger("llm")
-    handler = _Lines(sys.stdout)
+    handler = _LineHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     level = logger.level
     logger.addHandler(handler)
@@ -121,7 +200,7 @@ def _speaking() -> Iterator[None]:
 
 
 def _open_text(options: PrepareOptions) -> Corpus:
-    """The text that the options name, nothing read yet; a dataset of the Hub comes as a stream."""
+    """Return the text of the options, not read yet; a dataset of the Hub is streamed."""
     from llm.data.sources.corpus import open_corpus
     from llm.data.sources.hub_streaming import is_hub_dataset, open_streaming_corpus
     from llm.hub.connection import detect, names_on_hub, unreachable_line
@@ -134,62 +213,14 @@ def _open_text(options: PrepareOptions) -> Corpus:
     return open_streaming_corpus(options.data) if is_hub_dataset(options.dataset_name) else open_corpus(options.data)
 
 
-def _claim(folder: Path, options: PrepareOptions, corpus: Corpus) -> None:
-    """Records what the shards are made of, or refuses to continue those of something else."""
-    from llm.files.atomic import write_text
-
-    job = {
-        "version": _JOB_VERSION,
-        "text": corpus.name,
-        "fingerprint": corpus.fingerprint,
-        "tokenizer": options.tokenizer.tokenizer_name,
-        "vocab_size": options.vocab_size,
-        "shard_size": options.shard_size,
-    }
-    path = folder / _JOB
-    if not path.is_file():
-        others = [entry.name for entry in folder.iterdir() if entry.suffix in (".bin", ".json", ".npy")]
-        if others:
-            raise UserError(f"--output_dir {folder}: holds {others[0]}, which is of something else; name another")
-        write_text(path, json.dumps(job, indent=2) + "\n")
-        return
-    try:
-        found = json.loads(path.read_text())
-        changed = [name for name, value in job.items() if found.get(name) != value]
-    except (ValueError, AttributeError):
-        changed = [f"broken {_JOB}"]
-    if changed and not any(folder.glob("*.bin")):
-        # Nothing was made yet: what was begun with, such as a file that is no text, may be mended.
-        _remove_left(folder)
-        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-        write_text(path, json.dumps(job, indent=2) + "\n")
-        return
-    if changed:
-        changed = [_CALLED.get(name, name) for name in changed]
-        raise UserError(
-            f"--output_dir {folder}: was begun with another {' and another '.join(changed)};"
-            " give what it was begun with, or name another folder"
-        )
-    _remove_left(folder)
-
-
-def _remove_left(folder: Path) -> None:
-    """Removes what an earlier process was killed over; nobody else writes here now."""
-    for left in (path for name in _LEFT for path in folder.glob(name)):
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
-
-
-def _write(folder: Path, options: PrepareOptions, corpus: Corpus, lock: Lock) -> None:
+def _write_shards(folder: Path, options: PrepareOptions, corpus: Corpus, lock: Lock) -> None:
     from llm.data.preparation.progress_bar import text_progress_bar
     from llm.data.preparation.tokenize import write_shards
     from llm.tokenization.encoder import encoding_threads
     from llm.tokenization.vocabulary import is_character_level, tokenizer_hash
 
     with encoding_threads(options.preprocessing_num_workers):
-        tokenizer = _tokenizer(folder, options, corpus)
+        tokenizer = _load_tokenizer(folder, options, corpus)
         with text_progress_bar() as on_progress:
             write_shards(
                 corpus,
@@ -204,37 +235,36 @@ def _write(folder: Path, options: PrepareOptions, corpus: Corpus, lock: Lock) ->
             )
 
 
-def _tokenizer(folder: Path, options: PrepareOptions, corpus: Corpus) -> PreTrainedTokenizerBase:
-    """The one in the folder, or else the one that the options name, which is put there."""
+def _load_tokenizer(folder: Path, options: PrepareOptions, corpus: Corpus) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that is saved in the folder; save the one of the options there first if there is none."""
     from huggingface_hub import constants
 
-    from llm.config.options import ModelOptions
     from llm.files.atomic import atomic_folder
     from llm.tokenization.load import load_tokenizer
 
     saved = folder / "tokenizer"
     if not saved.is_dir():
-        held_out = options.tokenizer_name == "char"
-        made = load_tokenizer(
+        # A vocabulary of characters must know those of the validation text too.
+        is_char = options.tokenizer_name == "char"
+        tokenizer = load_tokenizer(
             options.tokenizer,
             ModelOptions(),
-            texts=lambda: corpus.texts(include_validation=True) if held_out else _first(corpus.texts()),
+            texts=lambda: corpus.texts(include_validation=True) if is_char else _beginning(corpus.texts()),
             corpus_fingerprint=corpus.fingerprint,
             cache_dir=Path(constants.HF_HOME) / "llm",
         )
         try:
             with atomic_folder(saved) as temporary:
-                made.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
         except OSError:
             raise
-        except Exception as error:  # what tokenizers raises where the disk is full is nothing else
+        except Exception as error:  # tokenizers raises a plain Exception where the disk is full
             raise OSError(str(error)) from error
-    # Always the saved one: what the trainer will load decides what the ids mean.
-    return _saved_tokenizer(saved)
+    # The trainer loads the saved tokenizer, so its ids are the ones to write.
+    return _load_saved_tokenizer(saved)
 
 
-def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from llm.config.options import ModelOptions, TokenizerOptions
+def _load_saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from llm.tokenization.load import load_tokenizer
 
     return load_tokenizer(
@@ -246,8 +276,8 @@ def _saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     )
 
 
-def _first(texts: Iterator[str]) -> Iterator[str]:
-    """The beginning of a long text, enough for a tokenizer."""
+def _beginning(texts: Iterator[str]) -> Iterator[str]:
+    """Yield the first texts, as many as are needed to train a tokenizer."""
     num_chars = 0
     for text in texts:
         yield text
@@ -257,7 +287,7 @@ def _first(texts: Iterator[str]) -> Iterator[str]:
             return
 
 
-def _sum_up(folder: Path, streams: Streams) -> None:
+def _print_summary(folder: Path, streams: Streams) -> None:
     from llm.data.sources.documents import format_skipped
 
     for name, stream in (("train", streams.train), ("validation", streams.validation)):

@@ -1,4 +1,4 @@
-"""``python -m llm.runs``: what runs saved, how they ended, and the command that resumes them."""
+"""``python -m llm.runs``: list the checkpoints of runs, how the runs ended, and the command that resumes them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,40 @@ from pathlib import Path
 
 from llm.config.errors import UserError
 from llm.config.exit_codes import run_command
+from llm.config.option import OptionGroup, option
 from llm.config.reader import read_options
-from llm.config.runs import RunsOptions
 from llm.system.units import format_age, format_bytes
 from llm.training.run_dir.inspect import RunSummary, SavedCheckpoint, is_run, read_run, resume_command, status_line
 
 _HEADER = ("step", "saved", "loss", "eval", "size", "age", "")
+_NUMERIC_COLUMNS = (0, 2, 3, 4, 5)
+
+
+class RunsOptions(OptionGroup):
+    """The options of ``python -m llm.runs``."""
+
+    runs: tuple[str, ...] = option(
+        (".",), "folders of runs, or folders that hold runs (default: this one)", positional=True, metavar="OUTPUT_DIR"
+    )
+    verify: bool = option(False, "read every byte of every checkpoint; exit code 1 if one is damaged")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Lists the runs and returns the exit code."""
-    return run_command(lambda: _list(sys.argv[1:] if argv is None else argv))
+    """List the runs and return the exit code.
+
+    Args:
+        argv: the command line without the program's name; `sys.argv[1:]` when None.
+    """
+    return run_command(lambda: _list_runs(sys.argv[1:] if argv is None else argv))
 
 
-def _list(argv: Sequence[str]) -> int:
+def _list_runs(argv: Sequence[str]) -> int:
     options = read_options(
         RunsOptions,
         argv,
         prog="python -m llm.runs",
-        description="Lists the checkpoints of runs, why each run's last start ended, and the command that resumes it.",
+        description="List the checkpoints of runs, why the last start of each run ended, and the command that resumes"
+        " it.",
     )
     mistakes: list[str] = []
     num_damaged = 0
@@ -36,14 +51,15 @@ def _list(argv: Sequence[str]) -> int:
             print()
         path = Path(name).expanduser()
         try:
-            shown = [path] if is_run(path) else _runs_below(path)
-            runs = [read_run(found, verify=options.verify) for found in shown]
+            is_single = is_run(path)
+            folders = [path] if is_single else _runs_in(path)
+            runs = [read_run(folder, verify=options.verify) for folder in folders]
         except OSError as error:
             mistakes.append(f"{name}: cannot be read ({error.strerror})")
             continue
         if not runs:
-            mistakes.append(f"{name}: no run there; give a run's --output_dir, or a folder that holds some")
-        for line in _details(runs[0], options.verify) if shown == [path] else _lines(runs):
+            mistakes.append(f"{name}: not a run and holds none; give a run's --output_dir, or a folder of runs")
+        for line in _detailed_lines(runs[0], options.verify) if is_single else _summary_lines(runs):
             print(line)
         num_damaged += sum(len(run.checkpoints) - len(run.good) for run in runs)
     if mistakes:
@@ -51,15 +67,16 @@ def _list(argv: Sequence[str]) -> int:
     return 1 if options.verify and num_damaged else 0
 
 
-def _runs_below(path: Path) -> list[Path]:
+def _runs_in(path: Path) -> list[Path]:
+    """Return the folders of runs inside a folder."""
     if not path.is_dir():
         return []
     folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    return [child for child in folders if is_run(child)]
+    return [folder for folder in folders if is_run(folder)]
 
 
-def _lines(runs: Sequence[RunSummary]) -> list[str]:
-    """One line a run."""
+def _summary_lines(runs: Sequence[RunSummary]) -> list[str]:
+    """Return one line a run."""
     rows = []
     for run in runs:
         newest = run.good[-1] if run.good else None
@@ -67,47 +84,56 @@ def _lines(runs: Sequence[RunSummary]) -> list[str]:
         rows.append(
             (
                 str(run.path),
-                f"{len(run.good)} good" + (f", {num_damaged} damaged" if num_damaged else ""),
+                f"{len(run.good)} good, {num_damaged} damaged" if num_damaged else f"{len(run.good)} good",
                 format_bytes(sum(checkpoint.num_bytes for checkpoint in run.checkpoints)),
                 f"newest step {newest.step}, {_age(newest)} old" if newest else "no checkpoint",
                 status_line(run),
             )
         )
-    return _aligned(rows, right=())
+    return _align(rows, right=())
 
 
-def _details(run: RunSummary, verified: bool) -> list[str]:
-    """All about one run."""
-    lines = [f"{run.path}: {status_line(run)}"]
-    if run.num_steps is not None:
-        lines[0] += f"; {run.num_steps} updates in all"
+def _detailed_lines(run: RunSummary, verified: bool) -> list[str]:
+    """Return the lines on one run: its state, each checkpoint, and the command that resumes it."""
+    length = "" if run.num_steps is None else f"; {run.num_steps} steps in total"
+    lines = [f"{run.path}: {status_line(run)}{length}"]
     if run.checkpoints:
         rows = [_HEADER, *(_row(checkpoint, run) for checkpoint in run.checkpoints)]
-        lines += [f"  {line}" for line in _aligned(rows, right=(0, 2, 3, 4, 5))]
-        read = "every byte was read" if verified else "names and sizes are right; --verify reads every byte"
-        lines.append(f"  good: {read}")
+        lines += [f"  {line}" for line in _align(rows, right=_NUMERIC_COLUMNS)]
+        meaning = "every byte was read" if verified else "names and sizes are right; --verify reads every byte"
+        lines.append(f"  good: {meaning}")
     else:
         lines.append("  no checkpoint")
     if run.num_abandoned:
-        place = run.path / "checkpoints" / "abandoned"
-        lines.append(f"  {place} holds {run.num_abandoned} that a resume from an older one left behind")
+        abandoned = run.path / "checkpoints" / "abandoned"
+        lines.append(f"  {abandoned} holds {run.num_abandoned} that a resume from an older checkpoint moved there")
     if run.left_alone:
         names = ", ".join(path.name for path in run.left_alone)
         lines.append(f"  damaged or not this run's, and removed by no run: {names}")
     if run.status.get("state") == "done":
         lines.append("  nothing is left to resume")
     elif run.holder is None:
-        command = resume_command(run)
-        where = f" on each of {run.num_nodes} nodes, of which FIRST_NODE is one" if run.num_nodes > 1 else ""
-        said = f"  resume{where}: {command}"
-        lines.append(said if command else "  no config.toml can be read: resume as it was started")
+        lines.append(f"  {_resume_line(run)}")
     return lines
 
 
+def _resume_line(run: RunSummary) -> str:
+    command = resume_command(run)
+    if command is None:
+        return "config.toml cannot be read: resume with the command that started the run"
+    if run.num_nodes > 1:
+        return f"resume on each of {run.num_nodes} nodes, with the name of one of them as FIRST_NODE: {command}"
+    return f"resume: {command}"
+
+
 def _row(checkpoint: SavedCheckpoint, run: RunSummary) -> tuple[str, ...]:
-    marks = ["good"] if checkpoint.problem is None else [f"damaged: {checkpoint.problem}"]
+    """Return the columns of a checkpoint, in the order of `_HEADER`."""
     if checkpoint.is_external:
         marks = ["another program's"]
+    elif checkpoint.problem is not None:
+        marks = [f"damaged: {checkpoint.problem}"]
+    else:
+        marks = ["good"]
     if run.good and checkpoint is run.good[-1]:
         marks.append("newest")
     if checkpoint is run.best:
@@ -115,27 +141,28 @@ def _row(checkpoint: SavedCheckpoint, run: RunSummary) -> tuple[str, ...]:
     return (
         str(checkpoint.step),
         "+".join(checkpoint.reasons) or "-",
-        _loss(checkpoint.train_loss),
-        _loss(checkpoint.eval_loss),
+        _format_loss(checkpoint.train_loss),
+        _format_loss(checkpoint.eval_loss),
         format_bytes(checkpoint.num_bytes),
         _age(checkpoint),
         ", ".join(marks),
     )
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...]) -> list[str]:
-    """The rows as lines, in columns; those of `right` end below each other."""
+def _align(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...]) -> list[str]:
+    """Return the rows as lines with aligned columns; `right` holds the columns that are aligned to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-    return [
-        "  ".join(
+    lines = []
+    for row in rows:
+        cells = [
             cell.rjust(width) if i in right else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
-def _loss(loss: float | None) -> str:
+def _format_loss(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.3f}"
 
 

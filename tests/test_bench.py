@@ -1,4 +1,4 @@
-"""`python -m llm.bench`: the figures fit together, and are those of the options."""
+"""`python -m llm.bench`: the results are consistent, and those of the options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TINY = [
 ]
 
 
-def test_bench_when_run_then_writes_figures_that_fit_together(
+def test_bench_when_run_then_writes_results_that_are_consistent(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "figures" / "bench.json"
@@ -45,13 +45,13 @@ def test_bench_when_run_then_writes_figures_that_fit_together(
     assert "update: " in out and "of 256 tokens" in out and "speed: " in out and "memory: " in out
 
 
-@pytest.mark.exhaustive  # shares of a starved machine are not what they should be: not for every change
-def test_bench_when_kfac_then_its_share_is_told_and_whole_periods_are_timed(tmp_path: Path) -> None:
+@pytest.mark.exhaustive  # shares of time are wrong on a busy machine: not for every change
+def test_bench_when_kfac_then_its_share_is_reported_and_complete_periods_are_timed(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     words = ["--kfac", "--kfac_factor_update_steps", "2", "--kfac_inv_update_steps", "4", "--json", str(file)]
     assert main([*TINY, *words]) == 0
     (update,) = json.loads(file.read_text())["updates"]
-    assert (update["period"], len(update["seconds"])) == (4, 2)  # the 5 updates asked for, in whole periods
+    assert (update["period"], len(update["seconds"])) == (4, 2)  # the 5 updates requested, in complete periods
     shares = update["shares"]
     assert list(shares) == ["forward", "backward", "optimizer", "kfac", "data wait", "rest"]
     assert all(share >= 0 for share in shares.values()) and shares["kfac"] > 0
@@ -87,7 +87,7 @@ def test_bench_when_no_text_is_named_then_the_vocabulary_is_that_of_the_run(
     assert f"of a vocabulary of {size:,}\n" in out and f"({num_parameters:,} parameters)" in out
 
 
-def test_bench_when_sweeping_then_says_which_size_is_fastest(
+def test_bench_when_sweeping_then_reports_the_fastest_size(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StepBenchmark, "_fits", lambda _, size, before: size <= 8)  # a small machine
@@ -110,7 +110,7 @@ def test_bench_when_profiling_then_writes_a_trace_and_prints_the_top_rows(
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         (["--num_updates", "1"], 2, "--num_updates 1: must be"),
         (["--sweep", "macro_batch"], 2, "did you mean micro_batch?"),
@@ -122,11 +122,11 @@ def test_bench_when_profiling_then_writes_a_trace_and_prints_the_top_rows(
         (["--document_mask"], 1, "random ids have no documents"),
     ],
 )
-def test_bench_when_mistaken_then_says_what_to_mend(
-    words: list[str], code: int, said: str, capfd: pytest.CaptureFixture[str]
+def test_bench_when_options_are_wrong_then_names_the_option_and_the_cause(
+    words: list[str], code: int, message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*TINY, *words]) == code
-    assert said in capfd.readouterr().err
+    assert message in capfd.readouterr().err
 
 
 def test_phases_when_watching_then_every_pass_is_counted_once() -> None:

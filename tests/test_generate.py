@@ -1,4 +1,4 @@
-"""``python -m llm.generate`` from its command line on."""
+"""``python -m llm.generate``, from the command line to the text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from llm.generate import main, model_place
+from llm.generate import find_model, main
 from tests.hub_cache import plant_model
 
 SHORT = ["--max_new_tokens", "8", "--use_cpu", "--seed", "0"]
 
 
-def test_generate_when_asked_for_three_writes_three_below_rules(
+def test_generate_when_three_samples_are_requested_then_each_has_a_heading(
     tiny_gpt2_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(tiny_gpt2_dir), "--prompt", "the king", "--num_samples", "3", *SHORT]) == 0
@@ -27,7 +27,7 @@ def test_generate_when_asked_for_three_writes_three_below_rules(
     assert all("\nthe king" in text for text in texts)
 
 
-def test_generate_when_the_seed_is_the_same_writes_the_same(
+def test_generate_when_the_seed_is_the_same_then_the_text_is_the_same(
     tiny_gpt2_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = []
@@ -37,19 +37,19 @@ def test_generate_when_the_seed_is_the_same_writes_the_same(
     assert written[0] == written[1] != written[2]
 
 
-def test_generate_when_no_seed_is_given_says_the_drawn_one(
+def test_generate_when_no_seed_is_given_then_prints_the_drawn_one(
     tiny_gpt2_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(tiny_gpt2_dir), "--max_new_tokens", "8", "--use_cpu"]
     assert main(command) == 0
     first = capsys.readouterr()
     assert main([*command, *first.err.split()]) == 0
-    again = capsys.readouterr()
-    assert again.out == first.out
-    assert again.err == ""
+    second = capsys.readouterr()
+    assert second.out == first.out
+    assert second.err == ""
 
 
-def test_generate_when_the_prompt_is_a_dash_reads_the_standard_input(
+def test_generate_when_the_prompt_is_a_dash_then_reads_the_standard_input(
     tiny_gpt2_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("queen and\n"))
@@ -57,19 +57,19 @@ def test_generate_when_the_prompt_is_a_dash_reads_the_standard_input(
     assert capsys.readouterr().out.startswith("queen and")
 
 
-def test_place_when_a_run_is_unfinished_is_its_newest_checkpoint(
+def test_find_model_when_a_run_is_unfinished_then_returns_its_newest_checkpoint(
     tmp_path: Path, tiny_gpt2_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (9, 10):
         shutil.copytree(tiny_gpt2_dir, tmp_path / "checkpoints" / f"step_{step}")
     newest = str(tmp_path / "checkpoints" / "step_10")
-    assert model_place(str(tmp_path)) == newest
+    assert find_model(str(tmp_path)) == newest
     assert newest in capsys.readouterr().err
     assert main([newest, *SHORT]) == 0
 
 
 @pytest.mark.parametrize("files", [[], ["config.json"], ["config.json", "model.safetensors"]])
-def test_generate_when_the_folder_lacks_something_is_one_line(
+def test_generate_when_files_are_missing_from_the_folder_then_one_line(
     tmp_path: Path, tiny_gpt2_dir: Path, files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in files:
@@ -80,7 +80,7 @@ def test_generate_when_the_folder_lacks_something_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_generate_when_misused_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_when_options_are_wrong_then_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--top_k", "0"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: --top_k 0: must be a whole number >= 1"
@@ -92,7 +92,7 @@ def environment_without_network(hub_cache: Path) -> dict[str, str]:
     return kept | {"HF_HUB_CACHE": str(hub_cache), "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
-def test_generate_when_offline_finds_a_cached_name(tmp_path: Path, tiny_gpt2_dir: Path) -> None:
+def test_generate_when_offline_then_finds_a_cached_name(tmp_path: Path, tiny_gpt2_dir: Path) -> None:
     plant_model(tmp_path, "gpt2", tiny_gpt2_dir)
     done = subprocess.run(
         [sys.executable, "-m", "llm.generate", "gpt2", "--num_samples", "2", *SHORT],
@@ -106,7 +106,7 @@ def test_generate_when_offline_finds_a_cached_name(tmp_path: Path, tiny_gpt2_dir
     assert done.stderr == "the Hub cannot be reached: looking into the local cache\n"
 
 
-def test_generate_when_the_name_is_unknown_suggests_one(
+def test_generate_when_the_name_is_unknown_then_suggests_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from huggingface_hub import constants
@@ -120,15 +120,15 @@ def test_generate_when_the_name_is_unknown_suggests_one(
     assert error.count("\n") == 1
 
 
-def test_help_when_asked_for_imports_nothing_heavy() -> None:
+def test_help_when_requested_then_torch_is_not_imported() -> None:
     script = (
-        "import sys, llm.generate, llm.plot\n"
-        "for command in (llm.generate, llm.plot):\n"
+        "import sys, llm.bench, llm.generate, llm.plot, llm.prepare, llm.runs\n"
+        "for command in (llm.bench, llm.generate, llm.plot, llm.prepare, llm.runs):\n"
         "    try: command.main(['--help'])\n"
         "    except SystemExit as end: assert end.code == 0\n"
         "assert not {'torch', 'transformers', 'matplotlib', 'huggingface_hub'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "--num_samples" in done.stdout
-    assert "--smoothing" in done.stdout
+    for name in ("--sweep", "--num_samples", "--smoothing", "--shard_size", "--verify"):
+        assert name in done.stdout

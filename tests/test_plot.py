@@ -1,4 +1,4 @@
-"""``python -m llm.plot`` from its command line on."""
+"""``python -m llm.plot``, from the command line to the picture."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from llm.plot import main, named_metrics
+from llm.plot import main, metrics_by_name
 from tests.metrics_file import write_metrics
 
 
-def test_plot_when_given_runs_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_when_given_runs_then_writes_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         write_metrics(tmp_path / name / "metrics.jsonl")
     picture = tmp_path / "curves.png"
@@ -23,13 +23,15 @@ def test_plot_when_given_runs_writes_the_picture(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "curves.PDF").read_bytes().startswith(b"%PDF")
 
 
-def test_plot_when_there_is_no_run_is_one_line_and_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_when_there_is_no_run_then_one_line_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(tmp_path), "--output", str(tmp_path / "c.png")]) == 1
     line = f"error: {tmp_path}: no metrics.jsonl there; give a run's --output_dir\n"
     assert capsys.readouterr().err == line
 
 
-def test_plot_when_misused_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_when_options_are_wrong_then_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs/a", "--output", "curves.jpg"]) == 2
     assert capsys.readouterr().err == "error: --output curves.jpg: must end in .png, .pdf or .svg\n"
     assert main(["runs/a", "--smoothing", "x"]) == 2
@@ -38,8 +40,8 @@ def test_plot_when_misused_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[
     assert "--runs" in capsys.readouterr().err
 
 
-def test_names_when_folders_have_the_same_are_paths(tmp_path: Path) -> None:
+def test_metrics_by_name_when_folders_have_the_same_name_then_uses_their_paths(tmp_path: Path) -> None:
     paths = [write_metrics(tmp_path / p / "metrics.jsonl") for p in ("x/run", "y/run", "y/other")]
-    named = named_metrics([str(path.parent) for path in paths])
-    assert list(named) == [str(tmp_path / "x/run"), str(tmp_path / "y/run"), "other"]
-    assert list(named.values()) == paths
+    metrics = metrics_by_name([str(path.parent) for path in paths])
+    assert list(metrics) == [str(tmp_path / "x/run"), str(tmp_path / "y/run"), "other"]
+    assert list(metrics.values()) == paths

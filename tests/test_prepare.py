@@ -1,4 +1,4 @@
-"""``python -m llm.prepare`` from its command line on: killed, continued, verified."""
+"""``python -m llm.prepare``, from the command line to the shards: killed, continued, verified."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ import datasets
 import numpy as np
 import pytest
 
-from llm.config.prepare import PrepareOptions
 from llm.data.shards.format import open_folder
 from llm.data.shards.writer import SplitWriter
 from llm.data.sources import hub_streaming as hub_streams
-from llm.prepare import main
+from llm.prepare import PrepareOptions, main
 
 ROOT = Path(__file__).parents[1]
 NUM_ROWS = 3000
@@ -50,7 +49,7 @@ def _content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_prepare_when_run_then_shards_that_say_everything(
+def test_prepare_when_run_then_writes_shards_that_verify_finds_good(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"
@@ -64,13 +63,13 @@ def test_prepare_when_run_then_shards_that_say_everything(
     assert len(streams.train.tokens) > 200_000
     assert main(["--output_dir", str(folder), "--verify"]) == 0
     assert capsys.readouterr().out.count(": good") == len(list(folder.glob("*.bin"))) + 1
-    made = _content(folder)
+    content = _content(folder)
     assert main(_words(rows, tiny_gpt2_dir, folder)) == 0
     assert "finished already" in capsys.readouterr().out
-    assert _content(folder) == made
+    assert _content(folder) == content
 
 
-def test_prepare_when_on_a_terminal_then_a_bar_and_lines_above_it(
+def test_prepare_when_on_a_terminal_then_prints_a_progress_bar_and_lines_above_it(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm.data.preparation.chunking.BATCH_CHARS", 20_000)
@@ -84,7 +83,7 @@ def test_prepare_when_on_a_terminal_then_a_bar_and_lines_above_it(
     assert "tokenizing rows.jsonl" not in printed.out
 
 
-def test_prepare_when_a_byte_changed_then_verify_says_where(
+def test_prepare_when_a_byte_changed_then_verify_names_the_shard(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"
@@ -99,7 +98,7 @@ def test_prepare_when_a_byte_changed_then_verify_says_where(
     assert "1 shards are damaged" in printed.err
 
 
-def test_prepare_when_the_tokenizer_changed_then_verify_says_so(
+def test_prepare_when_the_tokenizer_changed_then_verify_fails(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"
@@ -113,7 +112,7 @@ def test_prepare_when_the_tokenizer_changed_then_verify_says_so(
     assert "tokenizer is not the tokenizer of the shards" in capsys.readouterr().err
 
 
-def test_prepare_when_interrupted_then_says_that_it_can_be_continued(
+def test_prepare_when_interrupted_then_can_be_continued(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -127,7 +126,7 @@ def test_prepare_when_interrupted_then_says_that_it_can_be_continued(
     assert main(words) == 0
 
 
-def test_prepare_when_a_tokenizer_is_trained_then_it_lies_beside_the_shards(rows: Path, tmp_path: Path) -> None:
+def test_prepare_when_a_tokenizer_is_trained_then_it_is_saved_beside_the_shards(rows: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     folder = tmp_path / "out"
@@ -142,12 +141,12 @@ def test_prepare_when_a_tokenizer_is_trained_then_it_lies_beside_the_shards(rows
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--vocab_size", "300", "--tokenizer_name", "gpt2"], "--vocab_size belongs to --train_tokenizer bpe"),
+        (["--vocab_size", "300", "--tokenizer_name", "gpt2"], "--vocab_size applies to --train_tokenizer bpe"),
         (["--train_tokenizer", "bpe", "--tokenizer_name", "gpt2"], "give one of them"),
         ([], "no tokenizer"),
     ],
 )
-def test_prepare_when_options_contradict_then_exit_2(
+def test_prepare_when_options_contradict_then_exit_code_2(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--output_dir", str(tmp_path / "out"), *words]) == 2
@@ -155,20 +154,20 @@ def test_prepare_when_options_contradict_then_exit_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_prepare_when_the_folder_is_of_something_else_then_refused(
+def test_prepare_when_the_folder_holds_other_shards_or_files_then_refused(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"
     assert main(_words(rows, tiny_gpt2_dir, folder)) == 0
     assert main(_words(rows, tiny_gpt2_dir, folder, "--shard_size", "30000")) == 1
     assert "begun with another shard_size;" in capsys.readouterr().err
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "train.bin").write_bytes(b"12")
-    assert main(_words(rows, tiny_gpt2_dir, tmp_path / "foreign")) == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.bin").write_bytes(b"12")
+    assert main(_words(rows, tiny_gpt2_dir, tmp_path / "other")) == 1
     assert "holds train.bin" in capsys.readouterr().err
 
 
-def test_prepare_when_a_hub_dataset_then_streamed_and_held_out_by_hash(
+def test_prepare_when_the_text_is_a_hub_dataset_then_streams_it_and_holds_out_by_hash(
     tiny_gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = datasets.Dataset.from_dict({"text": [f"document {i}" for i in range(400)]}).to_iterable_dataset()
@@ -209,18 +208,18 @@ def test_prepare_when_a_stream_breaks_then_one_line_and_the_next_start_continues
     assert _content(tmp_path / "broken") == _content(tmp_path / "whole")
 
 
-# Killed while it imports, it has done nothing: the clock of a kill starts at the first text.
+# The time of a kill counts from the first text: a kill during the imports would test nothing.
 SLOWLY = """
 import sys, time
 from llm.data.preparation import chunking
 from llm.tokenization.encoder import Encoder
 from llm import prepare
 encode = Encoder.encode
-told = []
+printed = []
 chunking.BATCH_CHARS = 30_000
 def slow(self, texts):
-    if not told:
-        told.append(sys.stderr.write("ready\\n"))
+    if not printed:
+        printed.append(sys.stderr.write("ready\\n"))
         sys.stderr.flush()
     time.sleep(0.04)
     return encode(self, texts)
@@ -228,7 +227,7 @@ Encoder.encode = slow
 sys.exit(prepare.main(sys.argv[1:]))
 """
 
-# The same by processes, which take any text here; their numbers are told.
+# The same with worker processes, which are used for any text here; their process ids are printed.
 SLOWLY_BY_TWO = """
 import sys, time
 from llm.data.preparation import chunking
@@ -236,13 +235,13 @@ from llm.tokenization import encoder as encoding
 from llm.tokenization.encoder import Encoder
 from llm import prepare
 begin = Encoder._begin
-told = []
+printed = []
 chunking.BATCH_CHARS = 30_000
 encoding._WORTH_LENGTH = 0
 def slow(self, texts):
     begun = begin(self, texts)
-    if not told:
-        told.append(print("ready", *(worker._process.pid for worker in self._workers._workers), file=sys.stderr))
+    if not printed:
+        printed.append(print("ready", *(worker._process.pid for worker in self._workers._workers), file=sys.stderr))
         sys.stderr.flush()
     time.sleep(0.04)
     return begun
@@ -263,11 +262,13 @@ def _start(words: list[str], program: str = SLOWLY) -> subprocess.Popen[str]:
 
 
 def _kill_and_compare(rows: Path, tokenizer: Path, tmp_path: Path, num_kills: int, program: str, *more: str) -> None:
-    """Kills prepare at random instants, in rounds of a few, each round to its end and compared."""
+    """Kill prepare at random times, three times a folder; then finish each folder and compare its bytes."""
     assert main(_words(rows, tokenizer, tmp_path / "whole")) == 0
     expected = _content(tmp_path / "whole")
     draw = random.Random(num_kills)
-    killed, attempt, found_shards = 0, 0, set()
+    killed = 0
+    attempt = 0
+    shard_counts = set()
     workers: list[int] = []
     while killed < num_kills:
         folder = tmp_path / f"killed_{attempt}"
@@ -278,16 +279,16 @@ def _kill_and_compare(rows: Path, tokenizer: Path, tmp_path: Path, num_kills: in
             assert process.stderr is not None
             workers += map(int, process.stderr.readline().split()[1:])
             while number == 1 and process.poll() is None and len(list(folder.glob("*.json"))) <= num_files:
-                time.sleep(0.01)  # one in three is killed behind a new shard, however slow the machine is
+                time.sleep(0.01)  # one in three is killed after a new shard, even on a slow machine
             time.sleep(draw.uniform(0.0, 1.0))
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
-            found_shards.add(len(list(folder.glob("*.json"))))
+            shard_counts.add(len(list(folder.glob("*.json"))))
         assert main(_words(rows, tokenizer, folder)) == 0
         assert _content(folder) == expected
         assert not [*folder.glob(".*.tmp"), *folder.glob(".*.old")]
         assert np.array_equal(open_folder(folder).train.tokens[:], open_folder(tmp_path / "whole").train.tokens[:])
-    assert len(found_shards) > 1  # not all before the first shard, or behind the last
+    assert len(shard_counts) > 1  # not all kills were before the first shard or after the last
     time.sleep(1.0)
     assert len(workers) >= (2 * num_kills if program == SLOWLY_BY_TWO else 0)
     assert not [pid for pid in workers if _is_worker(pid)]
@@ -300,7 +301,7 @@ def _is_worker(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(170)
-def test_prepare_when_killed_at_random_instants_then_continues_to_the_same_bytes(
+def test_prepare_when_killed_at_random_times_then_continues_to_the_same_bytes(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path
 ) -> None:
     _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 3, SLOWLY)
@@ -308,7 +309,7 @@ def test_prepare_when_killed_at_random_instants_then_continues_to_the_same_bytes
 
 @pytest.mark.slow
 @pytest.mark.timeout(170)
-def test_prepare_when_killed_with_two_workers_then_none_is_left_and_the_same_bytes(
+def test_prepare_when_killed_with_two_workers_then_they_exit_and_the_bytes_are_the_same(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path
 ) -> None:
     _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 3, SLOWLY_BY_TWO, "--preprocessing_num_workers", "2")
@@ -325,7 +326,7 @@ def test_prepare_when_killed_fifty_times_then_continues_to_the_same_bytes(
     _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 50, program, *more)
 
 
-def test_prepare_when_killed_while_saving_the_tokenizer_then_its_files_go(
+def test_prepare_when_killed_while_saving_the_tokenizer_then_temporary_files_are_removed(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
@@ -341,19 +342,21 @@ def test_prepare_when_killed_while_saving_the_tokenizer_then_its_files_go(
     assert not list(folder.glob(".*.tmp"))
 
 
-def test_prepare_when_its_folder_was_taken_over_then_writes_no_more_and_says_so(
+def test_prepare_when_another_process_takes_the_folder_then_stops_with_one_line(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm.data.preparation.chunking.BATCH_CHARS", 20_000)
-    folder, finish, finished = tmp_path / "out", SplitWriter._finish_shard, []
+    folder = tmp_path / "out"
+    finish = SplitWriter._finish_shard
+    finished: list[SplitWriter] = []
 
-    def taken_over_meanwhile(writer: SplitWriter) -> None:
+    def finish_and_lose_the_lock(writer: SplitWriter) -> None:
         finish(writer)
         finished.append(writer)
         if len(finished) == 3:
             (folder / ".lock").write_text('{"host": "another-host", "pid": 7}')
 
-    monkeypatch.setattr(SplitWriter, "_finish_shard", taken_over_meanwhile)
+    monkeypatch.setattr(SplitWriter, "_finish_shard", finish_and_lose_the_lock)
     assert main(_words(rows, tiny_gpt2_dir, folder)) == 1
     printed = capsys.readouterr().err
     assert "is held by another run now (process 7 on another-host)" in printed
@@ -363,7 +366,7 @@ def test_prepare_when_its_folder_was_taken_over_then_writes_no_more_and_says_so(
     assert json.loads((folder / ".lock").read_text())["pid"] == 7
 
 
-def test_prepare_when_it_failed_on_its_text_then_takes_another_into_the_same_folder(
+def test_prepare_when_no_shard_was_written_then_accepts_another_text(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n")
@@ -387,7 +390,7 @@ def test_prepare_when_the_tokenizer_cannot_be_written_then_one_line(
     assert "cannot be written (No space left on device (os error 28)); make room" in capsys.readouterr().err
 
 
-def test_prepare_when_the_folder_holds_files_of_others_then_leaves_them(
+def test_prepare_when_the_folder_holds_other_hidden_files_then_keeps_them(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path
 ) -> None:
     home = tmp_path / "home"
@@ -400,7 +403,7 @@ def test_prepare_when_the_folder_holds_files_of_others_then_leaves_them(
     assert not (home / ".tokenizer.77.tmp").exists()
 
 
-def test_options_when_shared_with_the_trainer_then_the_same_rows() -> None:
+def test_prepare_options_when_read_then_give_the_options_of_the_trainer() -> None:
     options = PrepareOptions(output_dir="x", train_file=("a.txt",), train_tokenizer="bpe", vocab_size=300)
     assert options.data.train_file == ("a.txt",)
     assert options.tokenizer.tokenizer_name == "train:bpe"
@@ -411,7 +414,7 @@ RECIPES = sorted((ROOT / "examples" / "data").glob("*.toml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_when_run_with_stand_ins_then_shards(
+def test_recipe_when_run_with_stand_ins_then_writes_shards(
     recipe: Path, rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = recipe.read_text().splitlines()[0]
@@ -430,6 +433,6 @@ def test_recipe_when_run_with_stand_ins_then_shards(
     assert len(open_folder(tmp_path / "data" / recipe.stem).train.tokens) > 50
 
 
-def test_recipes_when_listed_then_all_are_there() -> None:
+def test_recipes_when_listed_then_all_exist() -> None:
     names = {"fineweb_edu_10bt", "my_folder", "openwebtext", "tinyshakespeare", "wikitext"}
     assert {path.stem for path in RECIPES} == names

@@ -14,23 +14,23 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from llm.bench import BenchOptions
 from llm.bench import main as bench
 from llm.config.abbreviations import BUILT_IN
-from llm.config.bench import BenchOptions
 from llm.config.flags import flags_of
-from llm.config.generate import GenerateOptions
 from llm.config.launch import DoctorOptions, JobOptions, NodeOptions, ScriptOptions
 from llm.config.options import Options
-from llm.config.plot import PlotOptions
-from llm.config.prepare import PrepareOptions
 from llm.config.reader import read_options
-from llm.config.runs import RunsOptions
 from llm.data.batches.ledger import Ledger, ledger_line
+from llm.generate import GenerateOptions
 from llm.generate import main as generate
 from llm.hub.connection import come_online
 from llm.launch import main as launch_cluster
+from llm.plot import PlotOptions
 from llm.plot import main as plot
+from llm.prepare import PrepareOptions
 from llm.prepare import main as prepare
+from llm.runs import RunsOptions
 from llm.runs import main as list_runs
 from llm.trainers.gpt import main as train
 from tests.hub_cache import plant_model

@@ -1,4 +1,4 @@
-"""``python -m llm.runs`` on the folders of real runs: what it lists is true, and its command resumes."""
+"""``python -m llm.runs`` on the folders of real runs: its lists are right, and its command resumes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from llm.runs import main
 from llm.trainers.gpt import main as train
 from llm.training.run_dir.inspect import read_run, resume_command
 
-NO_PROCESS = 2**22 + 1  # beyond the largest number of a process
+NO_PROCESS = 2**22 + 1  # larger than any process id
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path, tiny_gpt2_dir: Path) -> Path:
-    """A run of 6 updates that saved after 2, 4 and 6, the relative path `runs/done` of a folder of its own."""
+    """A run of 6 steps with checkpoints 2, 4 and 6, started as `runs/done` in its own folder."""
     home = tmp_path_factory.mktemp("home")
     (home / "my.txt").write_text(tiny_text.read_text()[:20_000])
     with pytest.MonkeyPatch.context() as patch:
@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path, tiny_gpt
 
 @pytest.fixture
 def home(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of its folder, where it was started, which is the current one."""
+    """A copy of the folder where the run was started; it is the current folder."""
     shutil.copytree(finished.parents[1], tmp_path / "home")
     monkeypatch.chdir(tmp_path / "home")
     return tmp_path / "home"
@@ -48,7 +48,7 @@ def home(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.fixture
 def killed(home: Path) -> Path:
-    """The run as a kill after update 5 leaves it: a status that says running, and a lock of nobody."""
+    """The run as a kill after step 5 leaves it: the status is running, and no process holds the lock."""
     run = Path("runs/done")
     shutil.rmtree(run / "checkpoints" / "step_6")
     (run / "model.safetensors").unlink()
@@ -71,22 +71,24 @@ def flip(path: Path) -> None:
 
 
 def rows_of(out: str) -> dict[int, list[str]]:
-    """The table's rows by step, cut into columns."""
+    """Rows of the table by step, split into columns."""
     rows = [re.split(r"  +", line.strip()) for line in out.splitlines()]
     return {int(row[0]): row[1:] for row in rows if row[0].isdigit()}
 
 
-def test_run_when_done_then_lists_what_was_saved_and_why(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_when_done_then_lists_its_checkpoints_and_their_reasons(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["runs/done"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("runs/done: done after step 6 (exit code 0); 6 updates in all\n")
+    assert out.startswith("runs/done: done after step 6 (exit code 0); 6 steps in total\n")
     rows = rows_of(out)
-    assert list(rows) == [2, 4, 6]  # that of the first evaluation, at 3, was the best until the second
-    saved, loss, evaluated, size, age, marks = rows[6]
-    assert set(saved.split("+")) >= {"regular", "end"}
+    assert list(rows) == [2, 4, 6]  # the checkpoint of the evaluation at 3 was removed: 6 is better
+    reasons, loss, eval_loss, size, age, marks = rows[6]
+    assert set(reasons.split("+")) >= {"regular", "end"}
     records = [json.loads(line) for line in Path("runs/done/metrics.jsonl").read_text().splitlines()]
     assert loss == f"{next(r['loss'] for r in records if r['step'] == 6 and 'loss' in r):.3f}"
-    assert evaluated == f"{next(r['eval_loss'] for r in records if r['step'] == 6 and 'eval_loss' in r):.3f}"
+    assert eval_loss == f"{next(r['eval_loss'] for r in records if r['step'] == 6 and 'eval_loss' in r):.3f}"
     assert re.fullmatch(r"[\d.]+ KiB", size)
     assert re.fullmatch(r"\d+ (s|min)", age)
     assert marks == "good, newest, best"
@@ -95,7 +97,7 @@ def test_run_when_done_then_lists_what_was_saved_and_why(home: Path, capsys: pyt
     assert "--verify reads every byte" in out
 
 
-def test_run_when_killed_then_says_so_and_the_command_resumes_it(
+def test_run_when_killed_then_is_listed_as_killed_and_the_command_resumes_it(
     killed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(killed)]) == 0
@@ -103,12 +105,12 @@ def test_run_when_killed_then_says_so_and_the_command_resumes_it(
     assert out.startswith(f"{killed}: killed after step 5: status.json says running, but no process holds the folder")
     (command,) = re.findall(r"^  resume: (.*)$", out, re.MULTILINE)
     assert command == "python -m llm.trainers.gpt --config runs/done/config.toml --resume_from_checkpoint"
-    resumed = type_it(command, killed)
+    resumed = run_in_shell(command, killed)
     assert "resumed from step 4" in resumed
     assert "done: runs/done" in resumed
 
 
-def test_command_when_asked_for_elsewhere_then_goes_where_the_run_was_started(
+def test_command_when_listed_from_another_folder_then_changes_to_where_the_run_was_started(
     killed: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -121,7 +123,9 @@ def test_command_when_asked_for_elsewhere_then_goes_where_the_run_was_started(
     assert "resumed from step 4" in capsys.readouterr().out
 
 
-def test_command_when_the_run_was_moved_then_names_its_place(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_when_the_run_was_moved_then_names_its_new_folder(
+    killed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     moved = killed.rename("moved here")
     command = resume_command(read_run(moved, verify=False))
     assert command is not None
@@ -131,8 +135,8 @@ def test_command_when_the_run_was_moved_then_names_its_place(killed: Path, capsy
     assert not killed.exists()
 
 
-def type_it(command: str, run: Path) -> str:
-    """Runs a shell's line with this interpreter; what it says."""
+def run_in_shell(command: str, run: Path) -> str:
+    """Run a shell command with this interpreter and return its output."""
     program, rest = command.split(" ", 1)
     programs = {"python": "", "torchrun": " -m torch.distributed.run --standalone"}
     command = f"{sys.executable}{programs[program]} {rest}"
@@ -151,7 +155,7 @@ def type_it(command: str, run: Path) -> str:
 
 
 @pytest.mark.slow
-def test_command_when_there_were_two_processes_then_starts_two(killed: Path) -> None:
+def test_command_when_the_run_had_two_processes_then_starts_two(killed: Path) -> None:
     state_path = killed / "checkpoints" / "step_4" / "training_state.json"
     state = json.loads(state_path.read_text())
     state["world"] = {"num_processes": 2, "num_nodes": 1}
@@ -162,10 +166,10 @@ def test_command_when_there_were_two_processes_then_starts_two(killed: Path) -> 
     command = resume_command(read_run(killed, verify=False))
     assert command is not None
     assert command.startswith("torchrun --nproc_per_node 2 -m llm.trainers.gpt --config ")
-    assert "2 processes" in type_it(command, killed)
+    assert "2 processes" in run_in_shell(command, killed)
 
 
-def test_command_when_there_were_two_nodes_then_starts_that_many_processes_on_each(
+def test_command_when_the_run_had_two_nodes_then_starts_its_processes_on_each(
     killed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state_path = killed / "checkpoints" / "step_4" / "training_state.json"
@@ -176,8 +180,8 @@ def test_command_when_there_were_two_nodes_then_starts_that_many_processes_on_ea
     write_manifest(state_path.parent)
     assert main([str(killed)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "resume" in line]
-    said, _, command = line.partition(": ")
-    assert said == "  resume on each of 2 nodes, of which FIRST_NODE is one"
+    text, _, command = line.partition(": ")
+    assert text == "  resume on each of 2 nodes, with the name of one of them as FIRST_NODE"
     words = shlex.split(command)
     assert words[:5] == ["torchrun", "--nnodes", "2", "--rdzv_backend", "c10d"]
     assert words[words.index("--rdzv_endpoint") + 1] == "FIRST_NODE:29400"
@@ -185,8 +189,8 @@ def test_command_when_there_were_two_nodes_then_starts_that_many_processes_on_ea
 
 
 @pytest.mark.slow
-def test_command_when_typed_on_two_nodes_then_continues_the_run(killed: Path, tiny_text: Path) -> None:
-    """Two torchruns on this machine, which for a run are two nodes: each has a process that is its first."""
+def test_command_when_run_on_two_nodes_then_resumes_the_run(killed: Path, tiny_text: Path) -> None:
+    """Two torchruns on this machine, which the run takes for two nodes: each has a process of local rank 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -219,7 +223,7 @@ def test_command_when_typed_on_two_nodes_then_continues_the_run(killed: Path, ti
     assert (run.num_nodes, run.num_processes) == (2, 1)
 
 
-def test_run_when_it_goes_on_then_says_who_has_it(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_when_a_process_holds_it_then_names_the_process(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hold(killed, os.getppid())
     main([str(killed)])
     out = capsys.readouterr().out
@@ -232,7 +236,7 @@ def test_run_when_it_goes_on_then_says_who_has_it(killed: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "expected"),
     [
         (
             {"state": "stopped", "step": 4, "reason": "SIGTERM", "exit_code": 75},
@@ -246,15 +250,17 @@ def test_run_when_it_goes_on_then_says_who_has_it(killed: Path, capsys: pytest.C
     ],
     ids=["stopped", "failed", "torn"],
 )
-def test_run_when_it_ended_then_says_why(
-    status: dict[str, Any] | None, said: str, killed: Path, capsys: pytest.CaptureFixture[str]
+def test_run_when_it_ended_then_is_listed_with_the_reason(
+    status: dict[str, Any] | None, expected: str, killed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (killed / "status.json").write_text(json.dumps(status) if status else '{"state": ')
     assert main([str(killed)]) == 0
-    assert said in capsys.readouterr().out
+    assert expected in capsys.readouterr().out
 
 
-def test_damage_when_in_the_bytes_then_only_verify_finds_it(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_when_bytes_have_changed_then_only_verify_finds_it(
+    killed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flip(killed / "checkpoints" / "step_4" / "model.safetensors")
     assert main([str(killed)]) == 0
     assert rows_of(capsys.readouterr().out)[4][-1] == "good, newest"
@@ -266,7 +272,7 @@ def test_damage_when_in_the_bytes_then_only_verify_finds_it(killed: Path, capsys
     assert "good: every byte was read" in out
 
 
-def test_damage_when_in_a_small_file_then_is_listed_without_reading_all(
+def test_damage_when_a_file_is_missing_or_has_another_size_then_is_listed_without_verify(
     killed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (killed / "checkpoints" / "step_4" / "optimizer.safetensors").unlink()
@@ -280,20 +286,22 @@ def test_damage_when_in_a_small_file_then_is_listed_without_reading_all(
     assert rows_of(capsys.readouterr().out)[2][-1].startswith("damaged: manifest.json ")
 
 
-def test_abandoned_ones_when_there_are_then_are_mentioned(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_abandoned_checkpoints_when_they_exist_then_are_mentioned(
+    killed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (killed / "checkpoints" / "abandoned" / "step_9").mkdir(parents=True)
     main([str(killed)])
     out = capsys.readouterr().out
-    assert "runs/done/checkpoints/abandoned holds 1 that" in out
+    assert "runs/done/checkpoints/abandoned holds 1 " in out
     assert "removed by no run" not in out
 
 
-def test_checkpoint_when_another_program_wrote_it_then_is_not_called_damaged(
+def test_checkpoint_when_another_program_wrote_it_then_is_not_listed_as_damaged(
     killed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    foreign = killed / "checkpoints" / "step_5"
-    foreign.mkdir()
-    (foreign / "optimizer.bin").touch()
+    external = killed / "checkpoints" / "step_5"
+    external.mkdir()
+    (external / "optimizer.bin").touch()
     (killed / "checkpoints" / "epoch_0").mkdir()
     (killed / "checkpoints" / "step_2" / "training_state.json").unlink()
     assert main([str(killed), "--verify"]) == 1  # for step_2
@@ -302,7 +310,7 @@ def test_checkpoint_when_another_program_wrote_it_then_is_not_called_damaged(
     assert "  damaged or not this run's, and removed by no run: epoch_0, step_2, step_5\n" in out
 
 
-def test_folder_when_it_holds_runs_then_lists_each_in_a_line(
+def test_folder_when_it_holds_runs_then_each_is_one_line(
     killed: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(finished, "runs/b")
@@ -317,7 +325,7 @@ def test_folder_when_it_holds_runs_then_lists_each_in_a_line(
     assert "1 good, 1 damaged" in capsys.readouterr().out
 
 
-def test_runs_when_none_is_named_then_are_those_here(
+def test_runs_when_none_is_named_then_lists_those_in_the_current_folder(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir("runs")
@@ -325,21 +333,21 @@ def test_runs_when_none_is_named_then_are_those_here(
     assert capsys.readouterr().out.startswith("done  3 good ")
 
 
-def test_runs_when_several_are_named_then_all_are_shown_and_a_wrong_one_is_a_line(
+def test_runs_when_several_are_named_then_all_are_listed_and_a_wrong_one_is_one_line(
     home: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["runs/done", "nowhere", str(finished)]) == 1
     out, err = capsys.readouterr()
     assert out.count("done after step 6") == 2
-    assert err == "error: nowhere: no run there; give a run's --output_dir, or a folder that holds some\n"
+    assert err == "error: nowhere: not a run and holds none; give a run's --output_dir, or a folder of runs\n"
 
 
-def test_command_when_misused_then_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_when_an_option_is_misspelt_then_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "--verfy"]) == 2
     assert "--verify" in capsys.readouterr().err
 
 
-def test_command_when_started_then_imports_nothing_heavy_and_is_quick(home: Path) -> None:
+def test_runs_when_started_then_torch_is_not_imported_and_it_takes_under_half_a_second(home: Path) -> None:
     code = (
         "import sys, time; from llm.runs import main; code = main(['runs/done']); used = time.process_time();"
         "print(code, used, *({'torch', 'transformers', 'numpy', 'accelerate'} & set(sys.modules)), file=sys.stderr)"

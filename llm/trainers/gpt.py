@@ -20,13 +20,13 @@ PROGRAM = "python -m llm.trainers.gpt"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the trainer.
+    """Run the trainer and return the exit code.
 
     Args:
         argv: the command line without the program's name; `sys.argv[1:]` when None.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 usage, 75 stopped by a signal with everything saved.
+        0 done, 1 failed, 2 usage, 75 stopped by a signal or the walltime with everything saved.
     """
     return run_command(lambda: _train(list(sys.argv[1:] if argv is None else argv)))
 
@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(argv: list[str]) -> int:
     started = time.time()
     options = read_options(Options, argv, prog=PROGRAM, description="Pre-train or fine-tune a GPT-like model on text.")
-    # Trackers store and upload the command line of the process: it keeps no secret.
+    # Trackers store and upload the command line of the process: remove secrets from it.
     sys.argv[1:] = shlex.split(redacted_command_line(argv))
-    # Imported after the options are read, so that --help and mistakes cost no import of torch.
+    # Imported after the options are read: --help and mistakes must not wait for torch.
     from llm.training.run import train
 
     return train(options, command=f"{PROGRAM} {redacted_command_line(argv)}", started=started)

@@ -9,13 +9,13 @@ import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from llm.config.bench import BenchOptions
 from llm.config.errors import UserError
+from llm.config.options import Options
 from llm.data.batches.loader import BlockSource
 from llm.data.dataset import detect_hub, prepare_dataset
 from llm.distributed.world import World
@@ -40,10 +40,24 @@ _ENDLESS = 1_000_000
 _SOURCES = ("dataset_name", "train_file", "train_dir")
 
 
-def bench(options: BenchOptions) -> None:
+def bench(
+    options: Options,
+    *,
+    num_updates: int,
+    sweep: Literal["micro_batch"] | None = None,
+    profile: str | None = None,
+    json_file: str | None = None,
+) -> None:
     """Measures the update of a run, and logs and writes what was found; nothing is trained that is kept.
 
     Blocks are random ids, unless the options name a text or tokens.
+
+    Args:
+        options: the run.
+        num_updates: updates that are timed.
+        sweep: "micro_batch" to measure several sizes of the micro-batch; None for that of the options alone.
+        profile: file for a trace of three updates.
+        json_file: file for the figures.
 
     Raises:
         UserError: something outside the program is wrong; one line says what.
@@ -54,20 +68,28 @@ def bench(options: BenchOptions) -> None:
         with ExitStack() as stack:
             stack.callback(come_online)
             stack.callback(restore_process)  # a failed one's memory can go
-            _bench(options, machine)
+            _bench(options, machine, num_updates=num_updates, sweep=sweep, profile=profile, json_file=json_file)
         machine.release()
     finally:
         teardown_logging()
 
 
-def _bench(options: BenchOptions, machine: Compute) -> None:
-    world, wanted = machine.world, options.bench
+def _bench(
+    options: Options,
+    machine: Compute,
+    *,
+    num_updates: int,
+    sweep: Literal["micro_batch"] | None,
+    profile: str | None,
+    json_file: str | None,
+) -> None:
+    world = machine.world
     log.info("%s", machine)
-    if wanted.sweep is not None and world.size > 1:
+    if sweep is not None and world.size > 1:
         raise UserError("--sweep tries sizes until memory is full or more is no faster, in one process; start one")
-    for name in ("profile", "json_file"):
-        if world.is_main:
-            _require_writable(name, getattr(wanted, name))
+    if world.is_main:
+        _require_writable("profile", profile)
+        _require_writable("json_file", json_file)
     detect_hub(options, world)
     limit = context_limit(read_config(options.model))
     choose_block_size(options.data.block_size, limit, limit)
@@ -93,24 +115,24 @@ def _bench(options: BenchOptions, machine: Compute) -> None:
         "measured_flops": measured_flops(world.device, dtype) * world.size,
         "data_sheet_flops": _times(peak_flops(world.device, dtype), world.size),
     }
-    if wanted.sweep:
+    if sweep is not None:
         found = []
-        for each in runner.sweep(wanted.num_updates, options.training.global_batch_size):
+        for each in runner.sweep(num_updates, options.training.global_batch_size):
             found.append(each)
             log.info("%s", _sweep_line(each, facts))
         best = max(found, key=lambda each: each.tokens_per_second)
         log.info("fastest: --per_device_train_batch_size %d", best.micro_batch)
     else:
-        found = [runner.measure(wanted.num_updates)]
+        found = [runner.measure(num_updates)]
         for line in _lines(found[0], facts):
             log.info("%s", line)
-    if wanted.profile is not None:
-        log.info("%s", runner.profile(Path(wanted.profile)))
-    if wanted.json_file is not None and world.is_main:
-        _write(wanted.json_file, facts | {"updates": [_record(each, facts) for each in found]})
+    if profile is not None:
+        log.info("%s", runner.profile(Path(profile)))
+    if json_file is not None and world.is_main:
+        _write(json_file, facts | {"updates": [_record(each, facts) for each in found]})
 
 
-def _plan(options: BenchOptions, samples: BlockSource, world: World) -> Plan:
+def _plan(options: Options, samples: BlockSource, world: World) -> Plan:
     """That of the run, where its length is known."""
     has_an_end = options.training.max_train_steps is not None or samples.num_blocks is not None
     training = options.training if has_an_end else options.training.model_copy(update={"max_train_steps": _ENDLESS})
@@ -120,7 +142,7 @@ def _plan(options: BenchOptions, samples: BlockSource, world: World) -> Plan:
 
 
 def _samples(
-    options: BenchOptions, machine: Compute, limit: int
+    options: Options, machine: Compute, limit: int
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None, BlockSource]:
     """The model's configuration, its tokenizer if there is a text, and the blocks."""
     data = options.data
@@ -138,7 +160,7 @@ def _samples(
     return config, text.tokenizer, blocks
 
 
-def _config_without_a_text(options: BenchOptions) -> PretrainedConfig:
+def _config_without_a_text(options: Options) -> PretrainedConfig:
     """The configuration, with the vocabulary of the tokenizer that the options name; its own where they name none.
 
     Raises:
