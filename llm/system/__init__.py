@@ -1,1 +1,1 @@
-"""The machine that a process runs on: cores, memory, allocator, precision and subprocesses."""
+"""The machine and the process: cores, memory, precision, timers, subprocesses, units and hashing."""

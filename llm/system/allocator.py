@@ -1,4 +1,4 @@
-"""The C library's memory, where the tensors of a CPU live: kept from update to update."""
+"""The heap of the C library, which holds tensors on the CPU: keep freed memory for the next step."""
 
 from __future__ import annotations
 
@@ -6,45 +6,55 @@ import ctypes
 import os
 import platform
 
-# Of <malloc.h>.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-_NEVER, _NOWHERE = -1, 0
-# Where glibc's own adjusting ends, as in a process that has freed large tensors, and its number of mappings.
-_LARGEST_THRESHOLD, _DEFAULT_MMAP_MAX = 32 * 2**20, 65_536
+# Parameters of mallopt. Source: glibc's <malloc.h>.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_MMAP_MAX = -4
+_NEVER_TRIM = -1
+_NO_MAPPINGS = 0
+# glibc raises its mmap threshold up to this value in a process that frees large blocks; it trims at twice the value.
+_LARGEST_THRESHOLD = 32 * 2**20
+_DEFAULT_MMAP_MAX = 65_536
 
-_kept_by: ctypes.CDLL | None = None
+_libc: ctypes.CDLL | None = None  # set while freed memory is kept
 
 
 def keep_freed_memory() -> None:
-    """Freed memory stays with the process for what is allocated next, until `return_freed_memory`.
+    """Keep freed memory in the process, for later allocations, until `return_freed_memory` is called.
 
-    glibc gives blocks of more than 32 MiB back to the system at once, and takes new ones for the next update, which the
-    system fills with zeros page by page. With that an update of 6 x 384 in bf16 took 1.08 times as long on a virtual
-    machine (benchmarks/results/throughput_6x384_memory.json). It is the main thread's memory, where a CPU's updates are
-    made. Nothing happens where the C library is another one, or its user has told it what to do.
+    By default glibc returns blocks of more than 32 MiB to the system as soon as they are freed, and maps new ones for
+    the next step, which the system fills with zeros page by page. This made a step of the 6 x 384 model in bf16 take
+    1.08 times as long on a virtual machine (benchmarks/results/throughput_6x384_memory.json).
+
+    The setting applies to the memory of the main thread, in which a CPU run makes its steps. The function does nothing
+    if the C library is not glibc, or if the user configures malloc by environment variables.
     """
-    global _kept_by
-    _kept_by = _glibc()
-    if _kept_by is not None:
-        _kept_by.mallopt(_MMAP_MAX, _NOWHERE)
-        _kept_by.mallopt(_TRIM_THRESHOLD, _NEVER)
+    global _libc
+    _libc = _configurable_glibc()
+    if _libc is not None:
+        _libc.mallopt(_M_MMAP_MAX, _NO_MAPPINGS)
+        _libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
 
 
 def return_freed_memory() -> None:
-    """What `keep_freed_memory` kept and is free now is the system's again, and large blocks are mapped by themselves.
+    """Return the memory that `keep_freed_memory` kept and that is free now, and map large blocks separately again.
 
-    Not all is as before: glibc no longer adjusts its thresholds, which stay where it would have moved them, and holes
-    between what still lives are filled again before anything is mapped.
+    Two differences from a fresh process remain: glibc no longer adjusts its thresholds, which stay at the values to
+    which it would have raised them; and it fills free holes between live blocks before it maps new memory.
     """
-    global _kept_by
-    if _kept_by is not None:
-        _kept_by.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
-        _kept_by.mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
-        _kept_by.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
-        _kept_by.malloc_trim(0)
-    _kept_by = None
+    global _libc
+    if _libc is not None:
+        _libc.mallopt(_M_MMAP_MAX, _DEFAULT_MMAP_MAX)
+        _libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+        _libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
+        _libc.malloc_trim(0)
+    _libc = None
 
 
-def _glibc() -> ctypes.CDLL | None:
-    is_told = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" and not is_told else None
+def _configurable_glibc() -> ctypes.CDLL | None:
+    """Return the C library if it is glibc and the user has not configured its malloc."""
+    is_configured = any(name.startswith("MALLOC_") for name in os.environ)
+    is_configured = is_configured or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if is_configured or platform.libc_ver()[0] != "glibc":
+        return None
+    return ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""Where Linux says what a process may use of a machine's time and memory."""
+"""Linux control groups: where the kernel lists the limits of a process's CPU time and memory."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def cgroup_dirs(controller: str) -> Iterator[Path]:
-    """The folders of this process's cgroup and of those above it, in either version of cgroups.
+    """Yield the folders of this process's cgroup and of all cgroups above it, in version 1 or 2 of cgroups.
 
     Args:
         controller: `cpu` or `memory`.
     """
     for line in read_text(PROC / "self/cgroup").splitlines():
-        _, controllers, place = line.split(":", 2)
-        # Version 2 has no controllers there; in version 1 that of the CPU has a hierarchy of its own. A container may
-        # see its own group as the root of all.
+        _, controllers, path = line.split(":", 2)
+        # Version 2 lists no controllers on its line. Version 1 has one line and one hierarchy for each set of
+        # controllers.
         if controllers and controller not in controllers.split(","):
             continue
         root = _CGROUPS / controllers
-        group = root / place.lstrip("/")
-        for folder in (group, *group.parents):
+        cgroup = root / path.lstrip("/")
+        for folder in (cgroup, *cgroup.parents):
+            # A container may see its own cgroup as the root of the hierarchy.
             if folder.is_relative_to(root):
                 yield folder
 
 
 def read_text(path: Path) -> str:
-    """A file's text; nothing where it is not there."""
+    """Return the text of a file, or an empty string if the file cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:

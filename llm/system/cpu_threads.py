@@ -1,8 +1,8 @@
-"""How many threads this process computes with on a CPU: the cores that are really free for it.
+"""The number of threads that torch computes with on a CPU: this process's share of the free cores.
 
-A launcher sets OMP_NUM_THREADS to 1 for lack of a better number (torchrun for several processes, accelerate launch
-always); a user who sets it means it. The launcher is this process's parent: what the parent did not find in its own
-environment when it began, it has set itself.
+Launchers set OMP_NUM_THREADS to 1 by default (torchrun for more than one process, accelerate launch always); a number
+that the user sets is respected. The launcher is the parent of this process: a variable that is missing in the
+environment with which the parent was started was set by the parent.
 """
 
 from __future__ import annotations
@@ -14,54 +14,63 @@ from llm.system import cgroups
 from llm.system.cgroups import cgroup_dirs, read_text
 
 _CPUS = Path("/sys/devices/system/cpu")
-# Any of these says that a launcher started this process.
-_LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-_ASKED = "OMP_NUM_THREADS"
+# A launcher sets at least one of these for the processes that it starts.
+_LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+_NUM_THREADS = "OMP_NUM_THREADS"
 
 
 def use_free_cores(num_local: int) -> None:
-    """Sets torch's threads to this process's share of the free cores, unless the user has chosen a number.
+    """Set torch's number of threads to this process's share of the free cores, unless the user has chosen a number.
 
     Args:
-        num_local: processes of the run on this node, which share its cores.
+        num_local: number of processes of the run on this node, which share its cores.
     """
-    import torch  # late: a launcher counts cores, and computes nothing
+    import torch  # imported here: the launcher counts cores and needs no torch
 
     share = max(1, num_free_cores() // num_local)
-    if os.environ.get(_ASKED) is None:
+    if os.environ.get(_NUM_THREADS) is None:
         torch.set_num_threads(min(torch.get_num_threads(), share))
-    elif os.environ[_ASKED] == "1" and _is_launchers():
+    elif os.environ[_NUM_THREADS] == "1" and _launcher_set_num_threads():
         torch.set_num_threads(share)
 
 
 def num_free_cores() -> int:
-    """Cores that this process may use: by its affinity and its cgroup's quota; two threads of one core are one."""
+    """Return the number of cores that this process may use, at least 1.
+
+    Its CPU affinity and the quotas of its cgroups limit the number; two hardware threads of one core count once.
+    """
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
-    allowed = os.sched_getaffinity(0)
-    cores = {read_text(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
-    return max(1, int(min(len(cores), _quota())))
+    cpus = os.sched_getaffinity(0)
+    cores = {read_text(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
+    return max(1, int(min(len(cores), _cpu_quota())))
 
 
-def _is_launchers() -> bool:
-    """Whether the number of threads comes from the launcher and not from its user; False where that cannot be seen."""
+def _launcher_set_num_threads() -> bool:
+    """Whether the launcher, not its user, has set OMP_NUM_THREADS; False if that cannot be read."""
     parent = cgroups.PROC / str(os.getppid())
-    given, words = read_text(parent / "environ"), read_text(parent / "cmdline")
-    if not given or not any(name in os.environ for name in _LAUNCHED):
+    environment = read_text(parent / "environ")
+    command_line = read_text(parent / "cmdline")
+    if not environment or not any(name in os.environ for name in _LAUNCHER_VARIABLES):
         return False
-    is_users = any(entry.startswith(f"{_ASKED}=") for entry in given.split("\0"))
-    return not is_users and "num_cpu_threads_per_process" not in words.replace("-", "_")
+    is_set_by_user = any(entry.startswith(f"{_NUM_THREADS}=") for entry in environment.split("\0"))
+    return not is_set_by_user and "num_cpu_threads_per_process" not in command_line.replace("-", "_")
 
 
-def _quota() -> float:
-    """CPUs' worth of time that this process's cgroup, or one above it, allows; inf without a limit."""
+def _cpu_quota() -> float:
+    """Return the number of CPUs that this process's cgroup and those above it allow; inf without a limit."""
     return min((_quota_of(folder) for folder in cgroup_dirs("cpu")), default=float("inf"))
 
 
 def _quota_of(folder: Path) -> float:
-    """The limit of one cgroup, in either version's files."""
-    words = read_text(folder / "cpu.max").split() or [
-        read_text(folder / f"cpu.cfs_{what}_us").strip() for what in ("quota", "period")
-    ]
-    # "max" and -1 are no limit.
-    return int(words[0]) / int(words[1]) if words[0].isdigit() and int(words[0]) > 0 else float("inf")
+    """Return the number of CPUs that one cgroup allows, from the files of version 2 or 1."""
+    words = read_text(folder / "cpu.max").split()
+    if not words:
+        words = [
+            read_text(folder / "cpu.cfs_quota_us").strip(),
+            read_text(folder / "cpu.cfs_period_us").strip(),
+        ]
+    # "max" (version 2), -1 (version 1) and a missing file mean no limit.
+    if not words[0].isdigit() or int(words[0]) == 0:
+        return float("inf")
+    return int(words[0]) / int(words[1])

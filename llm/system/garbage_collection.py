@@ -1,4 +1,4 @@
-"""Python's search for garbage in circles of references, kept away from the updates."""
+"""Python's garbage collector, kept away from the objects that live as long as the run."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import gc
 
 
 def freeze_heap() -> None:
-    """Collects what is garbage now, and takes all that is left out of the searches to come, until `unfreeze_heap`.
+    """Collect garbage now, and exclude all objects that remain from later collections, until `unfreeze_heap`.
 
-    Torch, transformers and the rest of a run leave some 400,000 objects that stay. A search through them took half a
-    second about every 130 updates of 4 x 128, a thirtieth of the time, and on several ranks at different times, for
-    which the others wait. What is made later is searched as before.
+    Torch, transformers and the other parts of a run create about 400,000 objects that stay alive. One full collection
+    of them took half a second, about every 130 steps of the 4 x 128 model: a thirtieth of the time. With several ranks
+    it happens at different times on each, and the others wait. Objects created later are collected as usual.
     """
-    gc.unfreeze()  # what an earlier run left
+    gc.unfreeze()  # includes what an earlier run in this process has frozen
     gc.collect()
     gc.freeze()
 
 
 def unfreeze_heap() -> None:
-    """Lets searches see everything again."""
+    """Include all objects in garbage collection again."""
     gc.unfreeze()

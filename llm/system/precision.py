@@ -1,4 +1,4 @@
-"""Which arithmetic a device has in its hardware."""
+"""Number formats that a device supports in hardware."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices natively; False where nobody can tell.
+    """Whether the device multiplies bf16 matrices in hardware; False if that cannot be determined.
 
-    What torch itself says of a CPU and of older GPUs counts emulation, which is slower than fp32 by up to two orders
-    of magnitude.
+    Torch's own answer for CPUs and older GPUs includes emulation, which is slower than fp32 by up to two orders of
+    magnitude.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -1,4 +1,4 @@
-"""A process that works for this one, and the pipe between the two."""
+"""A subprocess that calls one function, connected to this process by a pipe."""
 
 from __future__ import annotations
 
@@ -13,47 +13,48 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from weakref import WeakSet
 
-# It does not import the program that started it, as `multiprocessing` would: that may be a notebook, or a
-# script that trains when it is imported.
-_PROGRAM = "import sys; sys.path[:] = {path!r}; from llm.system.subprocesses import run; run({end})"
+# Unlike `multiprocessing`, the subprocess does not import the main program: that may be a notebook, or a script that
+# trains when it is imported.
+_PROGRAM = "import sys; sys.path[:] = {path!r}; from {module} import run; run({end})"
 
-# They may reach all processes of a terminal or a job; what they mean is the starter's to say.
-_NOT_FOR_IT = (signal.SIGINT, signal.SIGUSR1)
+# Signals that may reach every process of a terminal or a job. This process decides what they mean for the subprocess.
+_BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGUSR1)
 
-# Ends of pipes that are open here.
+# Open ends of pipes in this process.
 _ends: WeakSet[Connection] = WeakSet()
 
 
 class Process:
-    """Another process, which calls `work(pipe, *arguments)` and ends.
+    """A subprocess that calls `work(pipe, *arguments)` and exits.
 
-    It imports what the work needs and nothing else, and is no part of this one's group. When this process ends,
-    however it does, the pipe closes: that is the sign for the work to end, too.
+    The subprocess imports only what the work needs, and has a session of its own. When this process ends, for whatever
+    reason, the pipe closes; the work must then end, too.
 
     Attributes:
-        pipe: this end; the other one is the first argument of the work.
+        pipe: this process's end of the pipe; the work receives the other end as its first argument.
     """
 
     def __init__(self, work: Callable[..., None], *arguments: object) -> None:
-        """Starts it.
+        """Start the subprocess.
 
         Args:
             work: a function that can be imported by its name.
-            arguments: anything that can be pickled.
+            arguments: picklable values.
 
         Raises:
-            OSError: no process can be started.
+            OSError: the subprocess cannot be started.
         """
         if not sys.executable:
             raise OSError("this interpreter does not know its own program")
-        errand = ForkingPickler.dumps((work, arguments))
+        task = ForkingPickler.dumps((work, arguments))
         self.pipe, end = Pipe()
-        path = [os.fspath(place) or os.getcwd() for place in sys.path]
-        # Held back from the very beginning: it inherits that.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_IT)
+        path = [os.fspath(entry) or os.getcwd() for entry in sys.path]
+        program = _PROGRAM.format(path=path, module=__name__, end=end.fileno())
+        # The subprocess inherits the blocked signals, so that they are blocked from its first instruction on.
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_SIGNALS)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM.format(path=path, end=end.fileno())],
+                [sys.executable, "-c", program],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[end.fileno()],
@@ -63,32 +64,32 @@ class Process:
             self.pipe.close()
             raise
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
             end.close()
         _ends.add(self.pipe)
-        with suppress(OSError):  # it was killed already, as its exit code says
-            self.pipe.send_bytes(errand)
+        with suppress(OSError):  # the subprocess was killed already; its exit code will tell
+            self.pipe.send_bytes(task)
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Process number of the subprocess."""
         return self._process.pid
 
     @property
     def exit_code(self) -> int | None:
-        """How it ended, minus a signal's number where one did; None while it lives."""
+        """Exit code of the subprocess, or minus the number of the signal that ended it; None while it runs."""
         return self._process.poll()
 
     def close_pipe(self) -> None:
-        """Closes the pipe, so that it ends by itself."""
+        """Close the pipe, which asks the subprocess to end."""
         self.pipe.close()
 
     def terminate(self) -> None:
-        """Sends it SIGTERM."""
+        """Send SIGTERM to the subprocess."""
         self._process.terminate()
 
     def wait(self, seconds: float) -> int:
-        """Its exit code, once it has ended; it is killed where that takes longer."""
+        """Wait until the subprocess has ended and return its exit code; kill it if it takes longer than `seconds`."""
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -97,26 +98,26 @@ class Process:
 
 
 def run(end: int) -> None:
-    """What the other process does.
+    """Receive the work and its arguments over the pipe and call it; the main function of the subprocess.
 
     Args:
-        end: the file number of its end of the pipe.
+        end: file descriptor of the subprocess's end of the pipe.
     """
     pipe = Connection(end)
     _ends.add(pipe)
     try:
-        # Read before anything is imported: the starter waits until all of it is in the pipe.
-        errand = pipe.recv_bytes()
+        # Read the task before anything is imported: the parent blocks until the whole task is in the pipe.
+        task = pipe.recv_bytes()
     except (EOFError, OSError):
         return
-    work, arguments = ForkingPickler.loads(errand)
+    work, arguments = ForkingPickler.loads(task)
     work(pipe, *arguments)
 
 
-def _close_in_child() -> None:
-    """A forked process (that reads blocks ahead) must not keep a pipe open when its parent has ended."""
+def _close_ends_in_child() -> None:
+    """Close the pipes in a forked process (a DataLoader worker), which would keep them open after its parent's end."""
     for pipe in list(_ends):
         pipe.close()
 
 
-os.register_at_fork(after_in_child=_close_in_child)
+os.register_at_fork(after_in_child=_close_ends_in_child)

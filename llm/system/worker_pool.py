@@ -1,4 +1,4 @@
-"""Processes that call functions for this one."""
+"""A pool of subprocesses that call functions for this process."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from typing import TypeVar
 from llm.config.errors import UserError
 from llm.system.subprocesses import Process
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
-_SECONDS_TO_END = 10.0
+_EXIT_GRACE_SECONDS = 10.0
 
 
 def num_usable_cpus() -> int:
-    """How many cores this process may use."""
+    """Return the number of CPUs (hardware threads) that this process may use, by its affinity."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class WorkerPool:
-    """Processes that call functions for this one; they end with the block, or when this process does.
+    """A context manager of subprocesses that call functions; they end with the block, or when this process ends.
 
-    They import what the functions need and nothing else, which takes a fifth of a second for the engine
-    of `llm.tokenization.tiktoken_encoder`.
+    The subprocesses import only what the functions need. For `llm.tokenization.tiktoken_encoder` that takes a fifth of
+    a second.
 
     Raises:
-        OSError: no process can be started.
+        OSError: a subprocess cannot be started.
     """
 
     def __init__(self, num_workers: int) -> None:
-        self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
-        self._shared: tuple[int, object] = (0, None)
-        # One thread waits for each process.
+        self._shared: tuple[int, object] = (0, None)  # version and value
+        # One thread waits for the answers of each subprocess.
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="worker")
         try:
             for _ in range(num_workers):
@@ -49,33 +49,34 @@ class WorkerPool:
             self.close()
             raise
         for worker in self._workers:
-            self._free.put(worker)
+            self._idle.put(worker)
 
     def share(self, value: object) -> None:
-        """From now on the first argument of every call; goes once to each process."""
+        """Set the first argument of every later call; the value is sent once to each subprocess."""
         self._shared = (self._shared[0] + 1, value)
 
-    def submit(self, function: Callable[..., Made], *arguments: object) -> Future[Made]:
-        """Has the next free process call `function(shared, *arguments)`.
+    def submit(self, function: Callable[..., Result], *arguments: object) -> Future[Result]:
+        """Let the next idle subprocess call `function(shared, *arguments)`, and return a future of the result.
 
-        The result raises what the function raises, and UserError if the process was killed.
+        The future raises what the function raises, or UserError if the subprocess was killed.
 
         Args:
-            function: one that can be imported by its name.
-            arguments: anything that can be pickled.
+            function: a function that can be imported by its name.
+            arguments: picklable values.
         """
         return self._threads.submit(self._call, self._shared, function, arguments)
 
-    def _call(self, shared: tuple[int, object], function: Callable[..., Made], arguments: tuple[object, ...]) -> Made:
-        worker = self._free.get()
+    def _call(
+        self, shared: tuple[int, object], function: Callable[..., Result], arguments: tuple[object, ...]
+    ) -> Result:
+        worker = self._idle.get()
         try:
-            made: Made = worker.call(shared, function, arguments)
-            return made
+            return worker.call(shared, function, arguments)
         finally:
-            self._free.put(worker)
+            self._idle.put(worker)
 
     def close(self) -> None:
-        """Ends the processes and waits for them; what has not begun is not done."""
+        """Cancel the calls that have not begun, wait for the others, and end the subprocesses."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._workers:
             worker.close_pipe()
@@ -90,32 +91,34 @@ class WorkerPool:
 
 
 class _Worker:
-    """One process, and which value it was given to share."""
+    """One subprocess, and the version of the shared value that it has received."""
 
     def __init__(self) -> None:
         self._process = Process(serve)
-        self._shared = 0
+        self._shared_version = 0
 
-    def call(self, shared: tuple[int, object], function: Callable[..., Made], arguments: tuple[object, ...]) -> Made:
-        number, value = shared
+    def call(
+        self, shared: tuple[int, object], function: Callable[..., Result], arguments: tuple[object, ...]
+    ) -> Result:
+        version, value = shared
         try:
-            if number != self._shared:
+            if version != self._shared_version:
                 self._process.pipe.send((None, value))
-                self._shared = number
+                self._shared_version = version
             self._process.pipe.send((function, arguments))
-            answer: tuple[Made, BaseException | None] = self._process.pipe.recv()
+            answer: tuple[Result, BaseException | None] = self._process.pipe.recv()
         except (EOFError, OSError):
-            raise self._death() from None
-        made, error = answer
+            raise self._killed_error() from None
+        result, error = answer
         if error is not None:
             raise error
-        return made
+        return result
 
-    def _death(self) -> UserError:
+    def _killed_error(self) -> UserError:
         code = self._process.wait(0.0)
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        cause = f"signal {-code}" if code < 0 else f"exit code {code}"
         return UserError(
-            f"a process that tokenizes was killed ({how}); if memory ran out, give --preprocessing_num_workers 1;"
+            f"a process that tokenizes was killed ({cause}); if memory ran out, give --preprocessing_num_workers 1;"
             " start the same command again"
         )
 
@@ -123,11 +126,15 @@ class _Worker:
         self._process.close_pipe()
 
     def wait(self) -> None:
-        self._process.wait(_SECONDS_TO_END)
+        self._process.wait(_EXIT_GRACE_SECONDS)
 
 
 def serve(pipe: Connection) -> None:
-    """What a worker does: calls functions until the other end of its pipe closes."""
+    """Answer calls until the other end of the pipe closes; the work of a pool's subprocess.
+
+    Args:
+        pipe: receives `(function, arguments)`, or `(None, value)` for a new shared value; sends `(result, error)`.
+    """
     shared: object = None
     try:
         while True:
@@ -135,18 +142,19 @@ def serve(pipe: Connection) -> None:
             if function is None:
                 shared = arguments
                 continue
-            pipe.send_bytes(_answer(function, shared, arguments))
+            pipe.send_bytes(_pickled_answer(function, shared, arguments))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        os._exit(0)  # Nobody is left to tell, and nothing to put away.
+        os._exit(0)  # the parent has ended; there is nothing to report or to clean up
 
 
-def _answer(function: Callable[..., object], shared: object, arguments: tuple[object, ...]) -> memoryview:
-    """What came of a call, and the error if nothing did, pickled."""
+def _pickled_answer(function: Callable[..., object], shared: object, arguments: tuple[object, ...]) -> memoryview:
+    """Call the function and return its pickled answer: `(result, None)` or `(None, error)`."""
     try:
         return ForkingPickler.dumps((function(shared, *arguments), None))
-    except BaseException as error:  # an engine that panics raises no Exception
+    except BaseException as error:  # a panic of the Rust engine is no Exception
         try:
-            ForkingPickler.loads(data := ForkingPickler.dumps((None, error)))
+            data = ForkingPickler.dumps((None, error))
+            ForkingPickler.loads(data)  # some errors can be pickled but not restored
         except Exception:
             return ForkingPickler.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
         return data

@@ -57,21 +57,21 @@ def rank_program(world: World, folder: Path) -> None:
     note("sum_integers", lambda: world.all_reduce_sum(torch.tensor(2**40 + world.rank)).item())
     note("broadcast", lambda: world.broadcast({"from": world.rank, "none": None}))
     note("is_main", lambda: world.is_main)
-    note("on_main", lambda: world.run_on_main(lambda: f"of {world.rank}"))
-    note("on_main_user_error", lambda: world.run_on_main(lambda: fail(UserError("no text"))))
-    note("on_main_usage_error", lambda: world.run_on_main(lambda: fail(UsageError("no such\noption"))))
-    note("on_main_stop", lambda: world.run_on_main(lambda: fail(Stopped("SIGTERM"))))
+    note("run_on_main", lambda: world.run_on_main(lambda: f"of {world.rank}"))
+    note("run_on_main_user_error", lambda: world.run_on_main(lambda: fail(UserError("no text"))))
+    note("run_on_main_usage_error", lambda: world.run_on_main(lambda: fail(UsageError("no such\noption"))))
+    note("run_on_main_stop", lambda: world.run_on_main(lambda: fail(Stopped("SIGTERM"))))
     note("after_errors", lambda: world.all_reduce_sum(torch.ones(())).item())
     polled = iter([None, None, 5])
     note("wait", lambda: world.poll_on_main(lambda: next(polled), "a number", lambda: False))
     note("wait_stopped", lambda: world.poll_on_main(lambda: None, "nothing", lambda: world.rank == 2))
     note("wait_error", lambda: world.poll_on_main(lambda: fail(UserError("broke")), "nothing", lambda: False))
-    note("in_turn", lambda: world.main_first("turn", take_turn))
+    note("main_first", lambda: world.main_first("turn", take_turn))
     world.barrier()
-    note("in_turn_own_error", lambda: world.main_first("own", lambda: fail(UserError("full disk"), on=2)))
-    note("in_turn_stop", lambda: world.main_first("stop", lambda: fail(Stopped("SIGTERM"), on=1)))
+    note("main_first_own_error", lambda: world.main_first("own", lambda: fail(UserError("full disk"), on=2)))
+    note("main_first_stop", lambda: world.main_first("stop", lambda: fail(Stopped("SIGTERM"), on=1)))
     note("launched_size", launched_size)
-    note("in_turn_error", lambda: world.main_first("wrong", lambda: fail(UsageError("line 2\nline 3"))))
+    note("main_first_error", lambda: world.main_first("wrong", lambda: fail(UsageError("line 2\nline 3"))))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_broadcast_when_called_then_every_rank_has_the_value_of_rank_0(answers: 
 
 
 def test_run_on_main_when_called_then_runs_on_rank_0_alone(answers: Answers) -> None:
-    assert answers["on_main"] == ["of 0"] * 3
+    assert answers["run_on_main"] == ["of 0"] * 3
 
 
 @pytest.mark.parametrize(
@@ -122,12 +122,12 @@ def test_run_on_main_when_called_then_runs_on_rank_0_alone(answers: Answers) -> 
 def test_run_on_main_when_the_work_fails_then_all_ranks_raise_and_only_rank_0_reports(
     answers: Answers, name: str, kind: str, message: str, code: int
 ) -> None:
-    assert answers[f"on_main_{name}_error"] == [[kind, message, code, rank > 0] for rank in range(3)]
+    assert answers[f"run_on_main_{name}_error"] == [[kind, message, code, rank > 0] for rank in range(3)]
     assert answers["after_errors"] == [3.0] * 3  # no rank is one collective ahead
 
 
 def test_work_when_stopped_on_one_rank_then_stops_on_all_and_only_that_rank_reports(answers: Answers) -> None:
-    for name, first in (("on_main_stop", 0), ("in_turn_stop", 1)):
+    for name, first in (("run_on_main_stop", 0), ("main_first_stop", 1)):
         assert answers[name] == [["Stopped", "SIGTERM", 75, rank != first] for rank in range(3)]
 
 
@@ -144,19 +144,19 @@ def test_poll_on_main_when_another_rank_is_asked_to_stop_then_all_ranks_get_none
 def test_main_first_when_all_work_then_rank_0_is_first_and_each_node_starts_with_its_local_rank_0(
     answers: Answers,
 ) -> None:
-    (_, first_end), (second_start, second_end), (third_start, _) = answers["in_turn"]
+    (_, first_end), (second_start, second_end), (third_start, _) = answers["main_first"]
     assert first_end <= second_start
     assert second_end <= third_start
 
 
 def test_main_first_when_rank_0_fails_then_every_rank_raises_and_none_hangs(answers: Answers) -> None:
-    first, *others = answers["in_turn_error"]
+    first, *others = answers["main_first_error"]
     assert first == ["UsageError", "line 2\nline 3", 2, False]
     assert others == [["UserError", "line 2\nline 3", 2, True]] * 2
 
 
 def test_main_first_when_the_last_rank_fails_then_all_raise_and_only_that_rank_reports(answers: Answers) -> None:
-    assert answers["in_turn_own_error"] == [["UserError", "full disk", 1, rank != 2] for rank in range(3)]
+    assert answers["main_first_own_error"] == [["UserError", "full disk", 1, rank != 2] for rank in range(3)]
 
 
 def test_world_when_it_has_one_process_then_needs_no_process_group() -> None:

@@ -1,4 +1,4 @@
-"""Threads: the cores that are free, unless the user has said a number."""
+"""Threads: this process's share of the free cores, unless the user has chosen a number."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import llm.system.cpu_threads as threads
 from llm.system.cpu_threads import num_free_cores, use_free_cores
 
 LAUNCHER = {"ACCELERATE_MIXED_PRECISION": "no"}
-# A launcher: starts its words with what its own environment does not have.
+# A launcher: starts a command with a variable that its own environment lacks.
 LAUNCH = (
     "import os, subprocess, sys; sys.exit(subprocess.call(sys.argv[1:], env={**os.environ, 'OMP_NUM_THREADS': '1'}))"
 )
-# The worker needs nothing of torch but the two calls, and starts ten times as fast without it.
+# The worker uses one function of torch, and starts ten times as fast without the rest.
 WORKER = """import sys, types
 torch = sys.modules["torch"] = types.ModuleType("torch")
 torch.set_num_threads = print
@@ -32,7 +32,7 @@ threads.use_free_cores(2)
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A computer of eight hardware threads, four cores, no limits."""
+    """A machine with eight hardware threads on four cores, without limits."""
     monkeypatch.setattr(cgroups, "PROC", tmp_path / "proc")
     monkeypatch.setattr(cgroups, "_CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(threads, "_CPUS", tmp_path / "cpu")
@@ -54,24 +54,28 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def test_cores_when_two_threads_share_one_then_it_counts_once(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_num_free_cores_when_two_threads_share_a_core_then_counts_it_once(
+    node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert num_free_cores() == 4
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4, 5})
     assert num_free_cores() == 2
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {20, 21, 22})  # the kernel says nothing about these
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {20, 21, 22})  # the kernel lists no siblings of these
     assert num_free_cores() == 3
 
 
 @pytest.mark.parametrize(("limit", "cores"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1)])
-@pytest.mark.parametrize("place", ["cgroup/a/b", "cgroup/a", "cgroup"])
-def test_cores_when_a_cgroup_limits_them_then_no_more_are_free(node: Path, place: str, limit: str, cores: int) -> None:
+@pytest.mark.parametrize("folder", ["cgroup/a/b", "cgroup/a", "cgroup"])
+def test_num_free_cores_when_a_cgroup_limits_them_then_returns_the_limit(
+    node: Path, folder: str, limit: str, cores: int
+) -> None:
     write(node / "proc/self/cgroup", "0::/a/b\n")
-    write(node / place / "cpu.max", limit + "\n")
+    write(node / folder / "cpu.max", limit + "\n")
     assert num_free_cores() == cores
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("-1", 4), ("300000", 3)])
-def test_cores_when_the_cgroup_is_of_the_first_version_then_its_quota_counts(
+def test_num_free_cores_when_cgroups_are_of_version_1_then_their_quota_counts(
     node: Path, quota: str, cores: int
 ) -> None:
     write(node / "proc/self/cgroup", "5:memory:/a\n4:cpu,cpuacct:/a\n0::/\n")
@@ -80,7 +84,7 @@ def test_cores_when_the_cgroup_is_of_the_first_version_then_its_quota_counts(
     assert num_free_cores() == cores
 
 
-def test_threads_when_nobody_chose_then_are_this_process_share_and_never_more_than_torchs(
+def test_use_free_cores_when_the_user_chose_no_number_then_takes_the_share_and_never_more_than_torch(
     node: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -96,21 +100,21 @@ def test_threads_when_nobody_chose_then_are_this_process_share_and_never_more_th
     [
         (LAUNCHER, [], 4),  # the launcher's own number
         ({"TORCHELASTIC_RUN_ID": "x"}, [], 4),
-        ({}, [], None),  # no launcher, so the parent is somebody who means it
-        ({**LAUNCHER, "OMP_NUM_THREADS": "1"}, [], None),  # the user told the launcher
+        ({}, [], None),  # without a launcher, the number is the user's
+        ({**LAUNCHER, "OMP_NUM_THREADS": "1"}, [], None),  # the user set it for the launcher
         (LAUNCHER, ["--num_cpu_threads_per_process=1"], None),
     ],
 )
-def test_threads_when_the_launcher_set_one_then_are_raised_and_a_users_one_stands(
+def test_use_free_cores_when_the_launcher_set_one_thread_then_raises_it_and_keeps_a_users_one(
     environment: dict[str, str], words: list[str], expected: int | None
 ) -> None:
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     root = str(Path(__file__).parents[2])
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", LAUNCH, sys.executable, "-c", WORKER, *words],
         env={**inherited, "PYTHONPATH": root, **environment},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout == ("" if expected is None else f"{expected}\n")
+    assert result.stdout == ("" if expected is None else f"{expected}\n")

@@ -1,4 +1,4 @@
-"""Memory that is left, by the machine and by the groups that it puts a process into."""
+"""Memory: peak, resident, and available by the machine and by its cgroups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Eight gigabytes are free."""
+    """A machine with eight GiB available and without cgroups."""
     monkeypatch.setattr(cgroups, "PROC", tmp_path / "proc")
     monkeypatch.setattr(cgroups, "_CGROUPS", tmp_path / "cgroup")
     write(tmp_path / "proc/meminfo", f"MemTotal: {16 * GB // 1024} kB\nMemAvailable: {8 * GB // 1024} kB\n")
@@ -28,7 +28,7 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def test_available_when_no_group_limits_then_is_the_machines(machine: Path) -> None:
+def test_available_bytes_when_no_cgroup_has_a_limit_then_is_the_machines(machine: Path) -> None:
     assert available_bytes() == 8 * GB
     write(machine / "proc/self/cgroup", "0::/a/b\n")
     write(machine / "cgroup/a/b/memory.max", "max\n")
@@ -38,7 +38,9 @@ def test_available_when_no_group_limits_then_is_the_machines(machine: Path) -> N
 
 
 @pytest.mark.parametrize("limited", ["a/b", "a", ""])
-def test_available_when_a_group_or_one_above_limits_then_what_it_has_left(machine: Path, limited: str) -> None:
+def test_available_bytes_when_a_cgroup_or_one_above_has_a_limit_then_is_what_it_has_left(
+    machine: Path, limited: str
+) -> None:
     write(machine / "proc/self/cgroup", "0::/a/b\n")
     group = machine / "cgroup" / limited
     write(group / "memory.max", f"{4 * GB}\n")
@@ -50,7 +52,7 @@ def test_available_when_a_group_or_one_above_limits_then_what_it_has_left(machin
     assert available_bytes() == 0
 
 
-def test_available_when_groups_are_of_the_first_version_then_their_files_count(machine: Path) -> None:
+def test_available_bytes_when_cgroups_are_of_version_1_then_their_files_count(machine: Path) -> None:
     write(machine / "proc/self/cgroup", "5:memory:/a\n3:cpu,cpuacct:/\n")
     write(machine / "cgroup/memory/a/memory.limit_in_bytes", f"{2 * GB}\n")
     write(machine / "cgroup/memory/a/memory.usage_in_bytes", f"{GB}\n")
@@ -58,12 +60,12 @@ def test_available_when_groups_are_of_the_first_version_then_their_files_count(m
     assert available_bytes() == GB
 
 
-def test_peak_when_much_was_held_then_it_is_known_and_can_be_forgotten() -> None:
+def test_peak_bytes_when_a_tensor_was_freed_then_includes_it_until_the_reset() -> None:
     reset_peak_bytes(CPU)
     before = peak_bytes(CPU)
-    held = torch.ones(64 * 2**20)
+    tensor = torch.ones(64 * 2**20)
     during = resident_bytes()
     assert during > before + 200 * 2**20 and peak_bytes(CPU) >= during
-    del held
+    del tensor
     reset_peak_bytes(CPU)
     assert peak_bytes(CPU) < during

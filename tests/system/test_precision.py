@@ -17,7 +17,7 @@ from llm.system.precision import multiplies_bf16
         (True, True, False, False),
     ],
 )
-def test_bf16_when_on_a_cpu_then_needs_units_and_kernels_for_it(
+def test_multiplies_bf16_when_on_a_cpu_then_needs_hardware_units_and_kernels(
     monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, mkldnn: bool, expected: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
@@ -26,18 +26,18 @@ def test_bf16_when_on_a_cpu_then_needs_units_and_kernels_for_it(
     assert multiplies_bf16(torch.device("cpu")) is expected
 
 
-def test_bf16_when_on_a_gpu_then_emulation_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
+def test_multiplies_bf16_when_on_a_gpu_then_emulation_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: list[bool] = []
 
     def supported(including_emulation: bool = True) -> bool:
-        asked.append(including_emulation)
+        arguments.append(including_emulation)
         return True
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert multiplies_bf16(torch.device("cuda"))
-    assert asked == [False]
+    assert arguments == [False]
 
 
-def test_bf16_when_nobody_can_tell_then_no() -> None:
+def test_multiplies_bf16_when_the_device_type_is_unknown_then_is_false() -> None:
     assert not multiplies_bf16(torch.device("mps"))
     assert not multiplies_bf16(torch.device("meta"))

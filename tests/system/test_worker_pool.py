@@ -1,4 +1,4 @@
-"""Processes answer, and leave whatever happens to the one that started them."""
+"""Subprocesses answer calls, and end however the process that started them ends."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def _pid(shared: object) -> int:
     return os.getpid()
 
 
-def _wait_until_gone(pids: list[int]) -> None:
+def _wait_until_ended(pids: list[int]) -> None:
     end = time.monotonic() + 20
     while time.monotonic() < end:
         if not [pid for pid in pids if _is_alive(pid)]:
             return
         time.sleep(0.02)
-    pytest.fail("a process is left")
+    pytest.fail("a process still runs")
 
 
 def _is_alive(pid: int) -> bool:
-    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], stdout=subprocess.PIPE, text=True, check=False)
-    return bool(done.stdout.strip()) and not done.stdout.startswith("Z")
+    result = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], stdout=subprocess.PIPE, text=True, check=False)
+    return bool(result.stdout.strip()) and not result.stdout.startswith("Z")
 
 
-def test_workers_when_called_then_answers_of_other_processes_that_end_with_the_block() -> None:
+def test_worker_pool_when_called_then_other_processes_answer_and_end_with_the_block() -> None:
     with WorkerPool(2) as workers:
         pids = [worker._process.pid for worker in workers._workers]
         answers = [workers.submit(divmod, number) for number in (1, 7)]
@@ -45,19 +45,19 @@ def test_workers_when_called_then_answers_of_other_processes_that_end_with_the_b
         assert [workers.submit(divmod, number).result() for number in range(1, 9)] == [
             divmod(17, number) for number in range(1, 9)
         ]
-    _wait_until_gone(pids)
+    _wait_until_ended(pids)
 
 
-def test_workers_when_function_fails_then_its_error_as_it_is() -> None:
+def test_worker_pool_when_a_function_fails_then_raises_its_error() -> None:
     with WorkerPool(1) as workers:
         workers.share("x")
         with pytest.raises(ValueError, match=r"invalid literal for int\(\) with base 10: 'x'"):
             workers.submit(int).result()
-        # The process is none the worse.
+        # The process still works.
         assert workers.submit(str.upper).result() == "X"
 
 
-def test_workers_when_a_process_is_killed_then_one_clear_error() -> None:
+def test_worker_pool_when_a_process_is_killed_then_raises_one_clear_error() -> None:
     with WorkerPool(2) as workers:
         workers.share(30.0)
         answers = [workers.submit(time.sleep) for _ in range(2)]
@@ -69,7 +69,7 @@ def test_workers_when_a_process_is_killed_then_one_clear_error() -> None:
                 answer.result(timeout=20)
 
 
-# No guard around what it does: workers must not import it.
+# The script has no `__main__` guard: workers must not import it.
 SCRIPT = """
 import signal, sys, time
 from llm.system.worker_pool import WorkerPool
@@ -95,7 +95,7 @@ def _start(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, path, *words], env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_workers_when_started_from_a_script_without_guard_then_it_runs_once(tmp_path: Path) -> None:
+def test_worker_pool_when_started_from_a_script_without_guard_then_the_script_runs_once(tmp_path: Path) -> None:
     process = _start(tmp_path, "ask")
     printed, _ = process.communicate(timeout=60)
     lines = printed.splitlines()
@@ -106,15 +106,17 @@ def test_workers_when_started_from_a_script_without_guard_then_it_runs_once(tmp_
     ("how", "state"),
     [(signal.SIGKILL, "idle"), (signal.SIGKILL, "busy"), (signal.SIGINT, "idle"), (signal.SIGTERM, "idle")],
 )
-def test_workers_when_the_starter_is_killed_then_they_leave(tmp_path: Path, how: signal.Signals, state: str) -> None:
+def test_worker_pool_when_its_parent_is_killed_then_the_workers_end(
+    tmp_path: Path, how: signal.Signals, state: str
+) -> None:
     process = _start(tmp_path, state)
     assert process.stdout is not None
     pids = [int(word) for word in process.stdout.readline().split()]
     assert len(pids) == 2
     process.send_signal(how)
     process.wait(timeout=30)
-    _wait_until_gone(pids)
+    _wait_until_ended(pids)
 
 
-def test_usable_cores_when_asked_then_one_or_more() -> None:
+def test_num_usable_cpus_when_called_then_is_at_least_one() -> None:
     assert num_usable_cpus() >= 1
