@@ -34,12 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.gate import Gate
 from benchmarks.gemm import measure_gemm
 from benchmarks.litgpt import run_litgpt
 from benchmarks.settings import BETAS, LEARNING_RATE, WEIGHT_DECAY, Setting
+from llm.data.batches.row import Row
 
 # Updates between two looks at the curvature, and between two refreshes of what follows from it.
 KFAC_INTERVAL = 10
@@ -64,9 +64,9 @@ class StoredBlocks:
         """Nothing is left over of what has no end."""
         return 0
 
-    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
-        """int64 [block_size + 1]."""
-        return self._blocks[sample % len(self._blocks)]
+    def block(self, sample: int, seed: int) -> Row:
+        """Return a row of ids, int64 [block_size + 1]."""
+        return Row(self._blocks[sample % len(self._blocks)])
 
 
 def run_ours(setting: Setting, gate: Gate, *words: str, keeps_memory: bool = True) -> None:
@@ -106,7 +106,7 @@ def run_ours(setting: Setting, gate: Gate, *words: str, keeps_memory: bool = Tru
         rank=0,
         num_ranks=1,
         num_workers=options.data.dataloader_num_workers,
-        pin_memory=machine.world.device.type == "cuda",
+        device=machine.world.device,
     )
     precision = machine.accelerator.mixed_precision
     gate.facts |= {

@@ -105,11 +105,11 @@ def read_blocks(folder: Path) -> dict[str, Any]:
     most = 0
     for place in range(NUM_BLOCKS_READ):
         begun = time.perf_counter()
-        ids = blocks[shuffled_index(place, len(blocks), seed=0, epoch=0)]
+        ids = blocks[shuffled_index(place, len(blocks), seed=0, epoch=0)].ids
         seconds.append(time.perf_counter() - begun)
         if place % 100 == 0:
             most = max(most, process.memory_info().rss)
-    assert ids.shape == (BLOCK_SIZE + 1,) and ids.dtype == np.int64
+    assert ids.shape == (BLOCK_SIZE + 1,) and ids.dtype == np.uint16
     return {
         "opening_seconds": opening,
         "median_block_microseconds": 1e6 * statistics.median(seconds),

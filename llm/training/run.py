@@ -209,7 +209,7 @@ def _batches(options: Options, plan: Plan, world: World, blocks: BlockSource, fi
         rank=world.rank,
         num_ranks=world.size,
         num_workers=options.data.dataloader_num_workers,
-        pin_memory=world.device.type == "cuda",
+        device=world.device,
     )
 
 

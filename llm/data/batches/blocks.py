@@ -1,4 +1,4 @@
-"""Blocks of tokens: the rows that a model reads."""
+"""Blocks of tokens: the rows that a model is trained and evaluated on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from llm.config.errors import UserError
 from llm.data.batches.mixture import Mixture
+from llm.data.batches.row import Row
 from llm.data.batches.shuffle import shuffled_index
 from llm.data.shards.document_starts import Starts
 from llm.data.shards.format import Stream, Streams
@@ -19,10 +20,13 @@ log = logging.getLogger(__name__)
 
 
 class Blocks:
-    """A stream cut into blocks.
+    """The tokens of one split, cut into blocks of equal length.
 
-    Block i reads the tokens [i * block_size, i * block_size + block_size + 1): it shares its last
-    token with the next block, so that every token but the stream's first is predicted exactly once.
+    Block i reads the tokens [i * block_size, i * block_size + block_size + 1). It shares its last token with the next
+    block, so that every token except the first of the split is predicted exactly once.
+
+    Attributes:
+        block_size: tokens predicted in a block.
     """
 
     def __init__(
@@ -33,13 +37,13 @@ class Blocks:
         vocabulary_size: int | None = None,
         starts: Starts | None = None,
     ) -> None:
-        """Cuts a stream.
+        """Cut the tokens; nothing is read yet.
 
         Args:
             tokens: integers [number of tokens].
             block_size: tokens predicted in a block.
-            vocabulary_size: every id that is read must be below it; not checked when None.
-            starts: where documents start, if blocks are to say it.
+            vocabulary_size: every id that is read must be below it; None: ids are not checked.
+            starts: the document starts, if rows are to carry positions inside documents.
         """
         self._tokens = tokens
         self._vocabulary_size = vocabulary_size
@@ -51,76 +55,79 @@ class Blocks:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in blocks: those predicted, and the first one."""
+        """Number of tokens in blocks: those that are predicted, and the first one."""
         return len(self._tokens) - self.num_dropped
 
     @property
     def num_dropped(self) -> int:
-        """Tokens behind the last block: fewer than `block_size`."""
+        """Number of tokens after the last block, fewer than `block_size`."""
         return max(len(self._tokens) - 1, 0) % self.block_size
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Block number `index`: int64 [block_size + 1].
-
-        Where document starts are given, int64 [2, block_size + 1]: the ids, and the position of each in its
-        document, counted from 0 at the block's beginning and at every start.
+    def __getitem__(self, index: int) -> Row:
+        """Return block `index`, with ids [block_size + 1] in the type of the tokens.
 
         Raises:
             IndexError: there is no such block.
-            UserError: an id beyond the vocabulary.
+            UserError: the block holds an id outside the vocabulary.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         return self._read(index)
 
-    def _read(self, index: int) -> NDArray[np.int64]:
+    def _read(self, index: int) -> Row:
         start = index * self.block_size
-        ids = np.asarray(self._tokens[start : start + self.block_size + 1]).astype(np.int64)
-        # As unsigned, a negative id of a signed file is a very large one.
-        if self._vocabulary_size is not None and int(ids.view(np.uint64).max()) >= self._vocabulary_size:
-            place = int(np.argmax(ids.view(np.uint64) >= self._vocabulary_size))
-            raise UserError(
-                f"token {start + place} of the stream has id {ids[place]}, but the vocabulary has"
-                f" {self._vocabulary_size} tokens: tokenize again (--overwrite_cache, or llm.prepare)"
-            )
-        return ids if self._starts is None else np.array((ids, self._positions(start)))
+        ids = np.asarray(self._tokens[start : start + self.block_size + 1])
+        if self._vocabulary_size is not None:
+            self._check_ids(ids, start, self._vocabulary_size)
+        return Row(ids, None if self._starts is None else self._positions(self._starts, start))
 
-    def _positions(self, start: int) -> NDArray[np.int64]:
-        assert self._starts is not None
-        places = np.arange(self.block_size + 1)
-        origins = np.zeros_like(places)
-        found = self._starts.between(start, start + self.block_size + 1) - start
-        origins[found] = found
-        return places - np.maximum.accumulate(origins)
+    def _check_ids(self, ids: NDArray[Any], start: int, vocabulary_size: int) -> None:
+        is_signed = ids.dtype.kind == "i"
+        if int(ids.max()) < vocabulary_size and not (is_signed and int(ids.min()) < 0):
+            return
+        index = int(np.argmax((ids >= vocabulary_size) | (ids < 0)))
+        raise UserError(
+            f"token {start + index} of the stream has id {ids[index]}, but the vocabulary has"
+            f" {vocabulary_size} tokens: tokenize again (--overwrite_cache, or llm.prepare)"
+        )
+
+    def _positions(self, starts: Starts, start: int) -> NDArray[np.int32]:
+        """Positions inside documents, counted from 0 at the first token and at every document start."""
+        positions = np.arange(self.block_size + 1, dtype=np.int32)
+        origins = np.zeros_like(positions)
+        starts_in_block = starts.between(start, start + self.block_size + 1) - start
+        origins[starts_in_block] = starts_in_block
+        positions -= np.maximum.accumulate(origins)
+        return positions
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of one epoch."""
+        """Number of blocks of one epoch."""
         return len(self)
 
     def num_unread(self, num_samples: int) -> int:
-        """Blocks that a run of so many samples never reads."""
+        """Return the number of blocks that a run of `num_samples` samples does not read."""
         return max(0, len(self) - num_samples)
 
-    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
-        """The block that sample number `sample` of a run reads; samples are counted over the epochs."""
+    def block(self, sample: int, seed: int) -> Row:
+        """Return the block of a sample of the run; samples are counted over the epochs. See `BlockSource.block`."""
         num_blocks = len(self)
-        epoch, place = divmod(sample, num_blocks)
-        return self._read(shuffled_index(place, num_blocks, seed=seed, epoch=epoch))
+        epoch, position = divmod(sample, num_blocks)
+        return self._read(shuffled_index(position, num_blocks, seed=seed, epoch=epoch))
 
 
 def cut_blocks(
     streams: Streams, block_size: int, *, document_mask: bool = False
 ) -> tuple[Blocks | Mixture, Blocks | None]:
-    """The blocks for training, and those for validation, None if that text makes not even one.
+    """Return the training blocks, and the validation blocks or None if that text does not fill one block.
 
     Args:
         streams: the text.
         block_size: tokens predicted in a block.
-        document_mask: whether blocks say where documents start; the streams must know it.
+        document_mask: whether rows carry positions inside documents; the streams must know the document starts.
 
     Raises:
-        UserError: the training text, or a source of it, makes not even one block.
+        UserError: the training text, or one source of a mixture, does not fill one block.
     """
     texts = {f"--train_dir {source.name}": source.text for source in streams.sources} or {
         "the training text": streams.train
@@ -137,7 +144,7 @@ def cut_blocks(
 
 
 def cut_validation(streams: Streams, block_size: int, *, document_mask: bool = False) -> Blocks | None:
-    """The blocks for validation, None if that text makes not even one."""
+    """Return the validation blocks, None if there is no such text or it does not fill one block (a warning)."""
     if streams.validation is None:
         return None
     validation = _cut(streams.validation, block_size, streams.vocabulary_size, document_mask)
@@ -145,7 +152,9 @@ def cut_validation(streams: Streams, block_size: int, *, document_mask: bool = F
         log.warning(
             "no validation: its text has %d tokens, and a block of --block_size %d needs %d (a smaller block or a "
             "larger --validation_split_percentage gives one)",
-            *(len(streams.validation.tokens), block_size, block_size + 1),
+            len(streams.validation.tokens),
+            block_size,
+            block_size + 1,
         )
         return None
     return validation

@@ -1,8 +1,8 @@
-"""Several texts mixed by weights: which block a sample reads is arithmetic here, too.
+"""Mixtures of several texts by weight: the block that a sample reads is a pure function of its number.
 
-Samples are dealt by a tree of forks, each of which sends every stretch of the samples that reach it to its two
-sides in their shares, exactly, in whole numbers: nothing drifts, however long the run. The tree is Huffman's,
-which has the heavy texts near its root, so that few roundings meet in a light one.
+A binary tree distributes the samples. Each fork of the tree sends every range of the samples that reach it to its two
+sides in exact shares, rounded to whole samples, so that nothing drifts however long the run is. The tree is a Huffman
+tree: texts with large weights are near its root, so that few roundings add up for a text with a small weight.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from fractions import Fraction
 from hashlib import blake2b
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from llm.data.batches.row import Row
 from llm.data.batches.shuffle import seed_of_source
 from llm.data.shards.document_starts import ConcatenatedStarts, SlicedStarts
 from llm.data.shards.format import Source, Stream, Streams
@@ -25,7 +23,7 @@ from llm.data.shards.memmap import Tokens
 
 
 class SourceBlocks(Protocol):
-    """The blocks of one text, in an order of their own."""
+    """The blocks of one text of a mixture, in an order that depends on the seed only."""
 
     @property
     def block_size(self) -> int:
@@ -33,104 +31,111 @@ class SourceBlocks(Protocol):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of one epoch."""
+        """Number of blocks of one epoch."""
 
     def num_unread(self, num_samples: int) -> int:
-        """Blocks that so many samples never read."""
+        """Return the number of blocks that a run of `num_samples` samples of this text does not read."""
 
-    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
-        """The block of a sample."""
+    def block(self, sample: int, seed: int) -> Row:
+        """Return the block of a sample of this text: a `Row` of [block_size + 1] arrays."""
 
 
 @dataclass(frozen=True)
 class _Fork:
-    """Deals samples to two sides, `share` of them to the left."""
+    """Distributes samples to two sides.
+
+    Attributes:
+        share: share of the samples that go to the left.
+        left: another fork, or the index of a source.
+        right: another fork, or the index of a source.
+    """
 
     share: Fraction
     left: _Fork | int
     right: _Fork | int
 
     def num_left(self, num_samples: int) -> int:
-        """How many of the first samples go to the left: the share of them, rounded, halves up."""
-        part, whole = self.share.numerator, self.share.denominator
-        return (2 * num_samples * part + whole) // (2 * whole)
+        """Return how many of the first samples go to the left: their share, rounded, halves up."""
+        numerator, denominator = self.share.numerator, self.share.denominator
+        return (2 * num_samples * numerator + denominator) // (2 * denominator)
 
 
 class Mixture:
-    """Blocks of several texts, a share of each.
+    """The blocks of several texts, each with a share of the samples.
 
-    In every stretch from the first sample on, a text has its share to within half a block where there are
-    two, and to within less than two blocks however many there are. Inside a text every block is read once
-    before any is read again. The dealing is the same for every seed; the order inside the texts is not.
+    Among the first n samples, for every n, the number of a text's samples differs from its share by at most half a
+    block if there are two texts, and by less than two blocks for any number of texts. Every block of a text is read
+    once before any block of that text is read again. The text of a sample does not depend on the seed; the order
+    inside each text does.
 
     Attributes:
         block_size: tokens predicted in a block.
-        num_blocks: blocks of an epoch: as many as all texts have, whatever their shares.
-        shares: of each text, adding up to 1.
+        num_blocks: blocks of an epoch: the sum over the texts, independent of their shares.
+        shares: shares of the texts, which add up to 1.
     """
 
     def __init__(self, sources: Sequence[SourceBlocks], weights: Sequence[Fraction | None]) -> None:
-        """Mixes texts.
+        """Mix texts.
 
         Args:
-            sources: at least one, each with a block at least.
-            weights: one a source, above 0; of a source without one, its number of blocks.
+            sources: at least one, each with at least one block.
+            weights: one a source, above 0; None: the source's number of blocks.
         """
         self._sources = tuple(sources)
         self.block_size = sources[0].block_size
         self.num_blocks = sum(source.num_blocks for source in sources)
-        wanted = [
+        known_weights = [
             Fraction(source.num_blocks) if weight is None else weight
             for source, weight in zip(sources, weights, strict=True)
         ]
-        self.shares = tuple(weight / sum(wanted) for weight in wanted)
-        self._tree = _tree(self.shares)
+        self.shares = tuple(weight / sum(known_weights) for weight in known_weights)
+        self._tree = _huffman_tree(self.shares)
 
-    def place(self, sample: int) -> tuple[int, int]:
-        """Which text a sample of the run is of, and its number among the samples of that text."""
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Return the source of a sample of the run, and the sample's number among those of that source."""
         node, number = self._tree, sample
         while isinstance(node, _Fork):
-            before = node.num_left(number)
-            if node.num_left(number + 1) > before:
-                node, number = node.left, before
+            num_left = node.num_left(number)
+            if node.num_left(number + 1) > num_left:
+                node, number = node.left, num_left
             else:
-                node, number = node.right, number - before
+                node, number = node.right, number - num_left
         return node, number
 
-    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
-        """The block that a sample of a run reads; see `Samples`."""
-        source, number = self.place(sample)
+    def block(self, sample: int, seed: int) -> Row:
+        """Return the block of a sample of the run, a `Row` of [block_size + 1] arrays; see `BlockSource.block`."""
+        source, number = self.locate(sample)
         return self._sources[source].block(number, seed_of_source(seed, source))
 
     def num_samples(self, num_samples: int) -> list[int]:
-        """How many of the first samples of a run each text has."""
+        """Return, for each source, how many of the first `num_samples` samples of the run belong to it."""
         counts = [0] * len(self._sources)
-        due: list[tuple[_Fork | int, int]] = [(self._tree, num_samples)]
-        while due:
-            node, number = due.pop()
+        pending: list[tuple[_Fork | int, int]] = [(self._tree, num_samples)]
+        while pending:
+            node, number = pending.pop()
             if isinstance(node, _Fork):
-                left = node.num_left(number)
-                due += [(node.left, left), (node.right, number - left)]
+                num_left = node.num_left(number)
+                pending += [(node.left, num_left), (node.right, number - num_left)]
             else:
                 counts[node] = number
         return counts
 
     def num_epochs(self, num_samples: int) -> list[float]:
-        """How often a run of so many samples reads each text."""
+        """Return, for each source, how many times a run of `num_samples` samples reads it."""
         counts = self.num_samples(num_samples)
         return [count / source.num_blocks for source, count in zip(self._sources, counts, strict=True)]
 
     def num_unread(self, num_samples: int) -> int:
-        """Blocks that a run of so many samples never reads."""
+        """Return the number of blocks that a run of `num_samples` samples does not read."""
         counts = self.num_samples(num_samples)
         return sum(source.num_unread(count) for source, count in zip(self._sources, counts, strict=True))
 
 
-def _tree(shares: Sequence[Fraction]) -> _Fork | int:
-    """Huffman's tree; it never changes from one version to the next, since runs are resumed by it."""
+def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
+    """Build the Huffman tree of the shares; it must never change between versions, since runs resume by it."""
     heap: list[tuple[Fraction, int, _Fork | int]] = [(share, number, number) for number, share in enumerate(shares)]
     heapq.heapify(heap)
-    # The second entries differ, so that no two nodes are compared.
+    # The second entries differ, so that two nodes are never compared.
     for number in range(len(shares), 2 * len(shares) - 1):
         lighter, _, right = heapq.heappop(heap)
         heavier, _, left = heapq.heappop(heap)
@@ -140,11 +145,11 @@ def _tree(shares: Sequence[Fraction]) -> _Fork | int:
 
 
 def mixed(names: Sequence[str], weights: Sequence[Fraction | None], texts: Sequence[Streams]) -> Streams:
-    """Several texts of one tokenizer as one, whose validation text is theirs one behind the other.
+    """Return several texts of one tokenizer as one text; their validation texts are concatenated.
 
     Args:
-        names: what each is called in messages.
-        weights: of each, as `Mixture` takes them.
+        names: names of the texts in messages.
+        weights: weights of the texts; see `Mixture`.
         texts: the texts, with the same vocabulary size.
     """
     held_out = [text.validation for text in texts if text.validation is not None]
@@ -155,8 +160,8 @@ def mixed(names: Sequence[str], weights: Sequence[Fraction | None], texts: Seque
         skipped.update(text.skipped)
     sources = [Source(name, weight, text.train) for name, weight, text in zip(names, weights, texts, strict=True)]
     return Streams(
-        train=_joined([text.train for text in texts]),
-        validation=_joined(held_out) if held_out else None,
+        train=_concatenated([text.train for text in texts]),
+        validation=_concatenated(held_out) if held_out else None,
         skipped=skipped,
         data_hash=digest.hexdigest(),
         vocabulary_size=texts[0].vocabulary_size,
@@ -166,19 +171,17 @@ def mixed(names: Sequence[str], weights: Sequence[Fraction | None], texts: Seque
     )
 
 
-def _joined(streams: Sequence[Stream]) -> Stream:
-    """Streams one behind the other; what one of them does not say is not known."""
-    documents = [stream.num_documents for stream in streams]
-    sizes = [stream.num_bytes for stream in streams]
-    parts = [SlicedStarts(stream.starts, 0, len(stream.tokens)) for stream in streams if stream.starts is not None]
+def _concatenated(streams: Sequence[Stream]) -> Stream:
+    """Concatenate streams; a fact that is unknown of one of them is unknown of the result."""
+    starts = [SlicedStarts(stream.starts, 0, len(stream.tokens)) for stream in streams if stream.starts is not None]
     return Stream(
         Tokens.joined([stream.tokens for stream in streams if isinstance(stream.tokens, Tokens)]),
-        _sum(documents),
-        _sum(sizes),
-        ConcatenatedStarts(parts) if len(parts) == len(streams) else None,
+        _sum_if_known([stream.num_documents for stream in streams]),
+        _sum_if_known([stream.num_bytes for stream in streams]),
+        ConcatenatedStarts(starts) if len(starts) == len(streams) else None,
     )
 
 
-def _sum(numbers: Sequence[int | None]) -> int | None:
+def _sum_if_known(numbers: Sequence[int | None]) -> int | None:
     known = [number for number in numbers if number is not None]
     return sum(known) if len(known) == len(numbers) else None

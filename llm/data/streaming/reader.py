@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from llm.config.errors import UserError
 from llm.data.batches.blocks import Blocks
+from llm.data.batches.row import Row
 from llm.data.batches.shuffle import shuffled_index
 from llm.data.shards.document_starts import StartsInFiles
 from llm.data.shards.format import MANIFEST, Shard, open_shard, shard_path
@@ -154,7 +155,7 @@ class GrowingBlocks:
         last_token = (sample // self.window + 1) * self.window * self.block_size
         return last_token // self._tokens.shard_size + 1
 
-    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
+    def block(self, sample: int, seed: int) -> Row:
         """The block that sample number `sample` of a run reads; samples are counted over the epochs.
 
         Raises:

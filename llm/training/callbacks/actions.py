@@ -134,7 +134,7 @@ class Actions:
             rank=self.world.rank,
             num_ranks=self.world.size,
             max_batches=self.options.evaluation.max_eval_batches,
-            pin_memory=self.world.device.type == "cuda",
+            device=self.world.device,
         )
         with self.watchdog.phase("the evaluation"):
             found = evaluate(

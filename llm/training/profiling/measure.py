@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from llm.config.errors import UserError, first_line
 from llm.data.batches.loader import Batch, BlockSource, training_batches
+from llm.data.batches.row import Row
 from llm.system.device_timer import DeviceTimer
 from llm.system.memory import available_bytes, peak_bytes, reset_peak_bytes, resident_bytes
 from llm.system.precision import multiplies_bf16
@@ -52,9 +52,9 @@ class SyntheticBlocks:
         """Nothing is left over of what has no end."""
         return 0
 
-    def block(self, sample: int, seed: int) -> NDArray[np.int64]:
-        """int64 [block_size + 1], the same for the same seed and sample."""
-        return np.random.default_rng((seed, sample)).integers(self.vocabulary_size, size=self.block_size + 1)
+    def block(self, sample: int, seed: int) -> Row:
+        """Return a row of ids, int64 [block_size + 1], the same for the same seed and sample."""
+        return Row(np.random.default_rng((seed, sample)).integers(self.vocabulary_size, size=self.block_size + 1))
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class StepBenchmark:
             rank=world.rank,
             num_ranks=world.size,
             num_workers=self._num_workers,
-            pin_memory=world.device.type == "cuda",
+            device=world.device,
         )
 
     def _fits(self, micro_batch: int, before: Measurement) -> bool:

@@ -25,17 +25,19 @@ def _streams(num_train: int, num_validation: int | None) -> Streams:
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 8, 9, 10, 16, 17, 100])
 def test_blocks_when_read_then_every_token_after_the_first_is_predicted_once(num_tokens) -> None:
     blocks = Blocks(np.arange(num_tokens, dtype=np.uint16), 8)
-    targets = [token for i in range(len(blocks)) for token in blocks[i][1:].tolist()]
+    targets = [token for i in range(len(blocks)) for token in blocks[i].ids[1:].tolist()]
     assert targets == list(range(1, len(blocks) * 8 + 1))
     assert num_tokens - len(blocks) * 8 - 1 == blocks.num_dropped or num_tokens == 0
     assert 0 <= blocks.num_dropped < 8
     assert blocks.num_tokens + blocks.num_dropped == num_tokens
 
 
-def test_blocks_when_read_then_int64_and_one_longer() -> None:
-    block = Blocks(np.arange(100, dtype=np.uint16), 8)[3]
-    assert block.dtype == np.int64
-    assert block.tolist() == list(range(24, 33))
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64])
+def test_blocks_when_read_then_of_the_type_of_the_tokens_and_one_longer(dtype: type) -> None:
+    row = Blocks(np.arange(100, dtype=dtype), 8, vocabulary_size=100)[3]
+    assert row.ids.dtype == dtype
+    assert row.ids.tolist() == list(range(24, 33))
+    assert row.positions is row.loss_mask is None
 
 
 def test_blocks_when_index_is_outside_then_index_error() -> None:
@@ -50,7 +52,7 @@ def test_blocks_when_id_is_beyond_the_vocabulary_then_position_named() -> None:
     tokens = np.zeros(33, dtype=np.uint16)
     tokens[20] = 50
     blocks = Blocks(tokens, 8, vocabulary_size=50)
-    assert blocks[0].max() == 0
+    assert blocks[0].ids.max() == 0
     with pytest.raises(UserError, match="token 20 of the stream has id 50"):
         blocks[2]
 
@@ -60,8 +62,8 @@ def test_blocks_when_sent_to_a_process_then_the_file_is_not(tmp_path: Path) -> N
     blocks = Blocks(Tokens([TokenFile(tmp_path / "x.bin", "<u2", 10_000)]), 8, vocabulary_size=10_000)
     sent = pickle.dumps(blocks)
     assert len(sent) < 1000
-    assert pickle.loads(sent)[7].tolist() == blocks[7].tolist()
-    assert pickle.loads(pickle.dumps(Blocks(np.arange(20), 8)))[1].tolist() == list(range(8, 17))
+    assert pickle.loads(sent)[7].ids.tolist() == blocks[7].ids.tolist()
+    assert pickle.loads(pickle.dumps(Blocks(np.arange(20), 8)))[1].ids.tolist() == list(range(8, 17))
 
 
 def test_cut_blocks_when_training_text_is_short_then_refused_with_the_mend() -> None:

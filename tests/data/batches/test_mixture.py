@@ -50,7 +50,7 @@ def test_mixture_when_read_from_the_start_then_shares_within_a_block_and_counted
     assert mixture.shares == tuple(Fraction(weight) / total for weight in weights)
     counts: Counter[int] = Counter()
     for sample in range(3000):
-        source, number = mixture.place(sample)
+        source, number = mixture.locate(sample)
         assert number == counts[source]  # its samples are counted without a gap
         counts[source] += 1
         for i, share in enumerate(mixture.shares):
@@ -68,8 +68,8 @@ def test_mixture_when_read_then_every_block_of_a_text_once_in_each_of_its_epochs
     found: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for sample in range(500):
         row = mixture.block(sample, 3)
-        source = int(row[0]) // 10_000
-        found[source].append(int(row[0]) % 10_000 // BLOCK)
+        source = int(row.ids[0]) // 10_000
+        found[source].append(int(row.ids[0]) % 10_000 // BLOCK)
     for source, size in enumerate(sizes):
         epochs = [found[source][i : i + size] for i in range(0, len(found[source]) - size + 1, size)]
         assert len(epochs) >= 2
@@ -82,7 +82,7 @@ def test_mixture_when_read_then_every_block_of_a_text_once_in_each_of_its_epochs
 def test_mixture_when_no_weights_then_an_epoch_reads_every_block_once() -> None:
     mixture = Mixture([_blocks(23), _blocks(7, 10_000), _blocks(1, 20_000)], [None, None, None])
     assert mixture.num_samples(mixture.num_blocks) == [23, 7, 1]
-    rows = {int(mixture.block(sample, 5)[0]) for sample in range(31)}
+    rows = {int(mixture.block(sample, 5).ids[0]) for sample in range(31)}
     assert len(rows) == 31
     assert mixture.num_unread(31) == 0
     assert mixture.num_unread(0) == 31
@@ -94,10 +94,10 @@ def test_mixture_when_asked_again_then_the_same_and_the_seed_orders_texts_apart(
     again = pickle.loads(pickle.dumps(mixture))
 
     def order(of: Mixture, seed: int) -> list[int]:
-        return [int(of.block(sample, seed)[0]) for sample in range(600)]
+        return [int(of.block(sample, seed).ids[0]) for sample in range(600)]
 
     assert order(again, 3) == order(mixture, 3)
-    assert again.block(417, 3).tolist() == mixture.block(417, 3).tolist()
+    assert again.block(417, 3).ids.tolist() == mixture.block(417, 3).ids.tolist()
     assert order(mixture, 4) != order(mixture, 3)
     first = [block for block in order(mixture, 3) if block < 10_000]
     second = [block - 10_000 for block in order(mixture, 3) if block >= 10_000]
@@ -108,8 +108,8 @@ def test_mixture_when_asked_again_then_the_same_and_the_seed_orders_texts_apart(
 def test_mixture_when_dealt_then_as_it_ever_was() -> None:
     # Runs are resumed by it: these numbers must never change.
     mixture = _mixture(("0.5", "0.3", "0.2"), (100, 100, 100))
-    assert [mixture.place(sample)[0] for sample in range(20)] == [1, 0, 2, 0, 1, 0, 2, 0, 1, 0] * 2
-    assert [int(mixture.block(sample, 7)[0]) for sample in range(6)] == [10364, 368, 20392, 0, 10388, 132]
+    assert [mixture.locate(sample)[0] for sample in range(20)] == [1, 0, 2, 0, 1, 0, 2, 0, 1, 0] * 2
+    assert [int(mixture.block(sample, 7).ids[0]) for sample in range(6)] == [10364, 368, 20392, 0, 10388, 132]
 
 
 def _streams(tmp_path: Path, name: str, num_tokens: int, held_out: int, *, num_bytes: int | None = 5) -> Streams:

@@ -99,12 +99,13 @@ def test_blocks_when_documents_are_known_then_rows_hold_positions_inside_them(
     assert len(blocks) == len(plain)
     for number in range(len(blocks)):
         row = blocks[number]
-        assert (row.shape, row.dtype) == ((2, block_size + 1), np.int64)
-        assert row[0].tolist() == plain[number].tolist()
+        assert row.positions is not None
+        assert (row.positions.shape, row.positions.dtype) == ((block_size + 1,), np.int32)
+        assert row.ids.tolist() == plain[number].ids.tolist()
         first = number * block_size
         begins = sorted({first, *(start for start in STARTS if first < start <= first + block_size)})
         expected = [place - max(b for b in begins if b <= place) for place in range(first, first + block_size + 1)]
-        assert row[1].tolist() == expected
+        assert row.positions.tolist() == expected
 
 
 def test_batch_when_a_target_begins_a_document_then_it_is_not_counted(shards: list[Written]) -> None:

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from llm.config.errors import UserError
 from llm.config.options import DataOptions
 from llm.data.batches.loader import training_batches
+from llm.data.batches.row import Row
 from llm.data.preparation.tokenize import write_shards
 from llm.data.shards.format import MANIFEST, open_folder
 from llm.data.sources.corpus import open_corpus
@@ -68,11 +68,11 @@ def blocks_of(folder: Path, block_size: int = BLOCK, shard_size: int = SHARD) ->
     return GrowingBlocks(tokens, block_size, vocabulary_size=257)
 
 
-def numbers(rows: list[np.ndarray], whole: Path) -> list[int]:
+def numbers(rows: list[Row], whole: Path) -> list[int]:
     """Which block of the text each row is."""
     text = open_folder(whole).train.tokens[:]
     known = {text[start : start + BLOCK + 1].tobytes(): start // BLOCK for start in range(0, len(text) - BLOCK, BLOCK)}
-    return [known[row.astype("<u2").tobytes()] for row in rows]
+    return [known[row.ids.tobytes()] for row in rows]
 
 
 def test_order_when_a_window_is_read_then_its_shards_suffice_and_all_its_blocks_come(
@@ -112,7 +112,7 @@ def test_order_when_blocks_are_about_as_long_as_shards_then_enough_shards_are_wa
         due = blocks.num_shards(sample)
         blocks = blocks_of(arrive(due), block_size)
         assert blocks.look() > sample
-        assert len(blocks.block(sample, SEED)) == block_size + 1
+        assert len(blocks.block(sample, SEED).ids) == block_size + 1
 
 
 def test_last_shard_when_it_is_short_then_the_end_is_waited_for(arrive: Callable[[int | None], Path]) -> None:
