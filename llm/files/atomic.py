@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: temporary name, fsync, rename, fsync of the parent."""
+"""Atomic writes of files and folders: write under a temporary name, fsync, rename, fsync the parent folder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _OLDER = ".old"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new one, never a part.
+    """Write a file so that a reader sees either the old or the new content, also after a crash, and never a part.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the old content is then intact.
-            Its `filename` is the path.
+        OSError: the disk is full or the folder cannot be written; the old content is then intact. The error's
+            `filename` is the path.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -34,16 +34,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of the UTF-8 text."""
+    """Write a text in UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder beside `path` that takes its name when the block ends well.
+    """Yield an empty temporary folder beside `path`; rename it to `path` when the block ends without an error.
 
-    All files in it are synced first. An older folder of that name is replaced; a failed block leaves it
-    as it was and removes the temporary one.
+    All files in the folder are synced first. An older folder at `path` is replaced. If the block fails, the older
+    folder stays as it was and the temporary one is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -58,7 +58,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Gives a folder its name; the older one of that name is there until the new one is, durably."""
+    """Rename a folder to `path`; keep an older folder at `path` until the new name is durable."""
     older = path.with_name(f".{path.name}{_OLDER}")
     if path.exists():
         shutil.rmtree(older, ignore_errors=True)
@@ -73,11 +73,11 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def restore_replaced(parent: Path, names: str) -> None:
-    """Gives folders their names back whose successor was killed before it had taken them.
+    """Restore folders that `atomic_folder` had renamed when the process was killed before the new one had their name.
 
     Args:
-        parent: where they are.
-        names: a pattern of the names.
+        parent: folder that contains them.
+        names: glob pattern of their names.
     """
     for older in parent.glob(f".{names}{_OLDER}"):
         _restore(older, older.with_name(older.name.removeprefix(".").removesuffix(_OLDER)))
@@ -89,9 +89,9 @@ def _restore(older: Path, path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Syncs every file and folder below `folder`, and gives files the modes that the umask allows.
+    """Sync every file and folder below `folder` to disk, and set the mode of files to 0666 without the umask's bits.
 
-    Libraries that write through temporary files leave mode 0600 behind, which locks out the group.
+    Libraries that write through temporary files leave mode 0600, which locks out the group.
     """
     umask = os.umask(0)
     os.umask(umask)
@@ -104,7 +104,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Makes what was written into a file durable."""
+    """Sync the content of a file to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -113,7 +113,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside the folder durable, where the system lets a folder be synced."""
+    """Sync the names in a folder to disk, which makes renames durable, if the system can sync a folder."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -20,121 +20,123 @@ log = logging.getLogger(__name__)
 
 _HEARTBEAT_SECONDS = 10.0
 _STALE_SECONDS = 60.0
-_LOOK_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 
 
 class LockLostError(UserError):
-    """The lock is not this process's any more, so that it must not write there."""
+    """This process no longer holds the lock, so that it must not write in the locked folder."""
 
 
 class Lock:
-    """A lock file that this process took, and may lose: to another run, when it stood still and was taken for dead."""
+    """A lock file that this process has taken; another run takes it over if this process is suspended for a minute."""
 
     def __init__(self, path: Path, content: str) -> None:
-        self._path, self._content = path, content
+        self._path = path
+        self._content = content
         self._loss: str | None = None
 
     @property
     def is_lost(self) -> bool:
-        """Whether the loss is known; nothing is read."""
+        """Whether this process already knows that it lost the lock; reads no file."""
         return self._loss is not None
 
     def is_held(self) -> bool:
-        """Looks at the file; a loss is logged once."""
-        return self._look(touch=False)
+        """Read the lock file and return whether this process still holds it; log a loss once."""
+        return self._read_own(touch=False)
 
     def check(self) -> None:
-        """Looks at the file.
+        """Read the lock file.
 
         Raises:
-            LockLostError: it is not ours any more.
+            LockLostError: this process no longer holds the lock.
         """
         if not self.is_held():
             raise LockLostError(self._loss)
 
     def touch(self) -> bool:
-        """Shows others that its holder lives, if it is ours, and whether it is."""
-        return self._look(touch=True)
+        """Update the file's time, which shows that the holder is alive, and return whether the lock is still held."""
+        return self._read_own(touch=True)
 
     def release(self) -> None:
-        """Removes the file, if it is ours."""
+        """Remove the lock file if this process still holds it."""
         if self.is_held():
             self._path.unlink(missing_ok=True)
 
-    def _look(self, *, touch: bool) -> bool:
+    def _read_own(self, *, touch: bool) -> bool:
         if self.is_lost:
             return False
         try:
-            # What is touched is what was read, whatever takes its name meanwhile.
+            # Touch the file that was read, even if another file takes its name in between.
             with open(self._path) as file:
-                is_ours = file.read() == self._content
-                if is_ours and touch:
+                is_held = file.read() == self._content
+                if is_held and touch:
                     os.utime(file.fileno())
-        except (FileNotFoundError, PermissionError):  # of another user
-            is_ours = False
+        except (FileNotFoundError, PermissionError):  # PermissionError: a lock file of another user
+            is_held = False
         except OSError:
-            return True  # a disk that does not answer is no sign of another run
-        if not is_ours:
-            self._lose()
-        return is_ours
+            return True  # a disk that does not respond is no sign of another run
+        if not is_held:
+            self._report_loss()
+        return is_held
 
-    def _lose(self) -> None:
+    def _report_loss(self) -> None:
         try:
-            found = _read(self._path)
+            lock_file = _read(self._path)
         except OSError as error:
-            whose = f"cannot be read any more ({error.strerror})"
+            cause = f"can no longer be read ({error.strerror})"
         else:
-            whose = "is gone" if found is None else f"is held by another run now ({found.holder})"
+            cause = "was removed" if lock_file is None else f"is held by another run now ({lock_file.holder})"
         self._loss = (
-            f"the lock {self._path} {whose}: this run stood still for a minute or more, or somebody removed the file;"
-            " it must not write there any more; start it again when the other one has ended"
+            f"the lock {self._path} {cause}: this run was suspended for a minute or more, or a user removed the file;"
+            " this run must not write there any more; start it again when the other run has ended"
         )
         log.error("%s", self._loss)
 
 
-# Locks of this very process; another one that has its number (in another container) is not it.
+# Locks of this process. A process in another container may have the same number; its locks are not listed here.
 _held: dict[Path, Lock] = {}
 
 
 @contextmanager
 def locked(path: Path, *, job: str | None = None, wait_for_stale: bool = False) -> Iterator[Lock]:
-    """Holds the lock file while the block runs, and touches it every ten seconds.
+    """Hold the lock file while the block runs, and touch it every ten seconds.
 
-    When the block fails and the lock was lost, the loss is raised: it is the cause.
+    If the block fails and the lock was lost, the loss is raised, since it is the cause of the failure.
 
-    A lock is taken over when its process is gone from this host, when it is of this very job on another host
-    (which runs once at a time), or when nobody touched it for a minute: its holder was killed, perhaps on
-    another host, where it cannot be asked.
+    An existing lock is taken over in three cases: its process has ended on this host; it belongs to the same job on
+    another host (a job runs once at a time); or it was not touched for a minute, so that its holder must have been
+    killed, perhaps on another host, where the process cannot be checked.
 
     Args:
-        path: of the lock file.
+        path: path of the lock file.
         job: the scheduler's job that this process belongs to.
-        wait_for_stale: whether to wait, up to that minute, for a lock of another host that nobody touches any more.
+        wait_for_stale: whether to wait, up to that minute, for a lock of another host that is no longer touched.
 
     Raises:
-        UserError: another run holds it.
-        LockLostError: another run took it while the block ran.
+        UserError: another run holds the lock.
+        LockLostError: another run took the lock while the block ran.
     """
     path = path.resolve()
     content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": job, "id": uuid.uuid4().hex})
     touched: float | None = None
-    while not _taken(path, content):
-        found = _read(path)
-        if found is None:
+    while not _try_to_take(path, content):
+        lock_file = _read(path)
+        if lock_file is None:
             continue
-        if found.is_stale(job):
-            _remove(path, found.content)
-        elif wait_for_stale and not found.is_here and touched in (None, found.touched):
+        if lock_file.is_stale(job):
+            _remove(path, lock_file.content)
+        elif wait_for_stale and not lock_file.is_on_this_host and touched in (None, lock_file.touched):
             if touched is None:
-                touched = found.touched
-                log.info("waiting for the lock of %s, last touched %.0f s ago", found.holder, found.age)
-            time.sleep(_LOOK_SECONDS)
+                touched = lock_file.touched
+                log.info("waiting for the lock of %s, last touched %.0f s ago", lock_file.holder, lock_file.age_seconds)
+            time.sleep(_POLL_SECONDS)
         else:
             raise UserError(
-                f"{path.parent} is used by another run ({found.holder}): wait for it (a minute, if it was killed on "
-                f"another host), choose another --output_dir, or remove {path}"
+                f"{path.parent} is used by another run ({lock_file.holder}): wait until it has ended (a minute, if it "
+                f"was killed on another host), choose another --output_dir, or remove {path}"
             )
-    _held[path] = lock = Lock(path, content)
+    lock = Lock(path, content)
+    _held[path] = lock
     ended = Event()
     Thread(target=_keep_touching, args=(lock, ended), name="lock", daemon=True).start()
     try:
@@ -150,33 +152,33 @@ def locked(path: Path, *, job: str | None = None, wait_for_stale: bool = False) 
 
 
 def release_all() -> None:
-    """Removes the locks that this process holds, for one that ends without leaving its blocks."""
+    """Remove the locks that this process holds; for a process that ends without leaving its `locked` blocks."""
     for lock in list(_held.values()):
         lock.release()
 
 
-def _taken(path: Path, content: str) -> bool:
-    """Whether the lock is ours now."""
-    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def _try_to_take(path: Path, content: str) -> bool:
+    """Create the lock file if there is none, and return whether this process has created it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        own.write_text(content)
+        temporary.write_text(content)
     except OSError:
-        own.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     try:
-        # A link appears whole or not at all: nobody ever reads a lock that does not name its holder yet.
-        os.link(own, path)
+        # A hard link appears with its whole content: no process ever reads a lock that does not name its holder yet.
+        os.link(temporary, path)
     except FileExistsError:
         return False
     except OSError:
-        # A file system without links: the name still appears once only.
+        # The file system has no hard links. Exclusive creation still succeeds in one process only.
         try:
             with open(path, "x") as file:
                 file.write(content)
         except FileExistsError:
             return False
     finally:
-        own.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return True
 
 
@@ -187,19 +189,23 @@ def _keep_touching(lock: Lock, ended: Event) -> None:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Somebody's lock file, as it was read.
+class _LockFile:
+    """A lock file as it was read, of any process.
 
     Attributes:
-        touched: when, by the clock of the file system.
-        age: seconds from there, by the same clock.
-        host: of the holder; None in a file that is no lock of ours.
+        path: path of the file.
+        content: text of the file.
+        touched: modification time, by the clock of the file system.
+        age_seconds: seconds since `touched`, by the same clock.
+        host: the holder's host; None if the file is not a valid lock.
+        pid: the holder's process number.
+        job: the holder's job.
     """
 
     path: Path
     content: str
     touched: float
-    age: float
+    age_seconds: float
     host: str | None
     pid: int
     job: str | None
@@ -209,14 +215,14 @@ class _Found:
         return f"process {self.pid} on {self.host}" + (f", job {self.job}" if self.job else "")
 
     @property
-    def is_here(self) -> bool:
+    def is_on_this_host(self) -> bool:
         return self.host == socket.gethostname()
 
     def is_stale(self, job: str | None) -> bool:
-        """Whether nobody holds it any more, as seen from this job."""
-        if self.host is None or self.age >= _STALE_SECONDS:
+        """Whether no process holds the lock any more, as far as a process of this job can determine."""
+        if self.host is None or self.age_seconds >= _STALE_SECONDS:
             return True
-        if not self.is_here:
+        if not self.is_on_this_host:
             return job is not None and self.job == job
         if self.pid == os.getpid():
             return self.path not in _held
@@ -224,29 +230,30 @@ class _Found:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:
+        except PermissionError:  # the process exists and belongs to another user
             pass
         return False
 
 
-def _read(path: Path) -> _Found | None:
-    """The lock that is there; None when it is there no more."""
+def _read(path: Path) -> _LockFile | None:
+    """Read a lock file; return None if there is none (any more)."""
     try:
-        content, touched = path.read_text(), path.stat().st_mtime
+        content = path.read_text()
+        touched = path.stat().st_mtime
     except FileNotFoundError:
         return None
     host: str | None = None
     pid, job = 0, None
     try:
-        facts = json.loads(content)
-        pid, job, host = int(facts["pid"]), facts.get("job"), str(facts["host"])
+        holder = json.loads(content)
+        pid, job, host = int(holder["pid"]), holder.get("job"), str(holder["host"])
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    return _Found(path, content, touched, _now(path) - touched, host, pid, job)
+    return _LockFile(path, content, touched, _now(path) - touched, host, pid, job)
 
 
 def _now(path: Path) -> float:
-    """The time by the clock that stamps the files there, which may be another machine's."""
+    """Return the time of the file system of `path`, which may be another machine's clock."""
     probe = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     probe.touch()
     try:
@@ -256,23 +263,25 @@ def _now(path: Path) -> float:
 
 
 def _remove(path: Path, content: str) -> None:
-    """Removes a lock, if it is still the one that was read."""
-    # Moved away before it is judged again: another starter may have put its own in place since.
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    """Remove a lock file if it still has the content that was read."""
+    # Rename the file before its content is compared again: another process may have created its own lock since.
+    renamed = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        os.rename(path, aside)
+        os.rename(path, renamed)
     except FileNotFoundError:
         return
-    if aside.read_text() != content and not path.exists():
-        os.rename(aside, path)
+    if renamed.read_text() != content and not path.exists():
+        os.rename(renamed, path)
         return
-    aside.unlink()
+    renamed.unlink()
 
 
 def lock_holder(path: Path) -> tuple[str, int] | None:
-    """Host and process that hold the lock; None when nobody does, or only somebody who was killed."""
+    """Return the host and the process number of the lock's holder; None if the lock is free or stale."""
     try:
-        found = _read(path.resolve())
+        lock_file = _read(path.resolve())
     except OSError:
         return None
-    return None if found is None or found.host is None or found.is_stale(None) else (found.host, found.pid)
+    if lock_file is None or lock_file.host is None or lock_file.is_stale(None):
+        return None
+    return lock_file.host, lock_file.pid

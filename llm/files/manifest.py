@@ -1,4 +1,4 @@
-"""`manifest.json`: the size and hash of every file of a folder, its own included, written last."""
+"""`manifest.json`: size and hash of every file in a folder, and a hash of the manifest itself; written last."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HASH = "xxh3_128"
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes `manifest.json` over all files that are below `folder` now."""
+    """Write `manifest.json` for all files that are below `folder` now."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, _HASH: hash_file(path)}
         for path in sorted(folder.rglob("*"))
@@ -25,14 +25,15 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path, *, read_content: bool = True) -> str | None:
-    """What is wrong with a folder that has a manifest, in a few words; None when every byte is right.
+    """Compare a folder with its manifest; return the first difference in a few words, or None if there is none.
 
-    A file that the manifest does not list is no damage: nobody reads it (all names are known, and weights
-    in safetensors come before any others), and people put notes and network disks put `.nfs*` files there.
+    A file that the manifest does not list is no damage. Such files are never read: the names that are read are fixed,
+    and weights in safetensors take precedence over other formats. Users add notes, and network disks `.nfs*` files.
 
     Args:
-        folder: the folder.
-        read_content: False looks at the manifest, and at the names and sizes of the others only.
+        folder: the folder that contains the manifest.
+        read_content: whether to hash the content of every file; False compares the manifest's own hash, and the names
+            and sizes of the files.
     """
     try:
         content = (folder / MANIFEST).read_bytes()
@@ -42,13 +43,13 @@ def find_damage(folder: Path, *, read_content: bool = True) -> str | None:
         return _unreadable(MANIFEST, error)
     try:
         files = json.loads(content)["files"]
-        # To the byte: whatever was changed, in a name, a number, a hash, or between them, is found here.
+        # Compare the exact bytes: this finds every change of a name, a number, a hash or the text between them.
         if content != _serialised(files):
             return (
                 f"{MANIFEST} has other content than when it was written (or another version of this program wrote it)"
             )
     except (ValueError, KeyError, TypeError, RecursionError):
-        # The cause says nothing to a person, and may quote pages of it.
+        # The error's own text would not help the user, and may quote pages of the file.
         return f"{MANIFEST} cannot be read (it is not what this program writes)"
     for name, expected in files.items():
         try:
@@ -61,9 +62,9 @@ def find_damage(folder: Path, *, read_content: bool = True) -> str | None:
 
 
 def hash_file(path: Path) -> str:
-    """The XXH3 hash (128 bits, as hexadecimal digits) of a file's content.
+    """Return the 128-bit XXH3 hash of a file's content, in hexadecimal digits.
 
-    It finds accidents, not forgers, at the speed of memory; reading and hashing let go of the interpreter.
+    The hash detects accidental changes, not forgeries, at the speed of memory. Reading and hashing release the GIL.
     """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
@@ -85,6 +86,6 @@ def _unreadable(name: str, error: OSError) -> str:
 
 
 def _serialised(files: dict[str, Any]) -> bytes:
-    """The one text of a manifest, with a hash over its files' names, sizes and hashes."""
-    own = xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
-    return (json.dumps({"version": _VERSION, "files": files, _HASH: own}, indent=1) + "\n").encode()
+    """Return the bytes of the manifest, which include a hash over the names, sizes and hashes of the files."""
+    manifest_hash = xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
+    return (json.dumps({"version": _VERSION, "files": files, _HASH: manifest_hash}, indent=1) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent."""
+"""Atomic writes: the old content or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_write_when_the_file_exists_then_replaces_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_write_when_it_fails_then_the_old_content_stands_and_nothing_else(
+def test_write_when_it_fails_then_the_old_content_stays_and_no_other_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     path = tmp_path / "status.json"
@@ -54,7 +54,9 @@ def test_write_when_done_then_the_file_has_the_mode_of_the_umask(tmp_path: Path,
     assert mode(tmp_path / "a") == 0o666 & ~umask
 
 
-def test_folder_when_the_block_ends_then_is_whole_and_has_the_modes_of_the_umask(tmp_path: Path, umask: int) -> None:
+def test_atomic_folder_when_the_block_ends_then_is_complete_and_has_the_modes_of_the_umask(
+    tmp_path: Path, umask: int
+) -> None:
     path = tmp_path / "deep" / "step_1"
     with atomic_folder(path) as temporary:
         assert not path.exists()
@@ -66,7 +68,7 @@ def test_folder_when_the_block_ends_then_is_whole_and_has_the_modes_of_the_umask
     assert os.listdir(tmp_path / "deep") == ["step_1"]
 
 
-def test_folder_when_there_was_one_then_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_atomic_folder_when_there_was_an_older_one_then_replaces_all_of_it(tmp_path: Path) -> None:
     path = tmp_path / "step_1"
     for name in ("old", "new"):
         with atomic_folder(path) as temporary:
@@ -75,7 +77,7 @@ def test_folder_when_there_was_one_then_is_replaced_as_a_whole(tmp_path: Path) -
     assert os.listdir(tmp_path) == ["step_1"]
 
 
-def test_folder_when_the_block_fails_then_the_old_one_stands_and_nothing_else(tmp_path: Path) -> None:
+def test_atomic_folder_when_the_block_fails_then_the_old_one_stays_and_no_other_file(tmp_path: Path) -> None:
     path = tmp_path / "step_1"
     with atomic_folder(path) as temporary:
         (temporary / "old").write_text("old")
@@ -92,7 +94,7 @@ def test_folder_when_the_block_fails_then_the_old_one_stands_and_nothing_else(tm
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_folder_when_it_ends_between_two_names_then_the_old_one_comes_back(
+def test_atomic_folder_when_interrupted_between_two_renames_then_the_old_one_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool
 ) -> None:
     path, replace = tmp_path / "step_1", os.replace
@@ -106,7 +108,7 @@ def test_folder_when_it_ends_between_two_names_then_the_old_one_comes_back(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
-        if is_killed:  # then nobody tidies up
+        if is_killed:  # then no cleanup runs
             patch.setattr("llm.files.atomic._restore", lambda *_: None)
             patch.setattr("llm.files.atomic.shutil.rmtree", lambda *_, **__: None)
         with pytest.raises(OSError, match="No space left"), atomic_folder(path) as temporary:
@@ -121,7 +123,7 @@ def test_folder_when_it_ends_between_two_names_then_the_old_one_comes_back(
     assert os.listdir(tmp_path) == ["step_1"]
 
 
-def test_folder_when_an_earlier_attempt_left_files_then_they_are_not_in_it(tmp_path: Path) -> None:
+def test_atomic_folder_when_an_earlier_attempt_left_files_then_they_are_removed(tmp_path: Path) -> None:
     left = tmp_path / f".step_1.{os.getpid()}.tmp"
     left.mkdir()
     (left / "left").write_text("")
@@ -130,7 +132,9 @@ def test_folder_when_an_earlier_attempt_left_files_then_they_are_not_in_it(tmp_p
     assert os.listdir(tmp_path / "step_1") == ["new"]
 
 
-def test_sync_when_asked_then_reaches_every_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_tree_when_called_then_syncs_every_file_and_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "inner").mkdir()
     for file in (tmp_path / "a", tmp_path / "inner" / "b"):
         file.write_text("")

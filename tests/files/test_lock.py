@@ -1,4 +1,4 @@
-"""Two runs never write into one folder, and a dead one is in nobody's way."""
+"""Two runs never write into one folder, and a run that was killed does not block the next one."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ ROOT = str(Path(__file__).parents[2])
 
 
 def hold(path: Path, *, pid: int, host: str | None = None, job: str | None = None) -> None:
-    """Writes a lock as the process `pid` of `host` would have."""
+    """Write a lock file as the process `pid` of `host` does."""
     path.write_text(json.dumps({"host": host or socket.gethostname(), "pid": pid, "job": job}))
 
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """What was logged as an error so far."""
+    """A function that returns the errors that were logged so far."""
     monkeypatch.setattr(logging.getLogger("llm"), "propagate", True)
     return lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
 
 
 def dead_pid() -> int:
-    """The number of a process that has ended."""
+    """Return the number of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     process.wait()
     return process.pid
 
 
-def test_lock_when_held_then_names_its_holder_and_is_gone_afterwards(tmp_path: Path) -> None:
+def test_locked_when_the_block_runs_then_the_file_names_the_holder_and_is_removed_afterwards(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     with locked(path):
         holder = json.loads(path.read_text())
@@ -49,7 +49,7 @@ def test_lock_when_held_then_names_its_holder_and_is_gone_afterwards(tmp_path: P
     assert not path.exists()
 
 
-def test_lock_when_the_disk_is_full_then_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locked_when_the_disk_is_full_then_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, _: str) -> None:
         path.touch()
         raise OSError(28, "No space left on device")
@@ -60,7 +60,7 @@ def test_lock_when_the_disk_is_full_then_leaves_nothing(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lock_when_it_was_taken_over_then_that_of_the_other_stays(tmp_path: Path) -> None:
+def test_release_when_another_run_took_the_lock_over_then_its_file_stays(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     with locked(path):
         hold(path, pid=1)
@@ -68,14 +68,14 @@ def test_lock_when_it_was_taken_over_then_that_of_the_other_stays(tmp_path: Path
     assert os.listdir(tmp_path) == ["run.lock"]
 
 
-def test_lock_when_the_block_fails_then_is_released(tmp_path: Path) -> None:
+def test_locked_when_the_block_fails_then_the_file_is_removed(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), locked(tmp_path / "run.lock"):
         raise ZeroDivisionError
     assert not (tmp_path / "run.lock").exists()
 
 
 @pytest.mark.parametrize("pid", [os.getppid(), 1], ids=["the parent", "init"])
-def test_lock_when_its_holder_lives_then_is_refused_and_kept(tmp_path: Path, pid: int) -> None:
+def test_locked_when_the_holder_is_alive_then_raises_and_keeps_the_file(tmp_path: Path, pid: int) -> None:
     path = tmp_path / "run.lock"
     hold(path, pid=pid)
     with pytest.raises(UserError, match=f"process {pid} on .*choose another --output_dir") as refusal, locked(path):
@@ -84,14 +84,14 @@ def test_lock_when_its_holder_lives_then_is_refused_and_kept(tmp_path: Path, pid
     assert json.loads(path.read_text())["pid"] == pid
 
 
-def test_lock_when_held_on_another_host_then_is_refused_and_names_the_file(tmp_path: Path) -> None:
+def test_locked_when_held_on_another_host_then_raises_and_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     hold(path, pid=dead_pid(), host="another-host")
     with pytest.raises(UserError, match=f"on another-host.*remove {path}"), locked(path):
         pytest.fail("two holders")
 
 
-def test_lock_when_its_process_is_gone_then_is_taken_over(tmp_path: Path) -> None:
+def test_locked_when_the_holder_has_ended_then_takes_the_lock_over(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     hold(path, pid=dead_pid())
     with locked(path):
@@ -100,14 +100,14 @@ def test_lock_when_its_process_is_gone_then_is_taken_over(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("content", ["", '{"host": "her', "[]", '{"host": "here"}', '{"host": "here", "pid": null}'])
-def test_lock_when_half_written_then_is_taken_over(tmp_path: Path, content: str) -> None:
+def test_locked_when_the_file_is_half_written_then_takes_the_lock_over(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run.lock"
     path.write_text(content)
     with locked(path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
-def test_lock_when_held_by_this_process_then_is_refused(tmp_path: Path) -> None:
+def test_locked_when_this_process_holds_the_lock_then_raises(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     with locked(path):
         with pytest.raises(UserError, match=f"process {os.getpid()}"), locked(path):
@@ -115,7 +115,7 @@ def test_lock_when_held_by_this_process_then_is_refused(tmp_path: Path) -> None:
         assert path.exists()
 
 
-def test_lock_when_untouched_for_a_minute_then_is_taken_over_from_any_host(tmp_path: Path) -> None:
+def test_locked_when_untouched_for_a_minute_then_takes_the_lock_over_from_any_host(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     hold(path, pid=1, host="another-host")
     os.utime(path, (0, 0))
@@ -124,14 +124,14 @@ def test_lock_when_untouched_for_a_minute_then_is_taken_over_from_any_host(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lock_when_its_number_is_ours_but_not_its_process_then_is_taken_over(tmp_path: Path) -> None:
+def test_locked_when_another_container_left_this_process_number_then_takes_the_lock_over(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
-    hold(path, pid=os.getpid())  # as a killed container with the same numbers left it
+    hold(path, pid=os.getpid())  # left by a killed container with the same process numbers
     with locked(path):
         assert "id" in json.loads(path.read_text())
 
 
-def test_holder_when_asked_for_then_is_the_one_that_lives(tmp_path: Path) -> None:
+def test_lock_holder_when_called_then_is_the_process_that_is_alive(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     assert lock_holder(path) is None
     with locked(path):
@@ -145,7 +145,7 @@ def test_holder_when_asked_for_then_is_the_one_that_lives(tmp_path: Path) -> Non
     assert path.exists()  # only a start removes it
 
 
-def test_lock_when_it_is_of_this_job_on_another_host_then_is_taken_over(tmp_path: Path) -> None:
+def test_locked_when_held_by_the_same_job_on_another_host_then_takes_the_lock_over(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     hold(path, pid=1, host="another-host", job="slurm 7")
     for job in (None, "slurm 8"):
@@ -155,14 +155,14 @@ def test_lock_when_it_is_of_this_job_on_another_host_then_is_taken_over(tmp_path
         assert json.loads(path.read_text())["job"] == "slurm 7"
 
 
-def test_lock_when_its_process_lives_here_then_is_refused_to_its_job_too(tmp_path: Path) -> None:
+def test_locked_when_the_holder_is_alive_on_this_host_then_raises_for_the_same_job_too(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     hold(path, pid=os.getppid(), job="slurm 7")
     with pytest.raises(UserError), locked(path, job="slurm 7", wait_for_stale=True):
         pytest.fail("two holders")
 
 
-def test_lock_when_the_holder_on_another_host_is_dead_then_a_patient_start_waits_for_it(
+def test_locked_when_the_holder_on_another_host_is_dead_then_wait_for_stale_waits_and_takes_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "run.lock"
@@ -170,7 +170,7 @@ def test_lock_when_the_holder_on_another_host_is_dead_then_a_patient_start_waits
     touched = time.time() - 58
     os.utime(path, (touched, touched))
     with pytest.raises(UserError), locked(path):
-        pytest.fail("nobody asked to wait")
+        pytest.fail("waited without wait_for_stale")
     started = time.monotonic()
     with caplog.at_level(logging.INFO, "llm"), locked(path, wait_for_stale=True):
         assert json.loads(path.read_text())["pid"] == os.getpid()
@@ -180,7 +180,7 @@ def test_lock_when_the_holder_on_another_host_is_dead_then_a_patient_start_waits
     ]
 
 
-def test_lock_when_the_holder_on_another_host_lives_then_a_patient_start_is_refused_soon(tmp_path: Path) -> None:
+def test_locked_when_the_holder_on_another_host_is_alive_then_wait_for_stale_raises_soon(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     hold(path, pid=1, host="another-host")
     os.utime(path, (time.time() - 9, time.time() - 9))
@@ -192,8 +192,8 @@ def test_lock_when_the_holder_on_another_host_lives_then_a_patient_start_is_refu
     assert [file.name for file in tmp_path.iterdir()] == ["run.lock"]
 
 
-@pytest.mark.parametrize("by", ["another run", "nobody"])
-def test_lock_when_lost_then_the_holder_hears_of_it_and_leaves_the_file_alone(
+@pytest.mark.parametrize("by", ["another run", "a user"])
+def test_check_when_the_lock_was_lost_then_raises_and_leaves_the_file(
     tmp_path: Path, lines: Callable[[], list[str]], by: str
 ) -> None:
     path = tmp_path / "run.lock"
@@ -204,18 +204,18 @@ def test_lock_when_lost_then_the_holder_hears_of_it_and_leaves_the_file_alone(
         if by == "another run":
             hold(path, pid=17, host="another-host")
             os.utime(path, (1000, 1000))
-        assert not lock.is_lost  # nobody has looked
+        assert not lock.is_lost  # the file was not read yet
         with pytest.raises(LockLostError) as loss:
             lock.check()
         assert not lock.touch() and not lock.is_held() and lock.is_lost
-    said = "held by another run now (process 17 on another-host)" if by == "another run" else "gone"
-    assert f"the lock {path} is {said}: this run stood still" in str(loss.value)
+    cause = "is held by another run now (process 17 on another-host)" if by == "another run" else "was removed"
+    assert str(loss.value).startswith(f"the lock {path} {cause}:")
     assert lines() == [str(loss.value)]
     assert path.exists() == (by == "another run")
     assert not path.exists() or (path.stat().st_mtime == 1000 and json.loads(path.read_text())["pid"] == 17)
 
 
-def test_lock_when_lost_while_nobody_asks_then_its_heartbeat_says_so(
+def test_heartbeat_when_the_lock_was_lost_then_reports_it_and_stops_touching(
     tmp_path: Path, lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm.files.lock._HEARTBEAT_SECONDS", 0.05)
@@ -234,7 +234,7 @@ def test_lock_when_lost_while_nobody_asks_then_its_heartbeat_says_so(
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
-def test_lock_when_the_block_fails_then_a_loss_is_the_cause(tmp_path: Path, is_lost: bool) -> None:
+def test_locked_when_the_block_fails_after_a_loss_then_raises_the_loss(tmp_path: Path, is_lost: bool) -> None:
     path = tmp_path / "run.lock"
 
     def work() -> None:
@@ -248,14 +248,16 @@ def test_lock_when_the_block_fails_then_a_loss_is_the_cause(tmp_path: Path, is_l
     assert path.exists() == is_lost
 
 
-def test_locks_when_the_process_leaves_at_once_then_are_free_but_not_those_of_others(tmp_path: Path) -> None:
+def test_release_all_when_called_then_removes_the_locks_of_this_process_alone(tmp_path: Path) -> None:
     with locked(tmp_path / "a.lock"), locked(tmp_path / "b.lock"):
         hold(tmp_path / "b.lock", pid=1, host="another-host")
         release_all()
         assert [file.name for file in tmp_path.iterdir()] == ["b.lock"]
 
 
-def test_lock_when_its_holder_is_stopped_for_a_minute_then_another_takes_it_and_keeps_it(tmp_path: Path) -> None:
+def test_locked_when_the_holder_is_suspended_for_a_minute_then_another_process_takes_and_keeps_the_lock(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "run.lock"
     program = (
         "import sys, time\nfrom pathlib import Path\nfrom llm.files import lock\nlock._HEARTBEAT_SECONDS = 0.1\n"

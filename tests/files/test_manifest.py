@@ -1,4 +1,4 @@
-"""The manifest finds every kind of damage, in every file, itself included."""
+"""The manifest reveals every kind of damage, in every file and in itself."""
 
 from __future__ import annotations
 
@@ -45,17 +45,19 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def is_found(folder: Path, path: Path, changed: bytes | None) -> bool:
-    """Whether damage to one file is said in one line that names it; the file is as before afterwards."""
-    whole = path.read_bytes()
+    """Whether damage to one file is reported in one line that names it; restores the file afterwards."""
+    original = path.read_bytes()
     path.unlink()
     if changed is not None:
         path.write_bytes(changed)
-    said = find_damage(folder)
-    path.write_bytes(whole)
-    return said is not None and said.startswith(f"{path.name} ") and "\n" not in said and len(said) < 150
+    report = find_damage(folder)
+    path.write_bytes(original)
+    if report is None:
+        return False
+    return report.startswith(f"{path.name} ") and "\n" not in report and len(report) < 150
 
 
-def test_folder_when_untouched_then_is_good(folder: Path) -> None:
+def test_find_damage_when_the_folder_is_untouched_then_finds_none(folder: Path) -> None:
     assert find_damage(folder) is None
     assert find_damage(folder, read_content=False) is None
     assert set(json.loads((folder / MANIFEST).read_text())["files"]) == {
@@ -65,7 +67,7 @@ def test_folder_when_untouched_then_is_good(folder: Path) -> None:
     }
 
 
-def test_bit_when_any_is_flipped_then_is_found(checkpoint: Path) -> None:
+def test_find_damage_when_any_bit_of_a_file_is_flipped_then_finds_it(checkpoint: Path) -> None:
     draw = random.Random(5)
     paths = files_of(checkpoint)
     # Half of them where they fall, which is in the weights; the others in every file in turn.
@@ -83,12 +85,12 @@ def test_bit_when_any_is_flipped_then_is_found(checkpoint: Path) -> None:
     assert find_damage(checkpoint) is None
 
 
-def test_manifest_when_any_of_its_bits_is_flipped_then_is_found(folder: Path) -> None:
+def test_find_damage_when_any_bit_of_the_manifest_is_flipped_then_finds_it(folder: Path) -> None:
     path = folder / MANIFEST
-    whole = path.read_bytes()
+    original = path.read_bytes()
     missed = []
-    for bit in range(8 * len(whole)):
-        data = bytearray(whole)
+    for bit in range(8 * len(original)):
+        data = bytearray(original)
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
         if not str(find_damage(folder, read_content=False)).startswith(f"{MANIFEST} "):
@@ -97,47 +99,49 @@ def test_manifest_when_any_of_its_bits_is_flipped_then_is_found(folder: Path) ->
 
 
 @pytest.mark.parametrize("read_content", [True, False])
-def test_file_when_any_is_missing_cut_emptied_or_longer_then_is_found(checkpoint: Path, read_content: bool) -> None:
+def test_find_damage_when_a_file_is_missing_cut_empty_or_longer_then_finds_it(
+    checkpoint: Path, read_content: bool
+) -> None:
     for path in files_of(checkpoint):
-        whole = path.read_bytes()
-        for changed in (None, whole[:-1], whole[: len(whole) // 2], b"", whole + b"\n"):
+        original = path.read_bytes()
+        for changed in (None, original[:-1], original[: len(original) // 2], b"", original + b"\n"):
             assert is_found(checkpoint, path, changed), (path.name, changed and len(changed))
     assert find_damage(checkpoint, read_content=read_content) is None
 
 
-def test_folder_when_a_file_is_short_or_long_then_says_both_sizes(folder: Path) -> None:
+def test_find_damage_when_a_file_has_another_size_then_names_both_sizes(folder: Path) -> None:
     path = folder / "weights.safetensors"
     for data in (path.read_bytes()[:-1], path.read_bytes() + b"0"):
         path.write_bytes(data)
         for read_content in (True, False):
-            said = find_damage(folder, read_content=read_content)
-            assert said == f"weights.safetensors has {len(data)} bytes instead of 1280000"
+            report = find_damage(folder, read_content=read_content)
+            assert report == f"weights.safetensors has {len(data)} bytes instead of 1280000"
         path.write_bytes(bytes(range(256)) * 5000)
 
 
-def test_content_when_not_read_then_only_names_and_sizes_count(folder: Path) -> None:
+def test_find_damage_when_the_content_is_not_read_then_compares_names_and_sizes(folder: Path) -> None:
     (folder / "inner" / "state.json").write_text("[]")
     assert find_damage(folder, read_content=False) is None
     assert find_damage(folder) == "inner/state.json has other content than when it was written"
 
 
-def test_folder_when_a_file_is_missing_then_names_it(folder: Path) -> None:
+def test_find_damage_when_a_file_is_missing_then_names_it(folder: Path) -> None:
     (folder / "inner" / "state.json").unlink()
     assert find_damage(folder) == "inner/state.json is missing"
 
 
-def test_folder_when_a_file_became_a_folder_then_is_damaged(folder: Path) -> None:
+def test_find_damage_when_a_file_became_a_folder_then_names_it(folder: Path) -> None:
     (folder / "empty").unlink()
     (folder / "empty").mkdir()
     assert find_damage(folder) == "empty is missing"
 
 
-def test_folder_when_there_is_one_file_more_then_is_good(folder: Path) -> None:
+def test_find_damage_when_there_is_an_additional_file_then_finds_none(folder: Path) -> None:
     (folder / "note.txt").write_text("the good one")
     assert find_damage(folder) is None
 
 
-def test_file_when_the_disk_does_not_give_it_then_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_damage_when_a_file_cannot_be_read_then_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import llm.files.manifest
 
     def broken(path: Path) -> str:
@@ -147,12 +151,12 @@ def test_file_when_the_disk_does_not_give_it_then_names_it(folder: Path, monkeyp
     assert find_damage(folder) == "empty cannot be read (Input/output error)"
 
 
-def test_manifest_when_missing_then_says_so(folder: Path) -> None:
+def test_find_damage_when_the_manifest_is_missing_then_names_it(folder: Path) -> None:
     (folder / MANIFEST).unlink()
     assert find_damage(folder) == f"{MANIFEST} is missing"
 
 
-def test_manifest_when_it_became_a_folder_then_cannot_be_read(folder: Path) -> None:
+def test_find_damage_when_the_manifest_is_a_folder_then_names_it(folder: Path) -> None:
     (folder / MANIFEST).unlink()
     (folder / MANIFEST).mkdir()
     assert find_damage(folder) == f"{MANIFEST} cannot be read (Is a directory)"
@@ -176,21 +180,21 @@ def test_manifest_when_it_became_a_folder_then_cannot_be_read(folder: Path) -> N
     ],
     ids=lambda content: repr(content[:16]),
 )
-def test_manifest_when_it_is_none_then_is_one_line(folder: Path, content: bytes) -> None:
+def test_find_damage_when_the_manifest_has_invalid_content_then_is_one_short_line(folder: Path, content: bytes) -> None:
     (folder / MANIFEST).write_bytes(content)
-    said = str(find_damage(folder))
-    assert said.startswith((f"{MANIFEST} cannot be read", f"{MANIFEST} has other content"))
-    assert len(said) < 150
+    report = str(find_damage(folder))
+    assert report.startswith((f"{MANIFEST} cannot be read", f"{MANIFEST} has other content"))
+    assert len(report) < 150
 
 
-def test_names_when_not_ascii_then_are_found_again(tmp_path: Path) -> None:
+def test_write_manifest_when_names_are_not_ascii_then_find_damage_finds_none(tmp_path: Path) -> None:
     (tmp_path / "größe.txt").touch()
     (tmp_path / os.fsdecode(b"\xff.bin")).touch()
     write_manifest(tmp_path)
     assert find_damage(tmp_path) is None
 
 
-def test_hash_when_known_then_is_xxh3(tmp_path: Path) -> None:
+def test_hash_file_when_the_file_is_empty_then_is_the_published_xxh3_value(tmp_path: Path) -> None:
     # Source: XXH3_128bits of nothing and seed 0, as `xxh128sum < /dev/null` prints it.
     (tmp_path / "empty").touch()
     assert hash_file(tmp_path / "empty") == "99aa06d3014798d86001c324468d497f"
