@@ -200,10 +200,10 @@ def test_prepare_when_a_stream_breaks_then_one_line_and_the_next_start_continues
         return main([*words, "--output_dir", str(folder)])
 
     assert prepare(tmp_path / "broken", 120) == 1
-    assert "the stream broke (the line is dead); start the same command again" in capsys.readouterr().err
+    assert "the download stopped (the line is dead); start the same command again" in capsys.readouterr().err
     assert len(list((tmp_path / "broken").glob("train_*.json"))) > 10
     assert prepare(tmp_path / "broken", 200) == 0
-    assert "continuing behind" in capsys.readouterr().out
+    assert "continuing after" in capsys.readouterr().out
     assert prepare(tmp_path / "whole", 200) == 0
     assert _content(tmp_path / "broken") == _content(tmp_path / "whole")
 
@@ -234,18 +234,18 @@ from llm.data.preparation import chunking
 from llm.tokenization import encoder as encoding
 from llm.tokenization.encoder import Encoder
 from llm import prepare
-begin = Encoder._begin
+submit = Encoder._submit
 printed = []
 chunking.BATCH_CHARS = 30_000
-encoding._WORTH_LENGTH = 0
+encoding._MIN_CHARS_FOR_TIKTOKEN = 0
 def slow(self, texts):
-    begun = begin(self, texts)
+    waiting = submit(self, texts)
     if not printed:
         printed.append(print("ready", *(worker._process.pid for worker in self._workers._workers), file=sys.stderr))
         sys.stderr.flush()
     time.sleep(0.04)
-    return begun
-Encoder._begin = slow
+    return waiting
+Encoder._submit = slow
 sys.exit(prepare.main(sys.argv[1:]))
 """
 

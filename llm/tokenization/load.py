@@ -1,4 +1,4 @@
-"""The tokenizer of a run: loaded by name, one token a character, or trained on the text itself."""
+"""Load the tokenizer of a run by name, or make one from the text: one token a character, or a trained BPE."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ TRAINED = "train:bpe"
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_VOCAB_SIZE = 8192
 
-# Part of the key of cached tokenizers: raise it when the same text would give another tokenizer.
+# Part of the key of cached tokenizers: increase it when the same text gives another tokenizer.
 _RECIPE = 1
 
-# The trainer holds about a hundred bytes for each byte of the piece of text that it splits into
-# words.
-_PIECE_CHARS = 1_000_000
+# Characters. The trainer needs about a hundred bytes of memory for each byte of a text that it splits into words.
+_TRAINING_TEXT_CHARS = 1_000_000
 
 
 def load_tokenizer(
@@ -40,21 +39,20 @@ def load_tokenizer(
     corpus_fingerprint: str,
     cache_dir: Path,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that the options name.
+    """Return the tokenizer that the options name.
 
-    Without ``--tokenizer_name`` it is the one of ``--model_name_or_path``, else the one beside
+    Without ``--tokenizer_name`` it is the tokenizer of ``--model_name_or_path``, else the tokenizer that comes with
     ``--config_name`` if there is one, else ``train:bpe`` with 8,192 tokens.
 
     Args:
         options: the tokenizer's options.
         model: the model's options, whose names are the default.
-        texts: the training text, read only when a tokenizer is made from it.
-        corpus_fingerprint: names the text; a tokenizer made from the same text is read from the
-            cache.
-        cache_dir: where tokenizers made from text are kept.
+        texts: returns the training text; called only to make a tokenizer from it.
+        corpus_fingerprint: identifies the text; a tokenizer made from the same text is read from the cache.
+        cache_dir: folder where tokenizers made from text are kept.
 
     Raises:
-        UserError: unknown name, folder without a tokenizer, or a text without a character.
+        UserError: an unknown name, a folder without a tokenizer, an empty text, or a cache that cannot be written.
     """
     name = options.tokenizer_name
     if name in (CHARACTERS, TRAINED):
@@ -69,30 +67,33 @@ def load_tokenizer(
         try:
             return _from_name("--config_name", model.config_name, model.trust_remote_code)
         except UserError:
-            # A wrong name must not cost the training of a tokenizer before it is reported.
+            # Report a wrong name before a tokenizer is trained.
             _require_config(model.config_name, model.trust_remote_code)
-            log.info("tokenizer: there is none beside --config_name %s: training one", model.config_name)
+            log.info("tokenizer: --config_name %s has none: training one", model.config_name)
     return _from_text(TRAINED, options.vocab_size, texts, corpus_fingerprint, cache_dir)
 
 
 def character_tokenizer(characters: set[str]) -> PreTrainedTokenizerFast:
-    """One token a character, sorted, after id 0, ``<|endoftext|>``, which unknown ones become too.
+    """Make a tokenizer with one token a character, in sorted order from id 1.
 
-    It is a BPE without merges, which keeps every character (also spaces, newlines and emoji) and
-    encodes a megabyte four times faster than a word-level model on text split at each character.
+    Id 0 is ``<|endoftext|>``, which also stands for unknown characters. The model is a BPE without merges, which keeps
+    every character (also spaces, newlines and emoji) and encodes a megabyte four times faster than a word-level model
+    on text split at each character.
     """
     vocab = {END_OF_TEXT: 0} | {char: i for i, char in enumerate(sorted(characters), start=1)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=END_OF_TEXT))
-    # Lines, so that the model sees short words that it can cache, and not one of the text's length.
+    # Splitting into lines gives the model short words that it can cache, instead of one word as long as the text.
     tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "merged_with_previous")
     tokenizer.decoder = decoders.Fuse()
-    return _wrapped(tokenizer)
+    return _wrap(tokenizer)
 
 
 def byte_level_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the texts: id 0 is ``<|endoftext|>``, then the 256 bytes, then merges.
+    """Train a byte-level BPE: id 0 is ``<|endoftext|>``, followed by the 256 bytes and the merges.
 
-    Fewer than `vocab_size` tokens come out when the text has no more pairs to merge.
+    Args:
+        texts: the training text.
+        vocab_size: number of tokens; the result has fewer if the text has no more pairs to merge.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -103,11 +104,11 @@ def byte_level_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizer
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_pieces(texts), trainer)
-    return _wrapped(tokenizer)
+    tokenizer.train_from_iterator(_bounded(texts), trainer)
+    return _wrap(tokenizer)
 
 
-def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     wrap: Any = PreTrainedTokenizerFast
     wrapped: PreTrainedTokenizerFast = wrap(
         tokenizer_object=tokenizer,
@@ -119,12 +120,12 @@ def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def _pieces(texts: Iterator[str]) -> Iterator[str]:
-    """The texts in pieces of bounded length, cut after a line break where there is one."""
+def _bounded(texts: Iterator[str]) -> Iterator[str]:
+    """Divide texts into parts of bounded length, after a line break if there is one."""
     for text in texts:
         start = 0
         while start < len(text):
-            end = start + _PIECE_CHARS
+            end = start + _TRAINING_TEXT_CHARS
             if end < len(text):
                 end = text.rfind("\n", start, end) + 1 or end
             yield text[start:end]
@@ -141,13 +142,11 @@ def _from_text(
     size = (vocab_size or DEFAULT_VOCAB_SIZE) if kind == TRAINED else None
     key = hashlib.sha256(json.dumps([_RECIPE, kind, size, corpus_fingerprint]).encode()).hexdigest()
     folder = cache_dir / f"tokenizer-{kind.replace(':', '-')}-{key[:16]}"
-    made = not folder.is_dir()
-    if made:
-        tokenizer = _characters_of(texts()) if kind == CHARACTERS else byte_level_bpe(texts(), size or 0)
+    is_cached = folder.is_dir()
+    if not is_cached:
+        tokenizer = _character_tokenizer_of(texts()) if kind == CHARACTERS else byte_level_bpe(texts(), size or 0)
         if len(tokenizer) == 1 or next((text for text in texts() if text), None) is None:
-            raise UserError(
-                f"--tokenizer_name {kind}: the training text is empty, so that no tokenizer can be made from it"
-            )
+            raise UserError(f"--tokenizer_name {kind}: no tokenizer can be made, because the training text is empty")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with atomic_folder(folder) as temporary:
@@ -162,18 +161,18 @@ def _from_text(
         "tokenizer: %s, %d tokens (%s)",
         kind,
         len(loaded),
-        "made from the text" if made else "cached",
+        "cached" if is_cached else "made from the text",
     )
     if size is not None and len(loaded) < size:
         log.warning(
-            "tokenizer: %d tokens where %d were asked for: the text has no more pairs",
+            "tokenizer: %d tokens instead of the requested %d: the text has no more pairs to merge",
             len(loaded),
             size,
         )
     return loaded
 
 
-def _characters_of(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+def _character_tokenizer_of(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
@@ -183,20 +182,20 @@ def _characters_of(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 def _from_name(flag: str, name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         loaded: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    # The library raises plain Exceptions for broken files, so that nothing narrower would do.
+    # The library raises plain Exceptions for broken files, so a narrower type is not enough.
     except Exception as error:
         raise _name_error(flag, name, error) from error
-    # A folder or repository without tokenizer files gives a vocabulary of special tokens alone.
+    # Without tokenizer files, transformers returns a tokenizer whose vocabulary has only special tokens.
     if set(loaded.get_vocab()) <= set(loaded.get_added_vocab()):
         raise UserError(
-            f"{flag} {name}: no tokenizer there (no tokenizer.json, vocab.json or tokenizer.model); {_mend(flag)}"
+            f"{flag} {name}: no tokenizer there (no tokenizer.json, vocab.json or tokenizer.model); {_fix(flag)}"
         )
     tokenizer: PreTrainedTokenizerBase = loaded
     highest = max(tokenizer.get_vocab().values())
     if highest >= len(tokenizer):
         raise UserError(
-            f"{flag} {name}: its ids have holes (the highest is {highest}, but there are {len(tokenizer)} tokens), "
-            "which tables of the tokenizer's length cannot hold; name another"
+            f"{flag} {name}: its ids have gaps (the highest is {highest}, but there are {len(tokenizer)} tokens), "
+            "so tables of the tokenizer's length cannot hold them; name another"
         )
     log.info("tokenizer: %s, %d tokens", name, len(tokenizer))
     return tokenizer
@@ -210,13 +209,13 @@ def _name_error(flag: str, name: str, error: Exception) -> UserError:
         ):
             return UserError(
                 f"{flag} {name}: no tokenizer in this folder (no tokenizer.json, vocab.json or "
-                f"tokenizer.model); {_mend(flag)}"
+                f"tokenizer.model); {_fix(flag)}"
             )
         return UserError(f"{flag} {name}: the tokenizer in this folder cannot be read: {first_line(error)}")
     return name_error(flag, name, "a tokenizer", error)
 
 
-def _mend(flag: str) -> str:
+def _fix(flag: str) -> str:
     if flag == "--tokenizer_name":
         return "name another, or use char or train:bpe"
     return "name one with --tokenizer_name"

@@ -81,17 +81,17 @@ def _random_texts(number: int, seed: int) -> list[str]:
 @pytest.fixture
 def at_once(monkeypatch) -> None:
     """The faster engine is used for any text, however short."""
-    monkeypatch.setattr(encoding, "_WORTH_LENGTH", 0)
+    monkeypatch.setattr(encoding, "_MIN_CHARS_FOR_TIKTOKEN", 0)
 
 
 def test_encoding_when_10000_random_strings_then_ids_of_the_tokenizer(gpt2, at_once) -> None:
     texts = _random_texts(10_000, seed=1)
     encoder = Encoder(gpt2)
     found = encoder.encode(texts)
-    assert encoder._merges is not None
+    assert encoder._tiktoken is not None
     expected = gpt2(texts, add_special_tokens=False, verbose=False)["input_ids"]
     assert [ids.tolist() for ids in found] == expected
-    assert sum(ids is None for ids in encoder._merges.encode(texts)) < 3000
+    assert sum(ids is None for ids in encoder._tiktoken.encode(texts)) < 3000
 
 
 @pytest.mark.parametrize("name", ["tinyshakespeare.txt", "wikitext2-valid.txt"])
@@ -100,7 +100,7 @@ def test_encoding_when_shared_text_then_ids_of_the_tokenizer(gpt2, name: str, at
     lines = text.splitlines(keepends=True)
     encoder = Encoder(gpt2)
     found = encoder.encode([text, *lines])
-    assert encoder._merges is not None
+    assert encoder._tiktoken is not None
     expected = gpt2([text, *lines], add_special_tokens=False, verbose=False)["input_ids"]
     assert all(ids.tolist() == due for ids, due in zip(found, expected, strict=True))
 
@@ -118,7 +118,7 @@ def test_encoding_when_special_tokens_are_split_then_ids_of_the_tokenizer(gpt2, 
     expected = gpt2(texts, add_special_tokens=False)["input_ids"]
     assert 50256 not in expected[0]
     assert [ids.tolist() for ids in encoder.encode(texts)] == expected
-    assert encoder._merges is not None
+    assert encoder._tiktoken is not None
 
 
 def test_encoding_when_engines_differ_then_the_tokenizer_s_own(gpt2, at_once, monkeypatch, caplog) -> None:
@@ -129,16 +129,16 @@ def test_encoding_when_engines_differ_then_the_tokenizer_s_own(gpt2, at_once, mo
     monkeypatch.setattr(encoding, "EDGE_CASES", ["plain"])
     encoder = Encoder(gpt2)
     assert encoder.encode(["some words"])[0].tolist() == gpt2("some words")["input_ids"]
-    assert encoder._merges is None
+    assert encoder._tiktoken is None
     assert "gives other ids" in caplog.text
 
 
 def test_encoding_when_text_is_short_then_no_engine_is_made(gpt2) -> None:
     encoder = Encoder(gpt2)
     encoder.encode(["short"])
-    assert encoder._merges is None
+    assert encoder._tiktoken is None
     encoder.encode(["long enough " * 100_000])
-    assert encoder._merges is not None
+    assert encoder._tiktoken is not None
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])

@@ -98,9 +98,9 @@ def test_engine_when_tokenizer_works_otherwise_then_unsuitable() -> None:
         "changes the text": normalizing,
         "adds a space": _trained(pre_tokenizers.ByteLevel(add_prefix_space=True)),
         "not byte-level": _trained(pre_tokenizers.Whitespace()),
-        "otherwise than at": _trained(_split(r"\s+", "removed")),
+        "does not split into the matches": _trained(_split(r"\s+", "removed")),
         "other steps": _trained(pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(False)])),
-        "something else": _trained(_split(r"^\w+$|.")),
+        "another meaning": _trained(_split(r"^\w+$|.")),
         "not plain BPE": _changed(_gpt2_like(), dropout=0.1),
     }
     for reason, tokenizer in others.items():
@@ -124,9 +124,9 @@ def test_vocabulary_when_merges_are_in_order_then_ranks_are() -> None:
     ("merges", "reason"),
     [
         # "ab" is joined first, so that "abc" is never made of "a" and "bc".
-        ([("a", "b"), ("b", "c"), ("a", "bc")], "not what the merges make"),
-        ([("ab", "c"), ("a", "b")], "comes later"),
-        ([("a", "b"), ("b", "c"), ("ab", "c"), ("x", "y"), ("a", "bc")], "lie apart"),
+        ([("a", "b"), ("b", "c"), ("a", "bc")], "merging the bytes of a token"),
+        ([("ab", "c"), ("a", "b")], "no earlier merge"),
+        ([("a", "b"), ("b", "c"), ("ab", "c"), ("x", "y"), ("a", "bc")], "not consecutive"),
     ],
 )
 def test_vocabulary_when_tiktoken_would_join_otherwise_then_unsuitable(merges, reason: str) -> None:

@@ -358,7 +358,7 @@ def test_stream_when_it_breaks_then_one_line_and_what_was_learnt_is_saved(
     words = ["--max_train_steps", "900", *NOTHING_HELD_OUT, "--output_dir", tmp_path / "run"]
     code, out, err = done(run(*words), tmp_path)
     assert code == 1
-    assert re.fullmatch(r"error: dataset someone/words: the stream broke \(.*\); start .* continues\n", err)
+    assert re.fullmatch(r"error: dataset someone/words: the download stopped \(.*\); start .* resumes\n", err)
     found = status(tmp_path / "run")
     assert found["state"] == "failed"
     (saved,) = re.findall(r"^saved step (\d+)$", out, re.MULTILINE)

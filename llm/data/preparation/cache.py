@@ -1,7 +1,7 @@
-"""The tokenized text, kept on disk: a second start, or another block size, tokenizes nothing.
+"""The token cache: a second run on the same text, also with another block size, does not tokenize again.
 
-The shards of a text lie in one folder, named by a hash of the text's fingerprint and the tokenizer's.
-The folder gets that name when it is whole.
+The shards of a text are in one folder, whose name is a hash of the text's fingerprint and the tokenizer's hash. The
+folder gets this name when it is complete.
 """
 
 from __future__ import annotations
@@ -42,28 +42,31 @@ def load_or_tokenize(
     eos_in_single_text: bool = True,
     on_progress: ProgressCallback | None = None,
 ) -> Streams:
-    """The streams of a text: from the cache, or else made and put there.
+    """Return the tokens of a text from the cache, or tokenize the text into the cache first.
 
-    The tokenizer's end-of-text token follows each document, if it has one. A document that is cut
-    in two has it at its end only.
+    The tokenizer's end-of-text token follows each document, if the tokenizer has one. A document that is divided
+    between the splits gets the token at its end only.
 
     Args:
         corpus: the text.
-        tokenizer: gives the ids, without special tokens around a text.
+        tokenizer: encodes the text, without special tokens around it.
         tokenizer_hash: changes when the tokenizer does.
         options: whether to tokenize again, and with how many processes.
-        cache_dir: where streams are kept, in a folder `tokens`.
-        eos_in_single_text: whether a split that is one document ends with the token, too.
-        on_progress: shown how far it is, None: lines are logged.
+        cache_dir: folder of the caches; tokens are in its subfolder `tokens`.
+        eos_in_single_text: whether a split that is one document also ends with the end-of-text token.
+        on_progress: called after about every megabyte of text; None: a line is logged every few seconds.
+
+    Returns:
+        The tokens of the splits, as memory-mapped shards.
 
     Raises:
-        UserError: the text cannot be read, holds nothing, or the cache cannot be written.
+        UserError: the text cannot be read or holds nothing, or the cache cannot be written.
     """
-    folder = _folder_of(corpus, tokenizer_hash, eos_in_single_text, cache_dir)
-    found = None if options.overwrite_cache else _open(folder)
-    if found is not None:
+    folder = _cache_folder(corpus, tokenizer_hash, eos_in_single_text, cache_dir)
+    cached = None if options.overwrite_cache else _open_if_complete(folder)
+    if cached is not None:
         log.info("tokens of %s: from the cache %s", corpus.name, folder)
-        return found
+        return cached
     num_workers = options.preprocessing_num_workers
     with _new_folder(folder, replace=options.overwrite_cache) as temporary, encoding_threads(num_workers):
         write_shards(
@@ -76,15 +79,15 @@ def load_or_tokenize(
             num_workers=num_workers,
             on_progress=on_progress,
         )
-    made = _open(folder)
-    if made is None:
-        raise UserError(f"the token cache {folder} vanished while it was written; start again")
-    return made
+    streams = _open_if_complete(folder)
+    if streams is None:
+        raise UserError(f"the token cache {folder} was removed or damaged after it was written; start again")
+    return streams
 
 
 @contextmanager
 def _new_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
-    """A folder in which to write, that takes its name when the block ends well and else goes."""
+    """Create a temporary folder, which gets its final name after the block, or is removed if the block fails."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -100,13 +103,13 @@ def _new_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _folder_of(corpus: Corpus, tokenizer_hash: str, eos_in_single_text: bool, cache_dir: Path) -> Path:
-    facts = json.dumps([VERSION, "shards", corpus.fingerprint, tokenizer_hash, eos_in_single_text])
-    return cache_dir / "tokens" / blake2b(facts.encode(), digest_size=16).hexdigest()
+def _cache_folder(corpus: Corpus, tokenizer_hash: str, eos_in_single_text: bool, cache_dir: Path) -> Path:
+    key = json.dumps([VERSION, "shards", corpus.fingerprint, tokenizer_hash, eos_in_single_text])
+    return cache_dir / "tokens" / blake2b(key.encode(), digest_size=16).hexdigest()
 
 
-def _open(folder: Path) -> Streams | None:
-    """The streams in a folder, None if it is not there or damaged (which is said)."""
+def _open_if_complete(folder: Path) -> Streams | None:
+    """Open the tokens in a folder; None if the folder does not exist or is damaged (with a warning)."""
     if not folder.exists():
         return None
     try:
@@ -117,7 +120,7 @@ def _open(folder: Path) -> Streams | None:
 
 
 def _put_in_place(temporary: Path, folder: Path, *, replace: bool) -> None:
-    """Gives a whole folder its name, unless another process was faster and left a good one."""
+    """Rename a complete folder to its final name, unless another process has put a valid folder there."""
     sync_tree(temporary)
     while True:
         try:
@@ -128,10 +131,10 @@ def _put_in_place(temporary: Path, folder: Path, *, replace: bool) -> None:
         else:
             sync_folder(folder.parent)
             return
-        if not replace and _open(folder) is not None:
+        if not replace and _open_if_complete(folder) is not None:
             return
         replace = False
-        # Whoever has the old files mapped keeps them until it ends.
+        # A process that has mapped the old files keeps them until it ends.
         old = temporary.with_suffix(".old")
         try:
             folder.rename(old)
@@ -141,7 +144,7 @@ def _put_in_place(temporary: Path, folder: Path, *, replace: bool) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed processes left of the same streams."""
+    """Remove the temporary folders that killed processes left beside this folder."""
     for path in folder.parent.glob(f".{folder.name}.*"):
         try:
             newest = max(file.stat().st_mtime for file in [path, *path.iterdir()])

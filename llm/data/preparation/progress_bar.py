@@ -1,4 +1,4 @@
-"""A progress bar of tokenizing, on a terminal; elsewhere the lines that are logged say how far it is."""
+"""Progress bar of tokenizing on a terminal; without a terminal the progress is logged instead."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ _DELAY_SECONDS = 0.5
 
 @contextmanager
 def text_progress_bar() -> Iterator[ProgressCallback | None]:
-    """What to show the progress to while the block runs: MB, MB/s, tokens and the time left.
+    """Show a progress bar while the block runs: MB, MB/s, tokens and the time left.
 
-    None if the standard error is no terminal. The bar goes with the block.
+    Yields:
+        The callback that updates the bar; None if the standard error is not a terminal.
     """
     if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
-    # Not for what is in the cache: it is there at once. The speed is the mean, and no update too small to show.
+    # The delay avoids a bar for cached text, which opens at once. smoothing=0 shows the mean speed; miniters=0 shows
+    # every update.
     with tqdm(
         desc="tokenizing",
         unit="B",
@@ -37,11 +39,12 @@ def text_progress_bar() -> Iterator[ProgressCallback | None]:
         leave=False,
     ) as bar:
 
-        def show(counts: TokenizeProgress) -> None:
-            # What an earlier attempt left tells nothing of the speed of this one.
-            bar.initial, bar.start_t = counts.num_bytes_found, time.time() - counts.seconds
-            bar.total = counts.total_bytes
-            bar.set_postfix_str(f"{counts.num_tokens / 1e6:.1f}M tokens", refresh=False)
-            bar.update(counts.num_bytes - bar.n)
+        def show(progress: TokenizeProgress) -> None:
+            # The speed of this process excludes the shards that an earlier process finished.
+            bar.initial = progress.num_bytes_resumed
+            bar.start_t = time.time() - progress.seconds
+            bar.total = progress.total_bytes
+            bar.set_postfix_str(f"{progress.num_tokens / 1e6:.1f}M tokens", refresh=False)
+            bar.update(progress.num_bytes - bar.n)
 
         yield show

@@ -1,4 +1,4 @@
-"""The text of a run: where it comes from, and which part of it is for validation."""
+"""The text of a run: its sources, and which part is held out for validation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llm.config.options import DataOptions
 from llm.data.sources import python_library
 from llm.data.sources.documents import Skipped, Split, TextChunk, TextSource, format_skipped
 from llm.data.sources.files import TextFile, find_split_files, resolve_files
-from llm.data.sources.hub_datasets import is_saved, load_hub, load_saved, table_rows
+from llm.data.sources.hub_datasets import is_saved, load_hub, load_saved, require_train_split, table_source
 from llm.data.sources.readers import FileSource
 from llm.data.sources.validation_split import SplitPoint, find_split_point, split_at, split_by_hash
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 LoadHub: TypeAlias = Callable[[str, str | None], Mapping[str, Any]]
 
-# Raised when the same sources begin to give another text.
+# Increase this number when the same sources start to give another text.
 _FORMAT = 1
 
 _LONGEST_NAME = 120
@@ -34,16 +34,16 @@ _LONGEST_NAME = 120
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text in two splits, read anew each time it is asked for.
+    """A text in two splits, read from its beginning each time it is used.
 
     Attributes:
-        name: what people call it.
-        fingerprint: a hash that changes when the text may have: of names, sizes, times and options.
+        name: the text's name in messages.
+        fingerprint: hash of names, sizes, times of change and options; it changes when the text may have changed.
         train: the text for training, or the whole text when `validation` is None.
-        validation: the text for validation, if it has its own.
-        validation_split_percentage: the share that is else held out at the end; 0 for none.
-        file_bytes: size of the files where that is about the size of the text; None for others.
-        is_streamed: whether the text must not be read twice: documents are then held out by their hash.
+        validation: separate validation text; None if there is none.
+        validation_split_percentage: percentage of the text to hold out when `validation` is None; 0 for none.
+        file_bytes: size of the files in bytes if that is about the size of the text; else None.
+        is_streamed: whether the text must not be read twice, so that documents are held out by their hash.
     """
 
     name: str
@@ -55,81 +55,82 @@ class Corpus:
     is_streamed: bool = False
 
     def chunks(self, skipped: Skipped) -> Iterator[tuple[Split, TextChunk]]:
-        """The whole text: first all of the split `train`, then all of `validation`.
+        """Yield the whole text: first all of the split `train`, then all of `validation`.
 
-        A document that is cut in two ends in `validation` only. A streamed text without validation text of
-        its own comes in its own order, each document in the split that its hash says.
+        A document that is divided between the splits ends in `validation` only. A streamed text without separate
+        validation text is yielded in its own order, each document in the split that its hash decides.
 
         Args:
-            skipped: counts the rows that are no text.
+            skipped: counts the rows that hold no text.
 
         Raises:
             UserError: a source is broken, or holds no text.
         """
         if self.validation is not None:
-            yield from (("train", part) for part in self.train(skipped))
-            yield from (("validation", part) for part in self.validation(skipped))
+            yield from (("train", chunk) for chunk in self.train(skipped))
+            yield from (("validation", chunk) for chunk in self.validation(skipped))
         elif self.validation_split_percentage == 0:
-            yield from (("train", part) for part in self.train(skipped))
+            yield from (("train", chunk) for chunk in self.train(skipped))
         elif self.is_streamed:
             yield from split_by_hash(self.train(skipped), self.validation_split_percentage)
         else:
-            yield from split_at(self.train(skipped), self._cut)
+            yield from split_at(self.train(skipped), self._split_point)
 
     def texts(self, *, include_validation: bool = False) -> Iterator[str]:
-        """The training text, in pieces of up to about a megabyte or a row, to make a tokenizer of.
+        """Yield the training text, to train a tokenizer on, in strings of about a megabyte or one row.
 
         Args:
-            include_validation: give the validation text too, behind it.
+            include_validation: yield the validation text too, after the training text.
 
         Raises:
-            UserError: as `chunks`.
+            UserError: a source is broken, or holds no text.
         """
-        for split, part in self.chunks(Counter()):
+        for split, chunk in self.chunks(Counter()):
             if split == "validation" and not include_validation:
                 if self.is_streamed:
                     continue
                 return
-            if part.text:
-                yield part.text
+            if chunk.text:
+                yield chunk.text
 
     @property
     def num_bytes(self) -> int | None:
-        """UTF-8 bytes of the whole text, or about so many; None where nobody knows before it is read."""
-        cut = self.__dict__.get("_cut")
-        return self.file_bytes if cut is None else int(cut.num_bytes)
+        """Exact or approximate number of UTF-8 bytes of the whole text; None if it is unknown before reading."""
+        split_point = self.__dict__.get("_split_point")
+        return self.file_bytes if split_point is None else int(split_point.num_bytes)
 
     @cached_property
-    def _cut(self) -> SplitPoint:
-        """Reads the whole text once to find where its last N % begin."""
+    def _split_point(self) -> SplitPoint:
+        """Read the whole text once to find where the held-out end begins."""
         skipped: Skipped = Counter()
-        asked = self.validation_split_percentage
-        cut = find_split_point(self.train(skipped), asked)
-        if cut is None:
+        split_point = find_split_point(self.train(skipped), self.validation_split_percentage)
+        if split_point is None:
             raise no_text_error(self.name, skipped)
+        num_documents = split_point.num_documents
+        documents = f" ({num_documents - split_point.document} of {num_documents} documents)"
         log.info(
             "held out for validation: the last %.3g %% of the text%s",
-            cut.share,
-            f" ({cut.num_documents - cut.document} of {cut.num_documents} documents)" if cut.num_documents > 1 else "",
+            split_point.share,
+            documents if num_documents > 1 else "",
         )
-        return cut
+        return split_point
 
 
 def no_text_error(name: str, skipped: Skipped) -> UserError:
-    """The refusal of a source whose rows are all unusable."""
+    """Make the error for a source that holds no text, with the counts of skipped rows."""
     return UserError(f"{name}: holds no text (skipped {format_skipped(skipped)}); name another")
 
 
 def open_corpus(options: DataOptions, *, load_hub: LoadHub = load_hub) -> Corpus:
-    """Finds the text that the options name, without reading it.
+    """Find the text that the options name, without reading it.
 
     Args:
-        options: the text's names and the share held out.
-        load_hub: loads a dataset of the Hub by its name and configuration.
+        options: names of the text, and the percentage to hold out.
+        load_hub: loads a dataset of the Hub by name and configuration.
 
     Raises:
-        UserError: something named is missing, empty, of an unknown kind, or cannot be read.
-        UsageError: validation text without training text.
+        UserError: a named file, folder or dataset is missing, empty, of an unknown kind, or cannot be read.
+        UsageError: validation text is named, but no training text.
     """
     name = options.dataset_name
     if name is None and options.train_file is not None:
@@ -159,7 +160,7 @@ def _python_corpus(options: DataOptions) -> Corpus:
     percentage = options.validation_split_percentage
     train, validation = python_library.open_python_library(percentage)
     identity = [train.identity, validation.identity if validation else None]
-    return _corpus(options, python_library.NAME, train, validation, identity)
+    return _make_corpus(options, python_library.NAME, train, validation, identity)
 
 
 def _files_corpus(options: DataOptions, train_file: tuple[str, ...]) -> Corpus:
@@ -167,7 +168,7 @@ def _files_corpus(options: DataOptions, train_file: tuple[str, ...]) -> Corpus:
     validation = resolve_files(options.validation_file or (), "--validation_file")
     shared = {file.path.resolve() for file in train} & {file.path.resolve() for file in validation}
     if shared:
-        log.warning("validation text that is also trained on: %s", ", ".join(map(str, shared)))
+        log.warning("these validation files are also training files: %s", ", ".join(map(str, shared)))
     name = ", ".join(file.path.name for file in train)
     if len(name) > _LONGEST_NAME:
         name = f"{len(train)} files: {name[: _LONGEST_NAME - 20]}..."
@@ -193,39 +194,32 @@ def _corpus_of_files(
     def source(files: tuple[TextFile, ...]) -> FileSource:
         return FileSource(files, options.text_column, not options.no_keep_linebreaks)
 
-    corpus = _corpus(
+    corpus = _make_corpus(
         options,
         name,
         source(train),
         source(validation) if validation else None,
         [[file.identity for file in files] for files in (train, validation)],
     )
-    plain = all(file.compression is None and file.kind != "parquet" for file in (*train, *validation))
-    return replace(corpus, file_bytes=sum(file.num_bytes for file in (*train, *validation)) if plain else None)
+    is_plain = all(file.compression is None and file.kind != "parquet" for file in (*train, *validation))
+    return replace(corpus, file_bytes=sum(file.num_bytes for file in (*train, *validation)) if is_plain else None)
 
 
 def _table_corpus(options: DataOptions, name: str, splits: Mapping[str, Any]) -> Corpus:
-    if "train" not in splits:
-        raise UserError(f"--dataset_name {name}: has no split called train; it has {', '.join(splits)}")
+    require_train_split(name, splits)
     if options.dataset_config_name is not None:
         name = f"{name}/{options.dataset_config_name}"
-    used = {split: splits[split] for split in ("train", "validation") if split in splits}
-    sources = {split: table_rows(name, table, options.text_column) for split, table in used.items()}
-    # The library's own fingerprint of a table: of its origin and of everything done to it.
-    identity = {split: table._fingerprint for split, table in used.items()}
-    return _corpus(options, name, sources["train"], sources.get("validation"), identity)
+    tables = {split: splits[split] for split in ("train", "validation") if split in splits}
+    sources = {split: table_source(name, table, options.text_column) for split, table in tables.items()}
+    # The fingerprint that `datasets` gives a table: a hash of its origin and of all changes to it.
+    identity = {split: table._fingerprint for split, table in tables.items()}
+    return _make_corpus(options, name, sources["train"], sources.get("validation"), identity)
 
 
-def _corpus(
+def _make_corpus(
     options: DataOptions, name: str, train: TextSource, validation: TextSource | None, identity: object
 ) -> Corpus:
     percentage = 0 if validation is not None else options.validation_split_percentage
-    facts = [
-        _FORMAT,
-        identity,
-        options.text_column,
-        options.no_keep_linebreaks,
-        percentage,
-    ]
-    fingerprint = blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    key = [_FORMAT, identity, options.text_column, options.no_keep_linebreaks, percentage]
+    fingerprint = blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
     return Corpus(name, fingerprint, train, validation, percentage)

@@ -1,19 +1,24 @@
-"""Documents on their way to the tokenizer: a stream of parts, so that any length fits in memory."""
+"""Documents as a stream of text chunks, so that a document of any length fits in memory."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 Split: TypeAlias = Literal["train", "validation"]
 
 
 class TextChunk(NamedTuple):
-    """A stretch of one document.
+    """A contiguous part of one document.
 
-    A document is every part up to, and with, the first whose `ends` is true. That last part may be
-    empty, since the end of a running text is known only when something else follows.
+    A document consists of all chunks up to and including the first chunk whose `ends` is true. The text of this
+    last chunk may be empty, because the end of a running text is known only when the next document begins.
+
+    Attributes:
+        text: the text.
+        ends: whether the document ends with this chunk.
     """
 
     text: str
@@ -37,19 +42,34 @@ class Piece(NamedTuple):
 
 
 Skipped: TypeAlias = Counter[str]
-"""Rows that did not become text: reason -> number of rows."""
+"""Number of rows that hold no text, by reason."""
 
 TextSource: TypeAlias = Callable[[Skipped], Iterator[TextChunk]]
-"""Reads a text from its beginning, each time it is called, and counts what it skips."""
+"""Reads a text from its beginning each time it is called, and counts the rows that it skips."""
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """A `TextSource` over rows.
+
+    Attributes:
+        read_rows: yields the values of the text column from the first row on, each time it is called.
+    """
+
+    read_rows: Callable[[], Iterable[object]]
+
+    def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
+        """Yield the documents that the rows form; see `rows_to_documents`."""
+        return rows_to_documents(self.read_rows(), skipped)
 
 
 def utf8_length(text: str) -> int:
-    """Bytes of the text in UTF-8."""
+    """Return the number of bytes of the text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode())
 
 
 def is_encodable(text: str) -> bool:
-    """Whether the text is valid Unicode: a lone surrogate (half of a character) has no UTF-8."""
+    """Return whether the text is valid Unicode: a lone surrogate (half of a character) has no UTF-8."""
     if text.isascii():
         return True
     try:
@@ -60,32 +80,36 @@ def is_encodable(text: str) -> bool:
 
 
 def rows_to_documents(rows: Iterable[object], skipped: Skipped) -> Iterator[TextChunk]:
-    """Joins rows into documents.
+    """Join rows into documents.
 
-    A row is a document, except that a row ending in a newline is a line of a running text (as in
-    WikiText): such rows, and the empty ones between them, form one document.
+    A row is one document. Exception: a row that ends in a newline is a line of a running text (as in WikiText);
+    such rows, and the empty rows between them, form one document.
+
+    Args:
+        rows: the values of the text column.
+        skipped: counts the rows that hold no text.
     """
-    running = False
+    is_running = False
     for row in rows:
-        reason = _why_not(row)
+        reason = _skip_reason(row)
         if reason is not None:
             skipped[reason] += 1
             continue
         assert isinstance(row, str)
         if row.endswith("\n"):
-            running = True
+            is_running = True
             yield TextChunk(row, ends=False)
             continue
-        if running:
-            running = False
+        if is_running:
+            is_running = False
             yield TextChunk("", ends=True)
         yield TextChunk(row, ends=True)
-    if running:
+    if is_running:
         yield TextChunk("", ends=True)
 
 
-def _why_not(row: object) -> str | None:
-    """The reason for skipping a row, or None if it is text."""
+def _skip_reason(row: object) -> str | None:
+    """Return the reason for skipping a row, or None if the row is text."""
     if row is None:
         return "null"
     if isinstance(row, bytes):
@@ -98,6 +122,6 @@ def _why_not(row: object) -> str | None:
 
 
 def format_skipped(skipped: Skipped) -> str:
-    """The counts in words, such as `12 rows (empty: 10, null: 2)`."""
+    """Format the counts, such as `12 rows (empty: 10, null: 2)`."""
     reasons = ", ".join(f"{reason}: {number}" for reason, number in sorted(skipped.items()))
     return f"{skipped.total()} rows ({reasons})" if reasons else "0 rows"

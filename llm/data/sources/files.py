@@ -1,4 +1,4 @@
-"""Which files hold the text: names, globs and folders, refused early when they cannot be right."""
+"""Which files hold the text: names, globs and folders, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ KNOWN_ENDINGS = (
     + ", ".join(f".{compression}" for compression in COMPRESSIONS)
 )
 
-# What a dataset folder of the Hub holds beside its text.
+# Files of a Hub dataset folder that hold no text of the dataset.
 _CARDS = {"README.md", "config.json", "dataset_info.json", "dataset_infos.json"}
 
-# A path names a split by one of these words, set apart by anything but letters.
+# A path names a split by one of these words, without a letter directly before or after it.
 # Source: the same words as huggingface/datasets, data_files.py.
 _SPLIT_WORDS = {
     "validation": ("validation", "valid", "dev", "val"),
@@ -42,7 +42,15 @@ _SPLIT_PATTERNS = {
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file and how to read it: its kind (`txt`, `csv`, ...), its compression, size and age."""
+    """A file and how to read it.
+
+    Attributes:
+        path: where the file is.
+        kind: one of `DOCUMENT_KINDS` and `ROW_KINDS`.
+        compression: one of `COMPRESSIONS`; None for none.
+        num_bytes: size of the file as it is on the disk.
+        modified_ns: time of the last change, in nanoseconds since the epoch.
+    """
 
     path: Path
     kind: str
@@ -52,62 +60,68 @@ class TextFile:
 
     @property
     def identity(self) -> list[str | int]:
-        """What changes when the file does: path, size and time of the last change."""
+        """Path, size and time of the last change: different when the file has changed."""
         return [str(self.path.absolute()), self.num_bytes, self.modified_ns]
 
 
 def resolve_files(patterns: Sequence[str], flag: str) -> tuple[TextFile, ...]:
-    """The files that names and globs mean, each once, a glob's in the order of their names.
+    """Return the files that names and globs match, each once; the matches of a glob are sorted by name.
 
     Args:
         patterns: names and globs (`**` crosses folders).
-        flag: the option they come from, for messages.
+        flag: the option that holds the patterns, for messages.
 
     Raises:
-        UserError: a file is missing, a folder, empty or of an unknown kind, or a glob matches none.
+        UserError: a file is missing, a folder, empty or of an unknown kind, or a glob matches no file.
     """
-    found: dict[Path, TextFile] = {}
+    files: dict[Path, TextFile] = {}
     for pattern in patterns:
-        plain = os.path.expanduser(pattern)
-        if has_magic(plain) and not os.path.lexists(plain):
-            files = _without_empty([_text_file(path, flag) for path in _glob(plain, flag)], plain)
+        expanded = os.path.expanduser(pattern)
+        if has_magic(expanded) and not os.path.lexists(expanded):
+            matches = _without_empty([_text_file(path, flag) for path in _glob(expanded, flag)], expanded)
         else:
-            files = [_not_empty(_text_file(Path(plain), flag))]
-        for file in files:
-            found.setdefault(file.path, file)
-    return tuple(found.values())
+            matches = [_require_not_empty(_text_file(Path(expanded), flag))]
+        for file in matches:
+            files.setdefault(file.path, file)
+    return tuple(files.values())
 
 
 def resolve_paths(patterns: Sequence[str], flag: str) -> list[Path]:
-    """The paths that names and globs mean, whatever is in them, a glob's in the order of their names.
+    """Return the paths that names and globs match, each once; the matches of a glob are sorted by name.
+
+    The content of the files is not checked.
+
+    Args:
+        patterns: names and globs (`**` crosses folders).
+        flag: the option that holds the patterns, for messages.
 
     Raises:
-        UserError: a file is missing, or a glob matches none.
+        UserError: a file is missing, or a glob matches no file.
     """
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     for pattern in patterns:
-        plain = os.path.expanduser(pattern)
-        if has_magic(plain) and not os.path.lexists(plain):
-            found |= dict.fromkeys(_glob(plain, flag))
-        elif Path(plain).is_file():
-            found[Path(plain)] = None
+        expanded = os.path.expanduser(pattern)
+        if has_magic(expanded) and not os.path.lexists(expanded):
+            paths |= dict.fromkeys(_glob(expanded, flag))
+        elif Path(expanded).is_file():
+            paths[Path(expanded)] = None
         else:
-            raise UserError(f"{flag} {pattern}: no such file; {_neighbours(Path(plain))}")
-    return list(found)
+            raise UserError(f"{flag} {pattern}: no such file; {_nearest_name(Path(expanded))}")
+    return list(paths)
 
 
 def resolve_folder(name: str, flag: str) -> Path:
-    """The folder that an option names.
+    """Return the folder that an option names.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder does not exist, or is a file.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise UserError(f"{flag} {name}: is a file; name the folder that it lies in, or give it as --train_file")
-    raise UserError(f"{flag} {name}: no such folder; {_neighbours(folder)}")
+        raise UserError(f"{flag} {name}: is a file; name the folder that holds it, or give it as --train_file")
+    raise UserError(f"{flag} {name}: no such folder; {_nearest_name(folder)}")
 
 
 def _glob(pattern: str, flag: str) -> list[Path]:
@@ -117,12 +131,12 @@ def _glob(pattern: str, flag: str) -> list[Path]:
         parent = Path(pattern).parent
         if has_magic(str(parent)):
             raise UserError(f"{flag} {pattern}: no file matches")
-        raise UserError(f"{flag} {pattern}: no file matches; {_neighbours(Path(pattern))}")
+        raise UserError(f"{flag} {pattern}: no file matches; {_nearest_name(Path(pattern))}")
     return paths
 
 
 def file_kind(path: Path) -> tuple[str, str | None] | None:
-    """The kind and the compression that a file's name says, or None if it says neither."""
+    """Return the kind and the compression that a file's name ends in, or None for an unknown kind."""
     endings = path.name.lower().split(".")[1:]
     compression = endings.pop() if endings and endings[-1] in COMPRESSIONS else None
     if not endings or endings[-1] not in DOCUMENT_KINDS + ROW_KINDS:
@@ -141,7 +155,7 @@ def _text_file(path: Path, flag: str) -> TextFile:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise UserError(f"{flag} {path}: no such file; {_neighbours(path)}") from None
+        raise UserError(f"{flag} {path}: no such file; {_nearest_name(path)}") from None
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be read ({error.strerror}); check its permissions") from None
     if kind is None:
@@ -151,8 +165,8 @@ def _text_file(path: Path, flag: str) -> TextFile:
     return TextFile(path, kind[0], kind[1], status.st_size, status.st_mtime_ns)
 
 
-def _neighbours(path: Path) -> str:
-    """What there is instead of a path that is missing: the mend of most typing mistakes."""
+def _nearest_name(path: Path) -> str:
+    """Describe the existing name that is nearest to a missing path, which corrects most typing mistakes."""
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
         path, parent = parent, parent.parent
@@ -160,56 +174,59 @@ def _neighbours(path: Path) -> str:
         names = sorted(entry.name for entry in parent.iterdir())
     except OSError:
         return f"folder {parent} cannot be listed"
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    if near:
-        return f"the nearest name in {parent} is {near[0]}"
+    matches = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    if matches:
+        return f"the nearest name in {parent} is {matches[0]}"
     return f"nothing in {parent} has a similar name; check the path"
 
 
-def _not_empty(file: TextFile) -> TextFile:
+def _require_not_empty(file: TextFile) -> TextFile:
     if file.num_bytes == 0:
         raise UserError(f"{file.path}: is empty; name a file that holds text")
     return file
 
 
-def _without_empty(files: list[TextFile], place: str) -> list[TextFile]:
-    """Leaves empty files out of a glob's or a folder's, and says so."""
-    full = [file for file in files if file.num_bytes > 0]
-    if not full:
-        raise UserError(f"{place}: all {len(files)} files are empty; name files that hold text")
-    if len(full) < len(files):
-        log.warning("%s: left out %d empty files", place, len(files) - len(full))
-    return full
+def _without_empty(files: list[TextFile], origin: str) -> list[TextFile]:
+    """Drop the empty files of a glob or folder, with a warning that names it."""
+    not_empty = [file for file in files if file.num_bytes > 0]
+    if not not_empty:
+        raise UserError(f"{origin}: all {len(files)} files are empty; name files that hold text")
+    if len(not_empty) < len(files):
+        log.warning("%s: left out %d empty files", origin, len(files) - len(not_empty))
+    return not_empty
 
 
 def find_split_files(folder: Path) -> dict[str, tuple[TextFile, ...]]:
-    """Every text file below a folder, by split (`train`, `validation`), ordered by name.
+    """Return the text files below a folder by split (`train`, `validation`), sorted by name.
 
-    Files whose path below the folder names a split belong to it, and those of a test split are not
-    used. If none names `train`, those that name no split are the training text. Hidden files are
-    left out, and so are the card and descriptions of a Hub dataset, if there is anything else.
+    A file belongs to the split that its path below the folder names. Files of a test split are not used. If no file
+    names `train`, the files that name no split are the training text. Hidden files are left out, as are the card and
+    the descriptions of a Hub dataset if there are other files.
 
     Raises:
         UserError: the folder holds no text for training, or a file cannot be read.
     """
-    found = list(_visible(folder))
-    text = [path for path in found if path.parent != folder or path.name not in _CARDS] or found
+    candidates = list(_visible_files(folder))
+    texts = [path for path in candidates if path.parent != folder or path.name not in _CARDS] or candidates
     paths: dict[str, list[Path]] = {"train": [], "validation": [], "test": [], "": []}
-    for path in text:
+    for path in texts:
         paths[split_in_path(path.relative_to(folder))].append(path)
-    unnamed = paths.pop("")
-    left_out = len(found) - len(text) + len(paths.pop("test"))
+    without_split = paths.pop("")
+    num_left_out = len(candidates) - len(texts) + len(paths.pop("test"))
     if paths["train"]:
-        left_out += len(unnamed)
+        num_left_out += len(without_split)
     else:
-        paths["train"] = unnamed
+        paths["train"] = without_split
     if not paths["train"]:
         raise UserError(
             f"--dataset_name {folder}: the folder holds no training text; known endings are {KNOWN_ENDINGS}"
         )
     log.info(
         "%s: %d files for training, %d for validation, %d left out (test, dataset card)",
-        *(folder, len(paths["train"]), len(paths["validation"]), left_out),
+        folder,
+        len(paths["train"]),
+        len(paths["validation"]),
+        num_left_out,
     )
     splits = {}
     for split, names in paths.items():
@@ -218,7 +235,8 @@ def find_split_files(folder: Path) -> dict[str, tuple[TextFile, ...]]:
     return splits
 
 
-def _visible(folder: Path) -> Iterable[Path]:
+def _visible_files(folder: Path) -> Iterable[Path]:
+    """Yield the files of known kinds below a folder, sorted, without hidden files and folders."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -227,7 +245,7 @@ def _visible(folder: Path) -> Iterable[Path]:
 
 
 def split_in_path(path: Path) -> str:
-    """The split that a path names, its folders before its file name, or '' for none."""
+    """Return the split that a path names, or '' for none; a folder's name counts before the file's."""
     for name in path.parts:
         for split, pattern in _SPLIT_PATTERNS.items():
             if pattern.search(name):

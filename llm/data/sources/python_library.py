@@ -1,4 +1,4 @@
-"""The text that every machine has: the source of Python's own standard library."""
+"""A text that every machine has: the source code of Python's standard library."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from llm.data.sources.documents import Skipped, TextChunk
 
 NAME = "builtin:python"
 
+# Names of folders.
 _LEFT_OUT = {
     "__pycache__",
     "dist-packages",
@@ -27,18 +28,18 @@ _LEFT_OUT = {
 
 @dataclass(frozen=True)
 class PythonLibrarySource:
-    """Some files of the standard library: a `Source` when called, each file one document.
+    """A `TextSource` over files of the standard library, each of which is one document.
 
     Attributes:
         root: the folder of the standard library.
-        names: paths below it with `/`, sorted.
+        names: paths of the files below `root`, with `/` as separator, sorted.
     """
 
     root: Path
     names: tuple[str, ...]
 
     def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
-        """The files' text as it is."""
+        """Yield the text of each file, unchanged except that a byte order mark is dropped."""
         for name in self.names:
             try:
                 text = (self.root / name).read_bytes().decode().removeprefix("\ufeff")
@@ -55,27 +56,27 @@ class PythonLibrarySource:
 
     @property
     def identity(self) -> list[list[str | int]]:
-        """What changes when a file does: name, size and time of the last change of each."""
-        found: list[list[str | int]] = []
+        """Name, size and time of the last change of each file: different when a file has changed."""
+        identities: list[list[str | int]] = []
         for name in self.names:
             status = (self.root / name).stat()
-            found.append([name, status.st_size, status.st_mtime_ns])
-        return found
+            identities.append([name, status.st_size, status.st_mtime_ns])
+        return identities
 
 
 def open_python_library(percentage: float) -> tuple[PythonLibrarySource, PythonLibrarySource | None]:
-    """The standard library without its tests, split by a hash of the files' names.
+    """Open the standard library without its tests, split by a hash of the files' names.
 
-    A file so stays on its side when others come or go, from one Python to the next.
+    With the hash a file stays in its split when a version of Python adds or removes other files.
 
     Args:
-        percentage: the share of the files for validation; with 0 there is none.
+        percentage: percentage of the files to hold out for validation; 0 for none.
 
     Returns:
-        The files for training and those for validation.
+        The files for training, and the files for validation (None with percentage 0).
 
     Raises:
-        UserError: this Python has no source of its library.
+        UserError: this Python has no source code of its library, or no file is left for training.
     """
     root = Path(sysconfig.get_path("stdlib"))
     names = sorted(_source_names(root))
@@ -83,8 +84,8 @@ def open_python_library(percentage: float) -> tuple[PythonLibrarySource, PythonL
         raise UserError(f"{NAME}: no Python source in {root}; name another text with --train_file")
     if percentage == 0:
         return PythonLibrarySource(root, tuple(names)), None
-    lowest = min(names, key=_place)
-    held_out = {name for name in names if _place(name) < percentage / 100} | {lowest}
+    lowest = min(names, key=_unit_hash)
+    held_out = {name for name in names if _unit_hash(name) < percentage / 100} | {lowest}
     train = tuple(name for name in names if name not in held_out)
     if not train:
         raise UserError("--validation_split_percentage leaves no file for training; lower it")
@@ -99,7 +100,7 @@ def _source_names(root: Path) -> Iterator[str]:
                 yield Path(parent, name).relative_to(root).as_posix()
 
 
-def _place(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
+def _unit_hash(name: str) -> float:
+    """Hash a name to a number in [0, 1)."""
     digest = blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -1,4 +1,4 @@
-"""Files as documents: what a row is in each format, and where its text stands."""
+"""Read files as documents: the rows of each format, and the column of a row that holds the text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llm.data.sources.files import DOCUMENT_KINDS, TextFile
 from llm.data.sources.json_array import iter_items
 from llm.data.sources.text_decoding import read_text, split_lines
 
-# A text is one cell, however long. (The limit is a C long, which has 32 bits on some systems.)
+# Characters. A text is one cell of any length. (The limit is a C long, which has 32 bits on some systems.)
 _LARGEST_CELL = 2**31 - 1
 
-# Objects in JSON need not have the same keys: so many may lack the text column before one has it.
+# JSON objects need not have the same keys: this many may lack the text column before the first one has it.
 _ROWS_WITHOUT_COLUMN = 100
 
 _PARQUET_BATCH_ROWS = 1024
@@ -28,12 +28,12 @@ _LINE_BREAKS = str.maketrans("", "", "\r\n")
 
 @dataclass(frozen=True)
 class FileSource:
-    """A text in files: a `Source` when called.
+    """A `TextSource` over files.
 
     Attributes:
-        files: what is read, in this order.
-        text_column: the column of the text in rows; `text` when None.
-        keep_linebreaks: whether the line breaks of txt and md files stay.
+        files: the files, in the order of reading.
+        text_column: the column that holds the text in files of rows; `text` when None.
+        keep_linebreaks: whether to keep the line breaks of txt and md files.
     """
 
     files: Sequence[TextFile]
@@ -41,10 +41,13 @@ class FileSource:
     keep_linebreaks: bool = True
 
     def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
-        """The documents of the files: a txt or md file is one; else see `rows_to_documents`.
+        """Yield the documents of the files: a txt or md file is one document; for rows see `rows_to_documents`.
+
+        Args:
+            skipped: counts the rows that hold no text.
 
         Raises:
-            UserError: a file is broken, is no text, or has no such column.
+            UserError: a file is broken, is not text, or lacks the text column.
         """
         for file in self.files:
             if file.kind in DOCUMENT_KINDS:
@@ -60,10 +63,14 @@ class FileSource:
 
 
 def read_rows(file: TextFile, column: str) -> Iterator[object]:
-    """The text column of a file of rows: whatever stands there, None where nothing does.
+    """Yield the text column of a file of rows: values of any type, None where a row has no value.
+
+    Args:
+        file: a file whose kind is one of `ROW_KINDS`.
+        column: the name of the text column.
 
     Raises:
-        UserError: the file is broken (names the line), holds no rows, or has no such column.
+        UserError: the file is broken (the message names the line), holds no rows, or has no such column.
     """
     match file.kind:
         case "csv":
@@ -76,11 +83,16 @@ def read_rows(file: TextFile, column: str) -> Iterator[object]:
             return _object_rows(file, column)
 
 
-def missing_column_error(place: object, column: str, columns: Iterable[object]) -> UserError:
-    """The refusal of a table without the text column."""
-    names = [str(name) for name in columns]
-    listed = ", ".join(names) if names else "none"
-    return UserError(f"{place}: no column {column!r}; its columns are {listed}; choose one with --text_column")
+def missing_column_error(origin: object, column: str, columns: Iterable[object]) -> UserError:
+    """Make the error for a table that lacks the text column.
+
+    Args:
+        origin: the table's name in the message.
+        column: the missing column.
+        columns: the columns that the table has.
+    """
+    listed = ", ".join(map(str, columns)) or "none"
+    return UserError(f"{origin}: no column {column!r}; its columns are {listed}; choose one with --text_column")
 
 
 def _separated_rows(file: TextFile, column: str, separator: str) -> Iterator[object]:
@@ -90,14 +102,14 @@ def _separated_rows(file: TextFile, column: str, separator: str) -> Iterator[obj
         header = next((row for row in table if row), [])
         if column not in header:
             raise missing_column_error(file.path, column, header)
-        place = header.index(column)
+        index = header.index(column)
         for row in table:
             if row:
-                yield row[place] if place < len(row) else None
+                yield row[index] if index < len(row) else None
     except csv.Error as error:
         raise UserError(
             f"{file.path}: broken {file.kind.upper()} at line {table.line_num} ({error});"
-            " quotes inside a quoted cell are doubled"
+            " double the quotes inside a quoted cell"
         ) from None
 
 
@@ -118,7 +130,11 @@ def _parquet_rows(file: TextFile, column: str) -> Iterator[object]:
 
 
 def column_values(values: Any) -> list[object]:
-    """The values of an Arrow column; a string that is not valid UTF-8 comes as its bytes."""
+    """Return the values of an Arrow column as Python objects; a string that is not valid UTF-8 becomes bytes.
+
+    Args:
+        values: a `pyarrow` array or chunked array.
+    """
     import pyarrow
 
     try:
@@ -135,7 +151,7 @@ def _text_or_bytes(value: bytes | None) -> object:
 
 
 def _object_rows(file: TextFile, column: str) -> Iterator[object]:
-    """The column of JSON objects; of several hundred without it, the first ones tell."""
+    """Yield a column of JSON objects; an error if none of the first `_ROWS_WITHOUT_COLUMN` objects has it."""
     objects = _objects(file, column)
     head = list(islice(objects, _ROWS_WITHOUT_COLUMN))
     if not head:
@@ -147,15 +163,15 @@ def _object_rows(file: TextFile, column: str) -> Iterator[object]:
 
 
 def _objects(file: TextFile, column: str) -> Iterator[dict[str, Any]]:
-    """Objects of JSON lines, of an array, or of the list under `data` of a single object."""
+    """Yield the objects of JSON lines, of an array, or of the list under `data` of a single object."""
     chunks = read_text(file)
-    blank = []
+    first_chunks = []
     for chunk in chunks:
-        blank.append(chunk)
+        first_chunks.append(chunk)
         if not chunk.isspace():
             break
-    text = chain(blank, chunks)
-    if blank[-1].lstrip().startswith("[") and file.kind == "json":
+    text = chain(first_chunks, chunks)
+    if first_chunks[-1].lstrip().startswith("[") and file.kind == "json":
         for number, value in enumerate(iter_items(text, str(file.path)), start=1):
             yield _object(file, f"item {number}", value)
     else:
@@ -163,26 +179,26 @@ def _objects(file: TextFile, column: str) -> Iterator[dict[str, Any]]:
 
 
 def _object_lines(file: TextFile, text: Iterator[str], column: str) -> Iterator[dict[str, Any]]:
-    first = True
+    is_first = True
     for number, line in enumerate(text, start=1):
         if line.isspace():
             continue
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if not first or file.kind == "jsonl":
+            if not is_first or file.kind == "jsonl":
                 raise _broken_json(file, number, error) from None
             value = _single_value(file, "\n" * (number - 1) + line + "".join(text))
-        if first and file.kind == "json" and _is_wrapper(value, column):
-            for place, item in enumerate(value["data"], start=1):
-                yield _object(file, f"item {place} of data", item)
+        if is_first and file.kind == "json" and _is_wrapper(value, column):
+            for item_number, item in enumerate(value["data"], start=1):
+                yield _object(file, f"item {item_number} of data", item)
         else:
             yield _object(file, f"line {number}", value)
-        first = False
+        is_first = False
 
 
 def _single_value(file: TextFile, text: str) -> Any:
-    """The value of a file that is one, over several lines."""
+    """Parse a file that is one JSON value on several lines."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -193,14 +209,20 @@ def _is_wrapper(value: object, column: str) -> bool:
     return isinstance(value, dict) and column not in value and isinstance(value.get("data"), list)
 
 
-def _object(file: TextFile, place: str, value: object) -> dict[str, Any]:
+def _object(file: TextFile, position: str, value: object) -> dict[str, Any]:
+    """Return the value if it is a JSON object.
+
+    Raises:
+        UserError: the value has another type; the message names its position.
+    """
     if isinstance(value, dict):
         return value
     raise UserError(
-        f'{file.path}: {place} is no object with columns, such as {{"text": "..."}}, but a {type(value).__name__}'
+        f"{file.path}: {position} is a {type(value).__name__}; expected an object with columns, such as "
+        '{"text": "..."}'
     )
 
 
 def _broken_json(file: TextFile, line: int, error: Exception) -> UserError:
     reason = getattr(error, "msg", None) or str(error)
-    return UserError(f"{file.path}: broken JSON at line {line} ({reason}); mend or remove it")
+    return UserError(f"{file.path}: broken JSON at line {line} ({reason}); fix or remove it")

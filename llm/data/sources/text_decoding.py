@@ -1,4 +1,4 @@
-"""A file's characters, a megabyte at a time: decompressed, checked, and decoded from UTF-8."""
+"""Read a file's text a megabyte at a time: decompress it, check it, and decode it from UTF-8."""
 
 from __future__ import annotations
 
@@ -17,41 +17,42 @@ CHUNK_BYTES = 1 << 20
 
 
 def read_text(file: TextFile) -> Iterator[str]:
-    """The file's text in chunks of about a megabyte, line ends as read, byte order mark dropped.
+    """Yield the file's text in chunks of about a megabyte; line ends stay, a byte order mark is dropped.
 
     Raises:
-        UserError: the file cannot be read, its compression is broken, it holds a NUL byte (it is no
-            text), it is not UTF-8, or nothing is in it.
+        UserError: the file cannot be read, its compression is broken, it holds a NUL byte (which text does not), it is
+            not UTF-8, or it is empty.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, begun = 0, False
+    offset = 0
+    is_empty = True
     for data in _bytes(file):
         nul = data.find(0)
         if nul >= 0:
             raise UserError(
-                f"{file.path}: not a text file (NUL byte at byte {_place(file, offset + nul)}); name a text file"
+                f"{file.path}: not a text file (NUL byte at byte {_position(file, offset + nul)}); name a text file"
             )
         chunk = _decode(file, decoder, data, offset)
         if offset == 0:
             chunk = chunk.removeprefix("\ufeff")
         offset += len(data)
         if chunk:
-            begun = True
+            is_empty = False
             yield chunk
     _decode(file, decoder, b"", offset, final=True)
-    if not begun:
+    if is_empty:
         raise UserError(f"{file.path}: is empty; name a file that holds text")
 
 
 def split_lines(chunks: Iterable[str]) -> Iterator[str]:
-    """Joins chunks and cuts them after every newline, and nowhere else (not at U+2028, say)."""
+    """Join chunks and split them after every newline, and nowhere else (for example not at U+2028)."""
     pending: list[str] = []
     for chunk in chunks:
-        whole, newline, rest = chunk.rpartition("\n")
+        complete, newline, rest = chunk.rpartition("\n")
         if not newline:
             pending.append(rest)
             continue
-        text = "".join([*pending, whole])
+        text = "".join([*pending, complete])
         pending = [rest]
         for line in text.split("\n"):
             yield line + "\n"
@@ -67,22 +68,22 @@ def _decode(
     *,
     final: bool = False,
 ) -> str:
-    waiting = len(decoder.getstate()[0])
+    num_pending = len(decoder.getstate()[0])  # bytes of a character that the previous data ended inside of
     try:
         return decoder.decode(data, final)
     except UnicodeDecodeError as error:
-        place = _place(file, offset - waiting + error.start)
+        position = _position(file, offset - num_pending + error.start)
         raise UserError(
-            f"{file.path}: not UTF-8 (byte {place}); convert it, such as with `iconv -f LATIN1 -t UTF-8`"
+            f"{file.path}: not UTF-8 (byte {position}); convert it, such as with `iconv -f LATIN1 -t UTF-8`"
         ) from None
 
 
-def _place(file: TextFile, offset: int) -> str:
-    return f"{offset} of what it unpacks to" if file.compression else str(offset)
+def _position(file: TextFile, offset: int) -> str:
+    return f"{offset} of the decompressed text" if file.compression else str(offset)
 
 
 def _bytes(file: TextFile) -> Iterator[bytes]:
-    """The unpacked bytes, a chunk at a time."""
+    """Yield the decompressed bytes in chunks of `CHUNK_BYTES`."""
     try:
         with _open(file) as stream:
             while data := stream.read(CHUNK_BYTES):
@@ -90,7 +91,7 @@ def _bytes(file: TextFile) -> Iterator[bytes]:
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise _broken(file, error) from None
     except OSError as error:
-        if error.errno is None:  # bz2 and Zstandard report broken data so
+        if error.errno is None:  # bz2 and Zstandard report broken data this way
             raise _broken(file, error) from None
         raise UserError(f"{file.path}: cannot be read ({error.strerror}); check its permissions and its disk") from None
 
@@ -114,9 +115,9 @@ def _open(file: TextFile) -> BinaryIO:
 
 
 def _open_zstandard(file: TextFile) -> BinaryIO:
-    """Zstandard through pyarrow, which reads Parquet here anyway."""
+    """Open a Zstandard file with pyarrow, which is installed anyway to read Parquet."""
     import pyarrow
 
     if not pyarrow.Codec.is_available("zstd"):
-        raise UserError(f"{file.path}: this pyarrow reads no Zstandard; unpack the file with `zstd -d`")
+        raise UserError(f"{file.path}: this pyarrow cannot read Zstandard; decompress the file with `zstd -d`")
     return cast(BinaryIO, pyarrow.CompressedInputStream(pyarrow.OSFile(str(file.path)), "zstd"))

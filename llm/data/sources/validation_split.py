@@ -1,4 +1,4 @@
-"""Where a text without validation data is cut: its end is held out, or its head where it only streams by."""
+"""How a text without validation data is split: the end is held out, or the head of a text that is streamed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 
 from llm.data.sources.documents import Split, TextChunk, utf8_length
 
-# Bytes of UTF-8: a cut that far inside a document has some text in front of it.
+# UTF-8 bytes. A split point this far inside a document has at least one character before it.
 _LONGEST_CHARACTER = 4
 
 
 class SplitPoint(NamedTuple):
-    """Where validation begins: in front of a document, or inside the only one.
+    """The position where one split ends and the other begins: before a document, or inside a document.
 
     Attributes:
-        document: number of the first document with validation text, from 0.
-        byte: position of the cut in that document's UTF-8; 0 in front of it.
+        document: index (from 0) of the document that begins at the split point or contains it.
+        byte: position of the split point in the UTF-8 bytes of that document; 0 before the document.
         num_documents: documents of the whole text.
-        share: percentage of the text's bytes behind the cut (inside a document: as asked).
+        share: percentage of the text's bytes that is held out (inside a document: the requested percentage).
         num_bytes: UTF-8 bytes of the whole text.
     """
 
@@ -34,109 +34,135 @@ class SplitPoint(NamedTuple):
     num_bytes: int
 
 
-def find_split_point(parts: Iterable[TextChunk], percentage: float) -> SplitPoint | None:
-    """The cut that holds out a share of a text, None if the text has no document.
+def find_split_point(chunks: Iterable[TextChunk], percentage: float) -> SplitPoint | None:
+    """Return the split point that holds out the end of a text; None if the text has no document.
 
-    Of several documents the last ones are held out, whole: as many as come nearest to the share, at
-    least one, and never all. A single document is cut at that share of its bytes.
+    If there are several documents, the last ones are held out whole: as many as come nearest to the percentage, at
+    least one, and never all. A single document is split at that share of its bytes.
 
     Args:
-        parts: the whole text.
+        chunks: the whole text.
         percentage: share of the UTF-8 bytes to hold out, above 0.
     """
     sizes = array("q")
     size = 0
-    for part in parts:
-        size += utf8_length(part.text)
-        if part.ends:
+    for chunk in chunks:
+        size += utf8_length(chunk.text)
+        if chunk.ends:
             sizes.append(size)
             size = 0
     if not sizes:
         return None
     if len(sizes) == 1:
-        return SplitPoint(0, int(sizes[0] * (1 - percentage / 100)), 1, percentage, sizes[0])
+        return SplitPoint(
+            document=0,
+            byte=int(sizes[0] * (1 - percentage / 100)),
+            num_documents=1,
+            share=percentage,
+            num_bytes=sizes[0],
+        )
     tails = np.cumsum(np.array(sizes[:0:-1], dtype=np.int64))
     total = int(tails[-1]) + sizes[0]
     num_held_out = int(np.argmin(np.abs(tails - total * percentage / 100))) + 1
-    share = 100 * int(tails[num_held_out - 1]) / max(total, 1)
-    return SplitPoint(len(sizes) - num_held_out, 0, len(sizes), share, total)
+    return SplitPoint(
+        document=len(sizes) - num_held_out,
+        byte=0,
+        num_documents=len(sizes),
+        share=100 * int(tails[num_held_out - 1]) / max(total, 1),
+        num_bytes=total,
+    )
 
 
-def find_head_split_point(parts: Iterable[TextChunk], percentage: float, num_bytes: int) -> SplitPoint | None:
-    """The cut behind the head of a text that is too long to be read once more; None if it has no text.
+def find_head_split_point(chunks: Iterable[TextChunk], percentage: float, num_bytes: int) -> SplitPoint | None:
+    """Return the split point after the head of a text that is too long to be read twice; None without text.
 
-    The head is so large a share of the first `num_bytes`, or of the whole text where that is less. It ends
-    with the document whose end is nearest to that place; inside a document where none ends before twice the
-    share, or only the text's last one. Nothing is read behind the first `num_bytes`.
+    The head is the given percentage of the first `num_bytes`, or of the whole text if that is shorter. The head
+    ends with the document whose end is nearest to this size. It ends inside a document if no document ends within
+    twice this size, or if only the text's last document does. Nothing after the first `num_bytes` is read.
 
     Args:
-        parts: the text.
-        percentage: share of those bytes in front of the cut, above 0.
-        num_bytes: how much of the text is looked at.
+        chunks: the text.
+        percentage: share of these bytes before the split point, above 0.
+        num_bytes: number of UTF-8 bytes of the text to read.
     """
     ends: list[int] = []
     size = 0
-    for part in parts:
-        size += utf8_length(part.text)
-        if part.ends:
+    for chunk in chunks:
+        size += utf8_length(chunk.text)
+        if chunk.ends:
             ends.append(size)
         if size >= num_bytes:
             break
     if not size:
         return None
-    wanted = max(min(size, num_bytes) * percentage / 100, _LONGEST_CHARACTER)
-    inner = [end for end in ends if end < size]
-    nearest = min(inner, key=lambda end: abs(end - wanted), default=None)
-    if nearest is not None and nearest <= 2 * wanted:
-        return SplitPoint(ends.index(nearest) + 1, 0, len(ends), 100 * nearest / size, size)
-    document = bisect_right(ends, wanted)
-    before = ends[document - 1] if document else 0
-    return SplitPoint(document, int(wanted) - before, len(ends), percentage, size)
+    target = max(min(size, num_bytes) * percentage / 100, _LONGEST_CHARACTER)
+    inner_ends = [end for end in ends if end < size]
+    nearest = min(inner_ends, key=lambda end: abs(end - target), default=None)
+    if nearest is not None and nearest <= 2 * target:
+        return SplitPoint(
+            document=ends.index(nearest) + 1,
+            byte=0,
+            num_documents=len(ends),
+            share=100 * nearest / size,
+            num_bytes=size,
+        )
+    document = bisect_right(ends, target)
+    start = ends[document - 1] if document else 0
+    return SplitPoint(
+        document=document,
+        byte=int(target) - start,
+        num_documents=len(ends),
+        share=percentage,
+        num_bytes=size,
+    )
 
 
-def split_at(parts: Iterable[TextChunk], cut: SplitPoint) -> Iterator[tuple[Split, TextChunk]]:
-    """Says of every part on which side of the cut it lies, and cuts the one that lies on both.
+def split_at(chunks: Iterable[TextChunk], split_point: SplitPoint) -> Iterator[tuple[Split, TextChunk]]:
+    """Yield each chunk with its split: `train` before the split point, `validation` after it.
 
-    A cut inside a character moves in front of it.
+    The chunk that contains the split point is divided. A split point inside a character moves before the character.
     """
-    document, byte = 0, 0
-    for part in parts:
-        if document < cut.document:
-            yield "train", part
-        elif document > cut.document:
-            yield "validation", part
+    document = 0
+    byte = 0
+    for chunk in chunks:
+        if document < split_point.document:
+            yield "train", chunk
+        elif document > split_point.document:
+            yield "validation", chunk
         else:
-            size = utf8_length(part.text)
-            head, tail = _cut_text(part.text, min(max(cut.byte - byte, 0), size))
+            size = utf8_length(chunk.text)
+            head, tail = _split_text(chunk.text, min(max(split_point.byte - byte, 0), size))
             byte += size
             if head:
                 yield "train", TextChunk(head, ends=False)
-            if tail or part.ends:
-                yield "validation", TextChunk(tail, part.ends)
-        document += part.ends
+            if tail or chunk.ends:
+                yield "validation", TextChunk(tail, chunk.ends)
+        if chunk.ends:
+            document += 1
 
 
-def split_by_hash(parts: Iterable[TextChunk], percentage: float) -> Iterator[tuple[Split, TextChunk]]:
-    """Says of every document in which split it is, from the hash of its first part alone.
+def split_by_hash(chunks: Iterable[TextChunk], percentage: float) -> Iterator[tuple[Split, TextChunk]]:
+    """Yield each chunk with the split of its document, which a hash of the document's first chunk decides.
 
-    For a text that is too long, or too far away, to be read once more for the place of a cut. A document
-    stays on its side whatever comes before it, and so do its copies.
+    This is for a text that is too long, or too remote, to be read twice to find a split point. A document stays in
+    its split whatever comes before it, and copies of a document are in the same split.
 
     Args:
-        parts: the whole text.
+        chunks: the whole text.
         percentage: share of the documents to hold out.
     """
     split: Split | None = None
-    for part in parts:
+    for chunk in chunks:
         if split is None:
-            digest = blake2b(part.text.encode(), digest_size=8).digest()
+            digest = blake2b(chunk.text.encode(), digest_size=8).digest()
             split = "validation" if int.from_bytes(digest, "big") < percentage / 100 * 2**64 else "train"
-        yield split, part
-        if part.ends:
+        yield split, chunk
+        if chunk.ends:
             split = None
 
 
-def _cut_text(text: str, byte: int) -> tuple[str, str]:
+def _split_text(text: str, byte: int) -> tuple[str, str]:
+    """Split a text at a position in its UTF-8 bytes, or before the character that the position is inside of."""
     data = text.encode()
     while 0 < byte < len(data) and data[byte] & 0xC0 == 0x80:
         byte -= 1

@@ -35,8 +35,8 @@ def small(monkeypatch) -> None:
     """Long is what has a few thousand characters."""
     monkeypatch.setattr(chunking, "LONG_DOCUMENT_CHARS", 4000)
     monkeypatch.setattr(chunking, "PIECE_CHARS", 500)
-    monkeypatch.setattr(chunking, "_TRIAL_LENGTH", 2000)
-    monkeypatch.setattr(chunking, "_TRIAL_PIECE_LENGTH", 150)
+    monkeypatch.setattr(chunking, "_TRIAL_CHARS", 2000)
+    monkeypatch.setattr(chunking, "_TRIAL_PIECE_CHARS", 150)
 
 
 def _in_parts(text: str, size: int) -> list:

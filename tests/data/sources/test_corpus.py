@@ -61,7 +61,7 @@ def test_corpus_when_validation_file_then_nothing_held_out(text: Path, tmp_path:
 
 def test_corpus_when_validation_is_trained_on_then_warned(text: Path, caplog) -> None:
     open_corpus(DataOptions(train_file=(str(text),), validation_file=(str(text),)))
-    assert "also trained on" in caplog.text
+    assert "also training files" in caplog.text
 
 
 def test_corpus_when_only_validation_file_then_usage_error(text: Path) -> None:

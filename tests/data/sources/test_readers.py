@@ -206,10 +206,10 @@ def test_json_when_broken_then_line(
 def test_json_when_rows_are_no_objects_then_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('["a", "b"]')
-    assert "item 1 is no object" in _refusal(path)
+    assert "item 1 is a str" in _refusal(path)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n"b"\n')
-    assert "line 2 is no object" in _refusal(path)
+    assert "line 2 is a str" in _refusal(path)
 
 
 def test_json_when_no_text_column_then_columns_of_the_rows_listed(tmp_path: Path) -> None:
