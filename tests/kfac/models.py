@@ -1,4 +1,4 @@
-"""Small models whose every layer a dense oracle can hold, their data, and their loss."""
+"""Small models, whose layers a dense oracle can compute, their data, and their loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Make = Callable[[int, int], nn.Module]
 
 
 class Mlp(nn.Module):
-    """Two layers and a head, the last two with a nonlinearity in place before them."""
+    """Two layers and an output layer; a nonlinearity that works in place comes before the second."""
 
     def __init__(self, linear: Make) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block of one head, under gradient checkpointing if asked, and a head."""
+    """A transformer block with one attention head, optionally under gradient checkpointing, and an output layer."""
 
     def __init__(self, linear: Make, reentrant: bool | None = None) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.reentrant is not None and self.training:
-            x = x.requires_grad_() if self.reentrant else x  # it looks at the inputs alone
+            x = x.requires_grad_() if self.reentrant else x  # reentrant checkpoints need an input with a gradient
             x = checkpoint(self.block, x, use_reentrant=self.reentrant)
         else:
             x = self.block(x)
@@ -49,13 +49,15 @@ class Block(nn.Module):
 
 
 def linear(bias: bool) -> Make:
-    """Makes nn.Linear."""
+    """Return a function that makes nn.Linear layers."""
     return lambda num_in, num_out: nn.Linear(num_in, num_out, bias=bias)
 
 
 def conv1d(num_in: int, num_out: int) -> nn.Module:
-    """Makes HuggingFace's layer, with weights large enough to matter."""
-    from transformers.pytorch_utils import Conv1D  # heavy, and the ranks' programs do without
+    """Return HuggingFace's Conv1D, with weights large enough to matter."""
+    from transformers.pytorch_utils import (
+        Conv1D,  # slow to import, and the subprocesses of test_assignment do not need it
+    )
 
     layer = Conv1D(num_out, num_in)
     nn.init.normal_(layer.weight, std=num_in**-0.5)
@@ -64,7 +66,7 @@ def conv1d(num_in: int, num_out: int) -> nn.Module:
 
 
 def data(seed: int, rows: int = 8) -> tuple[Tensor, Tensor]:
-    """Inputs [rows, POSITIONS, WIDTH] and targets [rows, POSITIONS], some of them -100."""
+    """Return inputs, fp32 [rows, POSITIONS, WIDTH], and targets, int64 [rows, POSITIONS], some of them -100."""
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, POSITIONS, WIDTH, generator=draw)
     targets = torch.randint(CLASSES, (rows, POSITIONS), generator=draw)
@@ -72,6 +74,6 @@ def data(seed: int, rows: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def loss_sum(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    """Nats over all targets that count, in the model's own dtype."""
+    """Return the loss summed over all targets except -100, in nats; scalar tensor of the model's dtype."""
     logits = model(x.to(next(model.parameters()).dtype))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")

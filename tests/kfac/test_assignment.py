@@ -1,6 +1,6 @@
-"""One, two and four ranks on one global batch: real processes over gloo.
+"""One, two and four ranks on one global batch, as real processes with gloo.
 
-This file is also the program that each of them runs; see `train`.
+This file is also the program that each process runs; see `train`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from llm.kfac.layers import Layer
 from tests.kfac.models import Mlp, data, linear, loss_sum
 
 SIZES = (1, 2, 4)
-NUM_UPDATES, SAVED_AT, ROWS = 6, 3, 8
+NUM_STEPS = 6
+SAVED_AT = 3
+ROWS = 8
 SETTINGS: dict[str, dict[str, Any]] = {
     "owner": {},
     "replicate": {"strategy": "replicate"},
@@ -32,15 +34,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clipped": {"rescale": None, "kl_clip": 1e-3, "lr": 0.1},
     "compat": {"compat": "kfac-pytorch", "lr": 1.0},
 }
-# Its sums are taken in another order once it has seen how the gradients arrive, so that no resume is exact.
+# DDP changes the order of its sums after the first backward pass, so that a resume is not exact.
 IN_DDP = "replicate"
-# A mean over a rank's own batch is another mean where the ranks are more.
-OWN_MEANS = "compat"
+# Here each rank takes the mean over its own batch, which depends on the number of ranks.
+MEANS_OF_RANKS = "compat"
 Records = dict[str, dict[str, Any]]
 
 
-def start(name: str) -> tuple[Mlp, nn.Module, KFACPreconditioner]:
-    """The model, what is trained of it (in DDP, where there are ranks and it is asked for), and the preconditioner."""
+def build(name: str) -> tuple[Mlp, nn.Module, KFACPreconditioner]:
+    """Return the model, the module to train (DDP for the setting IN_DDP on several ranks), and the preconditioner."""
     torch.manual_seed(3)
     model = Mlp(linear(True))
     arguments = {"factor_update_steps": 2, "inv_update_steps": 3, **SETTINGS[name]}
@@ -49,11 +51,11 @@ def start(name: str) -> tuple[Mlp, nn.Module, KFACPreconditioner]:
     return model, (DistributedDataParallel(model) if in_ddp else model), kfac
 
 
-def update(
-    number: int, model: nn.Module, trained: nn.Module, kfac: KFACPreconditioner, rank: int, world: int
+def make_step(
+    step: int, model: nn.Module, trained: nn.Module, kfac: KFACPreconditioner, rank: int, world: int
 ) -> Tensor:
-    """One update from two micro-batches of this rank's share; gives the directions as one vector."""
-    x, targets = data(number, ROWS)
+    """Make one step from two micro-batches of this rank's share; return the directions as one vector, fp32."""
+    x, targets = data(step, ROWS)
     num_tokens = (targets != -100).sum()
     for part in torch.arange(ROWS).view(2, world, -1)[:, rank]:
         loss = loss_sum(trained, x[part], targets[part])
@@ -72,23 +74,23 @@ def update(
 
 
 def train(rank: int, world: int) -> Records:
-    """By setting: the directions of all updates, the state at the end, and the directions after a resume."""
+    """Return by setting the directions of all steps, the state at the end, and the directions after a resume."""
     records: Records = {}
     for name in SETTINGS:
-        model, trained, kfac = start(name)
+        model, trained, kfac = build(name)
         directions = []
-        for number in range(NUM_UPDATES):
-            if number == SAVED_AT:
+        for step in range(NUM_STEPS):
+            if step == SAVED_AT:
                 state = kfac.state_dict()
                 weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-            directions.append(update(number, model, trained, kfac, rank, world))
+            directions.append(make_step(step, model, trained, kfac, rank, world))
         report = kfac.report()
         end = kfac.state_dict()
         kfac.close()
-        model, trained, kfac = start(name)
+        model, trained, kfac = build(name)
         model.load_state_dict(weights)
         kfac.load_state_dict(state)
-        resumed = [update(number, model, trained, kfac, rank, world) for number in range(SAVED_AT, NUM_UPDATES)]
+        resumed = [make_step(step, model, trained, kfac, rank, world) for step in range(SAVED_AT, NUM_STEPS)]
         records[name] = {
             "directions": directions, "resumed": resumed, "state": end, "owners": report.owners,
             "bytes": report.factor_bytes + report.inverse_bytes,
@@ -97,8 +99,8 @@ def train(rank: int, world: int) -> Records:
 
 
 def train_with_an_idle_rank(rank: int, world: int) -> Tensor:
-    """The directions where rank 0 alone has a batch."""
-    model, _, kfac = start("owner")
+    """Return the directions of a step in which only rank 0 has a batch."""
+    model, _, kfac = build("owner")
     x, targets = data(0, ROWS)
     num_tokens = (targets != -100).sum()
     for parameter in model.parameters():
@@ -114,11 +116,11 @@ def train_with_an_idle_rank(rank: int, world: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Records]:
-    """What every rank of every world has recorded."""
+    """Records of every rank, by (number of ranks, rank)."""
     folder = tmp_path_factory.mktemp("ranks")
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    started = [
+    processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(world), str(folder)], env={**os.environ, "PYTHONPATH": path}
         )
@@ -126,11 +128,11 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], R
         for rank in range(world)
     ]
     try:
-        codes = [process.wait(timeout=150) for process in started]
+        codes = [process.wait(timeout=150) for process in processes]
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
-    assert codes == [0] * len(started)
+    assert codes == [0] * len(processes)
     return {
         (world, rank): torch.load(folder / f"{world}.{rank}.pt", weights_only=True)
         for world in SIZES
@@ -139,9 +141,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], R
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - {OWN_MEANS}))
+@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - {MEANS_OF_RANKS}))
 @pytest.mark.parametrize("world", SIZES[1:])
-def test_updates_when_the_batch_is_shared_then_are_those_of_one_rank(
+def test_directions_when_ranks_share_the_batch_then_are_those_of_one_rank(
     records: dict[tuple[int, int], Records], world: int, name: str
 ) -> None:
     alone = records[1, 0][name]["directions"]
@@ -155,7 +157,7 @@ def test_updates_when_the_batch_is_shared_then_are_those_of_one_rank(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SETTINGS.keys() - {IN_DDP}))
 @pytest.mark.parametrize("world", SIZES)
-def test_resume_when_on_as_many_ranks_then_is_bit_identical(
+def test_resume_when_the_number_of_ranks_is_the_same_then_is_bit_identical(
     records: dict[tuple[int, int], Records], world: int, name: str
 ) -> None:
     record = records[world, world - 1][name]
@@ -165,7 +167,7 @@ def test_resume_when_on_as_many_ranks_then_is_bit_identical(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", SIZES[1:])
-def test_updates_when_a_rank_has_no_batch_then_are_those_of_one_rank(
+def test_directions_when_a_rank_has_no_batch_then_are_those_of_one_rank(
     records: dict[tuple[int, int], Records], world: int
 ) -> None:
     alone = records[1, 0]["idle"]["directions"]
@@ -174,7 +176,7 @@ def test_updates_when_a_rank_has_no_batch_then_are_those_of_one_rank(
 
 
 @pytest.mark.slow
-def test_state_when_gathered_then_is_the_same_whatever_the_ranks(records: dict[tuple[int, int], Records]) -> None:
+def test_state_when_gathered_then_is_the_same_for_any_number_of_ranks(records: dict[tuple[int, int], Records]) -> None:
     alone = records[1, 0]["inverse"]["state"]
     for world, rank in records:
         state = records[world, rank]["inverse"]["state"]
@@ -187,44 +189,49 @@ def test_state_when_gathered_then_is_the_same_whatever_the_ranks(records: dict[t
 
 
 @pytest.mark.slow
-def test_memory_when_ranks_own_layers_then_is_shared_and_else_is_not(
+def test_memory_when_ranks_own_layers_then_is_divided_and_with_replicate_it_is_not(
     records: dict[tuple[int, int], Records],
 ) -> None:
-    whole = records[1, 0]["owner"]["bytes"]
-    assert sum(records[2, rank]["owner"]["bytes"] for rank in range(2)) == whole
+    num_bytes = records[1, 0]["owner"]["bytes"]
+    assert sum(records[2, rank]["owner"]["bytes"] for rank in range(2)) == num_bytes
     assert set(records[2, 0]["owner"]["owners"].values()) == {0, 1}
-    assert [records[2, rank]["replicate"]["bytes"] for rank in range(2)] == [whole, whole]
+    assert [records[2, rank]["replicate"]["bytes"] for rank in range(2)] == [num_bytes, num_bytes]
 
 
-def test_owners_when_assigned_then_the_dearest_layers_are_apart() -> None:
+def test_owners_when_assigned_then_the_most_expensive_layers_have_different_ranks() -> None:
     sizes = [10, 10, 9, 3, 3, 2]
     layers = [Layer(str(n), nn.Identity(), size, size, False, False) for n, size in enumerate(sizes)]
     owners = assign(layers, 3)
     assert len(set(owners[:3])) == 3
-    assert owners[3:] == [owners[2]] * 3  # all small ones together cost less than what 9 falls short of 10
+    assert owners[3:] == [owners[2]] * 3  # all small ones together cost less than the difference of 10^3 and 9^3
     assert assign(layers, 1) == [0] * 6
 
 
-def test_delays_when_layers_differ_then_every_update_has_about_the_same_to_do() -> None:
+def test_offsets_when_layers_differ_then_every_step_has_about_the_same_work() -> None:
     sizes = [4, 9, 5, 9, 3, 9, 9, 8, 5]
     layers = [Layer(str(n), nn.Identity(), size, size, False, False) for n, size in enumerate(sizes)]
     work = [0] * 5
-    for size, delay in zip(sizes, refresh_offsets(layers), strict=True):
-        work[int(5 * delay)] += size**3
+    for size, offset in zip(sizes, refresh_offsets(layers), strict=True):
+        work[int(5 * offset)] += size**3
     assert sum(work) == sum(size**3 for size in sizes)
     assert max(work) <= sum(work) / 5 + 9**3
     assert min(work) > 0
-    # A smaller one is later, and equal ones are in the order of the model, as a stack of them wants.
-    waits = refresh_offsets(layers)
-    assert [waits[n] for n in (1, 3, 5, 6, 7, 2, 8, 0, 4)] == sorted(waits)
+    # A smaller layer is later, and equal layers are in the order of the model, as a group of them needs.
+    offsets = refresh_offsets(layers)
+    assert [offsets[n] for n in (1, 3, 5, 6, 7, 2, 8, 0, 4)] == sorted(offsets)
 
 
 if __name__ == "__main__":
-    own_rank, num_ranks, results = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    this_rank = int(sys.argv[1])
+    num_ranks = int(sys.argv[2])
+    results = Path(sys.argv[3])
     torch.set_num_threads(1)
     if num_ranks > 1:
-        dist.init_process_group("gloo", f"file://{results}/meet.{num_ranks}", rank=own_rank, world_size=num_ranks)
-    found = train(own_rank, num_ranks) | {"idle": {"directions": train_with_an_idle_rank(own_rank, num_ranks)}}
-    torch.save(found, results / f"{num_ranks}.{own_rank}.pt")
+        dist.init_process_group(
+            "gloo", f"file://{results}/rendezvous.{num_ranks}", rank=this_rank, world_size=num_ranks
+        )
+    all_records = train(this_rank, num_ranks)
+    all_records["idle"] = {"directions": train_with_an_idle_rank(this_rank, num_ranks)}
+    torch.save(all_records, results / f"{num_ranks}.{this_rank}.pt")
     if num_ranks > 1:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What is captured and what is not: one look at every real backward pass of an update that wants it."""
+"""What is captured: every backward pass, once, of a step with a factor update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm.kfac.capture import _CAPTURES
 from tests.kfac.models import Block, Mlp, data, linear, loss_sum
 
 
-def fresh() -> Mlp:
+def new_model() -> Mlp:
     torch.manual_seed(3)
     return Mlp(linear(True))
 
@@ -24,18 +24,18 @@ def factors(kfac: KFACPreconditioner) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in kfac.state_dict().items() if "/factor" in name or "/count" in name}
 
 
-def learn(model: nn.Module, seed: int = 0) -> None:
+def backward(model: nn.Module, seed: int = 0) -> None:
     x, targets = data(seed)
     (loss_sum(model, x, targets) / (targets != -100).sum()).backward()
 
 
-def same(kfac: KFACPreconditioner, other: KFACPreconditioner, tolerance: float = 0.0) -> bool:
+def have_same_factors(kfac: KFACPreconditioner, other: KFACPreconditioner, tolerance: float = 0.0) -> bool:
     pairs = zip(factors(kfac).values(), factors(other).values(), strict=True)
     return all(torch.allclose(one, two, rtol=tolerance, atol=tolerance * two.abs().max()) for one, two in pairs)
 
 
-def test_capture_when_passes_need_no_gradients_then_they_leave_nothing() -> None:
-    model, plain = fresh(), fresh()
+def test_capture_when_passes_need_no_gradients_then_they_are_not_captured() -> None:
+    model, plain = new_model(), new_model()
     kfac, reference = KFACPreconditioner(model), KFACPreconditioner(plain)
     x, targets = data(9)
     with torch.no_grad():
@@ -45,37 +45,37 @@ def test_capture_when_passes_need_no_gradients_then_they_leave_nothing() -> None
     loss_sum(model, x, targets).backward()
     model.train()
     model.zero_grad()
-    for each, preconditioner in ((model, kfac), (plain, reference)):
-        learn(each)
+    for network, preconditioner in ((model, kfac), (plain, reference)):
+        backward(network)
         preconditioner.step()
-    assert same(kfac, reference)
+    assert have_same_factors(kfac, reference)
 
 
-def test_capture_when_no_pass_was_seen_then_says_why() -> None:
-    model = fresh().eval()
+def test_step_when_no_pass_was_captured_then_the_error_names_causes() -> None:
+    model = new_model().eval()
     kfac = KFACPreconditioner(model)
-    learn(model)
+    backward(model)
     with pytest.raises(RuntimeError, match="is the model in training mode"):
         kfac.step()
 
 
-def test_capture_when_none_is_due_then_adds_nothing_to_the_graph() -> None:
-    model = fresh()
+def test_capture_when_no_factor_update_is_due_then_adds_nothing_to_the_graph() -> None:
+    model = new_model()
     kfac = KFACPreconditioner(model, factor_update_steps=3)
     x, _ = data(0)
-    taps = []
+    has_capture = []
     for seed in range(4):
         output = model.head(x.new_zeros(2, 9))
-        taps.append("CaptureInBackward" in type(output.grad_fn).__name__)
-        learn(model, seed)
+        has_capture.append("CaptureInBackward" in type(output.grad_fn).__name__)
+        backward(model, seed)
         kfac.step()
         model.zero_grad()
-    assert taps == [True, False, False, True]
+    assert has_capture == [True, False, False, True]
     assert factors(kfac)["fc/count"] == 2
 
 
-def test_capture_when_discarded_then_the_factors_do_not_change_and_the_update_is_made_again() -> None:
-    model, plain = fresh(), fresh()
+def test_capture_when_discarded_then_the_factors_do_not_change_and_the_step_is_repeated() -> None:
+    model, plain = new_model(), new_model()
     kfac, reference = KFACPreconditioner(model, factor_update_steps=2), KFACPreconditioner(plain, factor_update_steps=2)
     before = factors(kfac)
     x, targets = data(1)
@@ -83,18 +83,18 @@ def test_capture_when_discarded_then_the_factors_do_not_change_and_the_update_is
     kfac.discard()
     assert all(torch.equal(before[name], tensor) for name, tensor in factors(kfac).items())
     model.zero_grad()
-    for each, preconditioner in ((model, kfac), (plain, reference)):
-        learn(each)
+    for network, preconditioner in ((model, kfac), (plain, reference)):
+        backward(network)
         preconditioner.step()
     assert kfac.state_dict()["step"] == 1
-    assert same(kfac, reference)
+    assert have_same_factors(kfac, reference)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_capture_when_it_is_not_finite_then_the_factors_do_not_change(poison: float) -> None:
-    model = fresh()
+def test_capture_when_a_pass_is_not_finite_then_the_factors_do_not_change(poison: float) -> None:
+    model = new_model()
     kfac = KFACPreconditioner(model, factor_update_steps=1)
-    learn(model)
+    backward(model)
     kfac.step()
     before = factors(kfac)
     model.zero_grad()
@@ -103,41 +103,41 @@ def test_capture_when_it_is_not_finite_then_the_factors_do_not_change(poison: fl
     kfac.step()
     assert all(torch.equal(before[name], tensor) for name, tensor in factors(kfac).items())
     model.zero_grad()
-    learn(model)
+    backward(model)
     kfac.step()
     assert factors(kfac)["fc/count"] == 2
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_capture_when_checkpointed_then_every_pass_counts_once(reentrant: bool) -> None:
+def test_capture_when_under_gradient_checkpointing_then_every_pass_counts_once(reentrant: bool) -> None:
     torch.manual_seed(3)
     plain = Block(linear(True))
     model = copy.deepcopy(plain)
     model.reentrant = reentrant
     kfac, reference = KFACPreconditioner(model), KFACPreconditioner(plain)
-    for each, preconditioner in ((model, kfac), (plain, reference)):
+    for network, preconditioner in ((model, kfac), (plain, reference)):
         for seed in range(2):
-            learn(each, seed)
+            backward(network, seed)
         preconditioner.step()
-    assert same(kfac, reference)
+    assert have_same_factors(kfac, reference)
 
 
-def test_capture_when_under_bfloat16_then_the_factors_are_float32_and_near() -> None:
-    model, plain = fresh(), fresh()
+def test_capture_when_under_bfloat16_then_the_factors_are_float32_and_close() -> None:
+    model, plain = new_model(), new_model()
     kfac, reference = KFACPreconditioner(model), KFACPreconditioner(plain)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        learn(model)
+        backward(model)
         kfac.step()
-    learn(plain)
+    backward(plain)
     reference.step()
     assert all(tensor.dtype == torch.float32 for tensor in factors(kfac).values())
-    assert same(kfac, reference, 0.05)
-    assert not same(kfac, reference, 1e-5)
+    assert have_same_factors(kfac, reference, 0.05)
+    assert not have_same_factors(kfac, reference, 1e-5)
 
 
-def test_capture_when_a_gradient_scaler_is_at_work_then_the_factors_are_those_without_it() -> None:
-    model, plain = fresh(), fresh()
+def test_capture_when_a_gradient_scaler_is_used_then_the_factors_are_those_without_it() -> None:
+    model, plain = new_model(), new_model()
     kfac, reference = KFACPreconditioner(model), KFACPreconditioner(plain)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -146,12 +146,12 @@ def test_capture_when_a_gradient_scaler_is_at_work_then_the_factors_are_those_wi
     scaler.scale(loss_sum(model, x, targets) / num_tokens).backward()
     scaler.unscale_(optimizer)
     kfac.step(num_tokens=num_tokens, loss_scale=scaler.get_scale())
-    learn(plain)
+    backward(plain)
     reference.step(num_tokens=num_tokens)
-    assert same(kfac, reference, 1e-6)
+    assert have_same_factors(kfac, reference, 1e-6)
 
 
-def test_capture_when_a_layer_is_used_twice_then_both_uses_count() -> None:
+def test_capture_when_a_layer_is_called_twice_then_both_calls_count() -> None:
     layer = nn.Linear(3, 3)
     kfac = KFACPreconditioner(layer)
     x = torch.randn(10, 3)
@@ -159,45 +159,45 @@ def test_capture_when_a_layer_is_used_twice_then_both_uses_count() -> None:
     kfac.step()
     ones = torch.cat([x, torch.ones(10, 1)], 1)
     twice = torch.cat([ones, torch.cat([torch.tanh(x @ layer.weight.T + layer.bias), torch.ones(10, 1)], 1)])
-    kept = kfac.state_dict()["/values_a"]
-    torch.testing.assert_close(kept, torch.linalg.eigvalsh(twice.T @ twice / 20), rtol=1e-4, atol=1e-5)
+    values = kfac.state_dict()["/values_a"]
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(twice.T @ twice / 20), rtol=1e-4, atol=1e-5)
 
 
-def test_capture_when_the_model_was_copied_then_the_copy_leaves_nothing() -> None:
-    model, plain = fresh(), fresh()
+def test_capture_when_the_model_is_copied_then_the_copy_is_not_captured() -> None:
+    model, plain = new_model(), new_model()
     kfac, reference = KFACPreconditioner(model), KFACPreconditioner(plain)
-    learn(copy.deepcopy(model), seed=5)
-    for each, preconditioner in ((model, kfac), (plain, reference)):
-        learn(each)
+    backward(copy.deepcopy(model), seed=5)
+    for network, preconditioner in ((model, kfac), (plain, reference)):
+        backward(network)
         preconditioner.step()
-    assert same(kfac, reference)
+    assert have_same_factors(kfac, reference)
 
 
-def test_capture_when_closed_then_the_model_is_as_it_was() -> None:
-    model = fresh()
+def test_preconditioner_when_closed_then_the_model_has_no_hooks() -> None:
+    model = new_model()
     kfac = KFACPreconditioner(model)
     kfac.close()
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_factor_tokens_when_given_then_so_many_rows_are_taken_and_the_factors_near() -> None:
-    kept = []
+def test_factor_tokens_when_given_then_the_factors_are_close_to_those_of_all_tokens() -> None:
+    preconditioners = []
     for tokens in (96, 96, None):
-        model = fresh()
+        model = new_model()
         kfac = KFACPreconditioner(model, factor_tokens=tokens, accumulation_steps=2)
         x, targets = data(0, rows=64)
         for rows in (slice(32), slice(32, 64)):
             (loss_sum(model, x[rows], targets[rows]) / 384).backward()
         kfac.step(num_tokens=384)
-        kept.append(kfac)
-    some, again, whole = kept
-    assert same(some, again)
-    assert not same(some, whole, 1e-3)
-    assert same(some, whole, 0.5)
+        preconditioners.append(kfac)
+    some, again, everything = preconditioners
+    assert have_same_factors(some, again)
+    assert not have_same_factors(some, everything, 1e-3)
+    assert have_same_factors(some, everything, 0.5)
 
 
-class Counting:
-    """A compiler that only counts its graphs."""
+class CountingBackend:
+    """A torch.compile backend that only counts the graphs."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -208,46 +208,46 @@ class Counting:
 
 
 @pytest.mark.parametrize("reentrant", [None, False])
-def test_compiled_when_it_trains_then_has_two_graphs_and_the_same_numbers(reentrant: bool | None) -> None:
+def test_compiled_when_trained_then_has_two_graphs_and_the_same_factors(reentrant: bool | None) -> None:
     torch._dynamo.reset()
     torch.manual_seed(3)
     plain = Block(linear(True))
     model = copy.deepcopy(plain)
     model.reentrant = reentrant
-    counting = Counting()
+    counting = CountingBackend()
     pair = []
-    for each, backend in ((model, counting), (plain, None)):
-        kfac = KFACPreconditioner(each, factor_update_steps=2)
-        run = torch.compile(each, backend=backend, fullgraph=True) if backend else each
-        pair.append((each, run, kfac))
-    for update in range(6):
-        for each, run, kfac in pair:
-            x, targets = data(update)
+    for network, backend in ((model, counting), (plain, None)):
+        kfac = KFACPreconditioner(network, factor_update_steps=2)
+        run = torch.compile(network, backend=backend, fullgraph=True) if backend else network
+        pair.append((network, run, kfac))
+    for step in range(6):
+        for network, run, kfac in pair:
+            x, targets = data(step)
             logits = run(x)
             nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
             kfac.step()
             with torch.no_grad():
-                for parameter in each.parameters():
+                for parameter in network.parameters():
                     parameter -= 0.05 * parameter.grad
-            each.zero_grad()
-    assert counting.graphs == 2  # with taps, and without
-    assert same(pair[0][2], pair[1][2], 1e-5)
+            network.zero_grad()
+    assert counting.graphs == 2  # with captures, and without
+    assert have_same_factors(pair[0][2], pair[1][2], 1e-5)
 
 
-def test_compiled_when_by_the_ahead_of_time_compiler_then_has_the_same_numbers() -> None:
+def test_compiled_when_ahead_of_time_then_has_the_same_factors_and_gradients() -> None:
     torch._dynamo.reset()
-    model, plain = fresh(), fresh()
+    model, plain = new_model(), new_model()
     kfac, reference = KFACPreconditioner(model), KFACPreconditioner(plain)
     for run, preconditioner in ((torch.compile(model, backend="aot_eager", fullgraph=True), kfac), (plain, reference)):
         x, targets = data(0)
         nn.functional.cross_entropy(run(x).flatten(0, 1), targets.flatten()).backward()
         preconditioner.step()
-    assert same(kfac, reference, 1e-6)
+    assert have_same_factors(kfac, reference, 1e-6)
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_preconditioner_when_nobody_holds_it_then_it_is_gone_and_captures_nothing_more() -> None:
+def test_preconditioner_when_it_has_no_references_then_it_is_freed_and_captures_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     gc.collect()
     before = len(_CAPTURES)
@@ -263,7 +263,7 @@ def test_preconditioner_when_nobody_holds_it_then_it_is_gone_and_captures_nothin
         gc.enable()
 
 
-def test_backward_when_it_comes_after_its_step_then_is_not_captured() -> None:
+def test_backward_when_called_after_the_step_then_is_not_captured() -> None:
     model = nn.Linear(4, 4)
     kfac = KFACPreconditioner(model, factor_update_steps=10)
     early, late = (model(torch.full((2, 4), value)).sum() for value in (1.0, 9.0))
