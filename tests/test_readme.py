@@ -1,4 +1,7 @@
-"""README.md is true: its commands run (shortened, with local stand-ins), and what it names is there."""
+"""Test README.md and the pages beside it: their commands run (shortened, with local stand-ins); what they name exists.
+
+`tests/test_docs.py` has the pages about clusters.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +40,30 @@ from tests.hub_cache import plant_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+# Pages whose commands are run.
+PAGES = (README, *((ROOT / "docs" / f"{name}.md").read_text() for name in ("data", "runs", "performance")))
+TEXT = "\n".join(PAGES)
+# Pages whose flags, paths and benchmarks are checked.
+ALL_PAGES = {
+    str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+}
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
-# A command that measures, and its words; its flags are its own.
-BENCHMARK = re.compile(r"python -m (benchmarks\.\w+)([^`]*)")
+# A command that measures, and its arguments, which are not options of the package.
+BENCHMARK = re.compile(r"python -m (benchmarks\.\w+)((?:[^`\n\\]|\\\n)*)")
 
-# Put behind a command so that it takes a second; what the README says stands otherwise.
+# The flags that the pages show with each benchmark.
+BENCHMARKS = {
+    module: {
+        flag
+        for text in ALL_PAGES.values()
+        for name, words in BENCHMARK.findall(text)
+        for flag in FLAG.findall(words)
+        if name == module
+    }
+    for module in {name for text in ALL_PAGES.values() for name, _ in BENCHMARK.findall(text)}
+}
+
+# Added to a command so that it takes a second.
 SHORTER = {
     "llm.trainers.gpt": ["--max_train_steps", "2", "--max_eval_batches", "1", "--block_size", "32", "--use_cpu"],
     "llm.generate": ["--max_new_tokens", "4", "--use_cpu"],
@@ -51,7 +73,7 @@ SHORTER = {
     "llm.prepare": ["--preprocessing_num_workers", "1"],
     "llm.launch": [],  # what follows -- is the trainer's
 }
-# Files that the README's reader brings along.
+# Files that the reader has.
 TEXTS = ("my.txt", "shakespeare.txt")
 CONFIG = "my.toml"
 LAUNCH_TABLES = {
@@ -70,8 +92,8 @@ LAUNCHER_FLAGS = {"nproc_per_node", "num_processes"}
 
 
 def blocks() -> list[str]:
-    """The fenced blocks."""
-    return re.findall(r"^```\w*\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    """Return the fenced blocks of all pages."""
+    return re.findall(r"^```\w*\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
 def is_folder(block: str) -> bool:
@@ -83,36 +105,36 @@ def is_output(block: str) -> bool:
 
 
 def commands() -> list[str]:
-    """Every line of every block that is neither a folder nor the output of a run."""
+    """Return each different line of the blocks that are neither a folder nor the output of a run."""
     lines = [
         line
         for block in blocks()
         if not is_folder(block) and not is_output(block)
         for line in block.replace("\\\n", " ").splitlines()
     ]
-    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.strip().startswith("#")))
 
 
 def of_this_package(line: str) -> bool:
-    """Whether a command runs a module of the package."""
+    """Return whether a command runs a module of the package."""
     return bool(re.search(r"-m llm\.", line))
 
 
 def inline_commands() -> list[str]:
-    """Whole commands inside sentences."""
-    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", README)
-    return [" ".join(span.split()) for span in spans if of_this_package(span)]
+    """Return the commands inside sentences and tables."""
+    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", TEXT)
+    return list(dict.fromkeys(" ".join(span.split()) for span in spans if of_this_package(span)))
 
 
 def module_and_words(line: str) -> tuple[str, list[str]]:
-    """Such as `("llm.plot", ["runs/demo"])`."""
+    """Return the module and the arguments of a command, such as `("llm.plot", ["runs/demo"])`."""
     words = shlex.split(line)
     at = next(i for i, word in enumerate(words) if word.startswith("llm."))
     return words[at], words[at + 1 :]
 
 
 def shortened(module: str, words: list[str]) -> list[str]:
-    """The words with what makes them quick: few updates, and a narrow model where one is built by default."""
+    """Return the arguments for a quick run: few steps, and a narrow model where one is built by default."""
     if module == "llm.launch":
         at = words.index("--") + 1
         return [*words[:at], *shortened("llm.trainers.gpt", words[at:])]
@@ -124,7 +146,7 @@ def shortened(module: str, words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path, tiny_gpt2_dir: Path) -> Iterator[Path]:
-    """A folder with a reader's texts, the examples, and a small run in runs/demo; gpt2 is in the Hub's cache."""
+    """Yield a folder with a reader's texts, the examples, and a small run in runs/demo; gpt2 is in the Hub's cache."""
     folder = tmp_path_factory.mktemp("readme")
     for name in TEXTS:
         (folder / name).write_text(tiny_text.read_text()[:30_000])
@@ -142,7 +164,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path, tiny_gp
 
 
 def launch(launcher: str, words: list[str]) -> None:
-    """Runs a launcher's command in processes of its own."""
+    """Run a launcher's command in processes of its own."""
     environment = {
         **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
         "HF_HUB_CACHE": constants.HF_HUB_CACHE,
@@ -152,14 +174,14 @@ def launch(launcher: str, words: list[str]) -> None:
     command = [sys.executable, *LAUNCHERS[launcher], *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr
-    asked = re.search(r"--(?:nproc_per_node|num_processes|nproc) (\d+)", " ".join(words))
-    if asked:
-        assert f"{asked[1]} processes" in done.stdout
+    num_processes = re.search(r"--(?:nproc_per_node|num_processes|nproc) (\d+)", " ".join(words))
+    if num_processes:
+        assert f"{num_processes[1]} processes" in done.stdout
     assert "done: " in done.stdout
 
 
 def check_without_running(line: str) -> None:
-    """A command that installs or builds: what it names is there."""
+    """Check that the files and targets of a command that is not run exist."""
     words = shlex.split(line)
     if words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -170,6 +192,8 @@ def check_without_running(line: str) -> None:
         assert set(re.findall(r"\w+", words[words.index("-e") + 1])) <= extras()
     elif words[0] in ("qsub", "sbatch"):
         assert words[1:] and all((ROOT / word).is_file() for word in words[1:])
+    elif BENCHMARK.match(line):
+        pass  # test_benchmark_when_its_commands_are_shown_then_knows_their_flags
     else:
         assert line in ("python3 -m venv .venv", ". .venv/bin/activate"), f"no stand-in for: {line}"
 
@@ -181,14 +205,14 @@ def extras() -> set[str]:
 
 
 def prepare_for(words: list[str]) -> None:
-    """Makes the prepared folders that the words name, where the test of the command that makes them ran elsewhere."""
+    """Make the prepared folders that the arguments name, if no other test made them here."""
     named = {word.partition("=")[0] for word in words}
     for line in commands():
         if " -m llm.prepare " in line:
-            module, making = module_and_words(line)
-            folder = making[making.index("--output_dir") + 1]
-            if making != words and folder in named and not Path(folder).exists():
-                assert prepare(shortened(module, making)) == 0
+            module, prepare_words = module_and_words(line)
+            folder = prepare_words[prepare_words.index("--output_dir") + 1]
+            if prepare_words != words and folder in named and not Path(folder).exists():
+                assert prepare(shortened(module, prepare_words)) == 0
 
 
 @pytest.mark.parametrize("line", commands(), ids=lambda line: line[:40])
@@ -227,20 +251,20 @@ def test_command_when_typed_as_it_stands_then_works(
 
 
 def check_launch(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    """A script is printed; processes are started, for a shorter run."""
+    """Check that a script is printed, or that processes are started, for a shorter run."""
     if words[0] in ("pbs", "slurm"):
         assert launch_cluster(words) == 0
-        asked = {word: words[number + 1] for number, word in enumerate(words) if word.startswith("--") and word != "--"}
+        flags = {word: words[number + 1] for number, word in enumerate(words) if word.startswith("--") and word != "--"}
         out = capfd.readouterr().out
-        assert f"select={asked['--nodes']}:" in out
-        assert all(value in out for value in (asked["--account"], asked["--walltime"], asked["--config"]))
+        assert f"select={flags['--nodes']}:" in out
+        assert all(value in out for value in (flags["--account"], flags["--walltime"], flags["--config"]))
         return
     assert words[0] == "node"
     launch("python", ["-m", "llm.launch", *shortened("llm.launch", words)])
 
 
 def check_result(module: str, words: list[str], out: str) -> None:
-    """What the command said it would leave behind."""
+    """Check the output and the files of a command."""
     if module == "llm.generate":
         num_samples = words[words.index("--num_samples") + 1] if "--num_samples" in words else "1"
         assert num_samples == "1" or f"--- sample {num_samples} of {num_samples} -" in out
@@ -286,7 +310,7 @@ def test_command_when_inside_a_sentence_then_its_options_are_read(line: str) -> 
 
 def test_commands_when_listed_then_are_those_that_a_reader_sees() -> None:
     # If the pattern of blocks failed, everything above would pass.
-    assert README.count("```") == 2 * len(blocks())
+    assert TEXT.count("```") == 2 * len(blocks())
     assert "make demo" in commands()
     assert any(line.startswith("torchrun ") for line in commands())
     assert sum(of_this_package(line) for line in commands()) >= 5
@@ -317,23 +341,48 @@ def test_ledger_when_shown_then_is_a_line_that_a_run_prints_and_adds_up() -> Non
 def test_flags_when_mentioned_then_are_options() -> None:
     tables = (Options, BenchOptions, GenerateOptions, PlotOptions, PrepareOptions, RunsOptions, *LAUNCH_TABLES.values())
     known = {name for table in tables for name in flags_of(table)}
-    mentioned = {flag.replace("-", "_") for flag in FLAG.findall(BENCHMARK.sub("", README))}
-    assert len(mentioned) > 10
+    text = TEXT + ALL_PAGES["docs/optimizers.md"]
+    mentioned = {flag.replace("-", "_") for flag in FLAG.findall(BENCHMARK.sub("", text))}
+    assert len(mentioned) > 50
     assert mentioned - known - set(BUILT_IN) - LAUNCHER_FLAGS == set()
 
 
-@pytest.mark.parametrize(("module", "words"), BENCHMARK.findall(README))
-def test_benchmark_when_its_command_is_shown_then_knows_the_flags(module: str, words: str) -> None:
-    shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert set(FLAG.findall(words)) <= set(FLAG.findall(shown.stdout))
+@pytest.mark.parametrize("module", sorted(BENCHMARKS))
+def test_benchmark_when_its_commands_are_shown_then_knows_their_flags(module: str) -> None:
+    help_text = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert help_text.returncode == 0, help_text.stderr
+    assert BENCHMARKS[module] <= set(FLAG.findall(help_text.stdout))
 
 
-def test_paths_when_named_then_are_there() -> None:
-    spans = re.findall(r"(?<!`)`([^`\s]+)`(?!`)", README)
-    paths = [span for span in spans if re.fullmatch(r"[A-Za-z]+\.(md|txt|toml|cfg)|(?:\w+/)+(?:\w+\.\w+)?", span)]
-    assert "CONTRIBUTING.md" in paths
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+def test_paths_when_named_in_any_page_then_exist() -> None:
+    pages = ALL_PAGES | {
+        str(path.relative_to(ROOT)): path.read_text()
+        for path in (ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / "decisions").glob("*.md"))
+    }
+    paths = {
+        (page, path)
+        for page, text in pages.items()
+        for path in re.findall(
+            r"`((?:llm|tests|benchmarks|docs|examples|jobs)/[^\s`]*|[A-Z]+\.md|Makefile|setup\.cfg)`", text
+        )
+    }
+    assert ("README.md", "CONTRIBUTING.md") in paths
+    assert len(paths) > 60
+    assert sorted((page, path) for page, path in paths if not list(ROOT.glob(path.rstrip("/")))) == []
+
+
+def test_links_when_followed_then_lead_to_a_file_or_a_heading() -> None:
+    for page, text in ALL_PAGES.items():
+        headings = {
+            re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-")
+            for line in text.splitlines()
+            if line.startswith("#")
+        }
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("#"):
+                assert target[1:] in headings, f"{page}: {target}"
+            elif "://" not in target:
+                assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
 
 
 def test_examples_when_listed_then_are_all_of_them() -> None:
