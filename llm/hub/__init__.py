@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: whether it can be reached, names of models and data sets, and uploads."""
+"""The Hugging Face Hub: reachability, names of models and datasets, and uploads."""

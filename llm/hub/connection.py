@@ -61,39 +61,39 @@ def unreachable_line(names: Sequence[str]) -> str:
 
 
 def hub_is_reachable(timeout_seconds: float = 3.0) -> bool:
-    """Whether the Hub (HF_ENDPOINT, through the user's proxies) answers one request in this time.
+    """Whether the Hub (HF_ENDPOINT, through the user's proxies) answers one request within this time.
 
-    An answer of any kind below a server error counts: a mirror may refuse its front page. False
-    without asking where the user set HF_HUB_OFFLINE, or `go_offline` was called. Never raises.
+    Every answer that is not a server error counts: a mirror may refuse its front page. Without a request, the result
+    is False if the user has set HF_HUB_OFFLINE or `go_offline` was called. The function never raises.
     """
     from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
         return False
-    answered: list[bool] = []
+    results: list[bool] = []
 
-    def ask() -> None:
+    def probe() -> None:
         try:
-            # The library's client carries its proxies and certificates.
-            answer = get_session().head(constants.ENDPOINT, timeout=timeout_seconds)
-            answered.append(answer.status_code < 500)
-        except Exception as error:  # whatever it is, there is no Hub for us
+            # The library's session applies the user's proxies and certificates.
+            response = get_session().head(constants.ENDPOINT, timeout=timeout_seconds)
+            results.append(response.status_code < 500)
+        except Exception as error:  # whatever the error is, the Hub cannot be used
             log.debug("no answer from %s: %s", constants.ENDPOINT, error)
 
-    # A name server that does not answer ignores the client's timeout: the thread bounds the time.
-    thread = threading.Thread(target=ask, name="hub-probe", daemon=True)
+    # The client's timeout does not apply to name resolution: the thread bounds the time.
+    thread = threading.Thread(target=probe, name="hub-probe", daemon=True)
     thread.start()
     thread.join(timeout_seconds)
-    return answered == [True]
+    return results == [True]
 
 
 def go_offline() -> None:
-    """Makes the HuggingFace libraries, imported already or later, use their local caches alone.
+    """Make the HuggingFace libraries, whether imported already or later, use their local caches only.
 
-    The variable is for libraries imported later and for child processes; the constants are what the
-    imported ones read at every request (transformers asks huggingface_hub).
+    The environment variable is for libraries that are imported later and for child processes. Imported libraries read
+    their constants at every request (transformers reads the one of huggingface_hub).
     """
-    import huggingface_hub.constants  # noqa: F401  (its constant must be there to be set)
+    import huggingface_hub.constants  # noqa: F401  (its constant must exist to be set)
 
     if not _variable_before:
         _variable_before.append(os.environ.get("HF_HUB_OFFLINE"))
@@ -106,10 +106,9 @@ def go_offline() -> None:
 
 
 def come_online() -> None:
-    """Undoes `go_offline` for one more try at a run's end; the user's own HF_HUB_OFFLINE stays.
+    """Undo `go_offline`, for another attempt at the end of a run; an HF_HUB_OFFLINE of the user stays.
 
-    A library imported in between has read the variable and stays offline; huggingface_hub never
-    does.
+    A library that was imported in between has read the variable and stays offline, except huggingface_hub.
     """
     for value in _variable_before:
         if value is None:

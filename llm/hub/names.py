@@ -1,4 +1,4 @@
-"""Names of models and tokenizers: what went wrong with one, and which one was probably meant."""
+"""Errors for names of models and tokenizers that cannot be loaded, with the names that were probably meant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from llm.config.errors import UserError, first_line
 
-# Causal language models that people start from; only suggestions, any other name works too.
+# Causal language models that are often fine-tuned. They serve as suggestions only: any other name works, too.
 WELL_KNOWN = (
     "gpt2",
     "gpt2-medium",
@@ -51,7 +51,7 @@ WELL_KNOWN = (
 
 
 def cached_model_names() -> list[str]:
-    """Names of the models that the local Hub cache holds, sorted."""
+    """Return the names of the models in the local Hub cache, sorted."""
     try:
         cache = huggingface_hub.scan_cache_dir()
     except (CacheNotFound, ValueError, OSError):
@@ -60,19 +60,19 @@ def cached_model_names() -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str], num: int = 3) -> list[str]:
-    """The known names most like `name`, best first; case does not matter, nor a missing owner."""
-    spelled: dict[str, str] = {}
-    for full in known:
-        spelled.setdefault(full.lower(), full)
-        spelled.setdefault(full.lower().rsplit("/", 1)[-1], full)
-    wanted = name.lower()
-    close = difflib.get_close_matches(wanted, spelled, n=2 * num, cutoff=0.6)
-    close += difflib.get_close_matches(wanted.rsplit("/", 1)[-1], spelled, n=2 * num, cutoff=0.6)
-    return list(dict.fromkeys(spelled[match] for match in close))[:num]
+    """Return up to `num` known names that are most similar to `name`, best first; ignores case and a missing owner."""
+    full_names: dict[str, str] = {}  # by lower-case name, with and without the owner
+    for full_name in known:
+        full_names.setdefault(full_name.lower(), full_name)
+        full_names.setdefault(full_name.lower().rsplit("/", 1)[-1], full_name)
+    lower_name = name.lower()
+    matches = difflib.get_close_matches(lower_name, full_names, n=2 * num, cutoff=0.6)
+    matches += difflib.get_close_matches(lower_name.rsplit("/", 1)[-1], full_names, n=2 * num, cutoff=0.6)
+    return list(dict.fromkeys(full_names[match] for match in matches))[:num]
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """`; did you mean a, b or c?`, or nothing when no known name is near."""
+    """Return `; did you mean a, b or c?` with similar known names, or an empty string if no known name is similar."""
     names = nearest(name, known)
     if not names:
         return ""
@@ -81,13 +81,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def name_error(flag: str, name: str, missing: str, error: BaseException) -> UserError:
-    """One line for a name that could not be loaded.
+    """Return an error of one line for a name that could not be loaded.
 
     Args:
-        flag: the option that gave the name, such as ``--tokenizer_name``.
+        flag: the option that contains the name, such as ``--tokenizer_name``.
         name: a Hub name or a folder.
-        missing: what was looked for, such as ``config.json``.
-        error: what the library raised; its causes tell an unknown name from a missing network.
+        missing: the file or object that could not be loaded, such as ``config.json``.
+        error: the library's error; its causes distinguish an unknown name from a missing network.
     """
     if Path(name).expanduser().exists():
         return UserError(f"{flag} {name}: no readable {missing} in this folder: {first_line(error)}")
@@ -98,7 +98,8 @@ def name_error(flag: str, name: str, missing: str, error: BaseException) -> User
     hint = "" if name in known else suggestion(name, known)
     if _is_any(causes, GatedRepoError):
         return UserError(
-            f"{flag} {name}: access to this model must be granted first: ask for it on its page, then give HF_TOKEN"
+            f"{flag} {name}: access to this model must be granted first: request it on the model's page, "
+            "then set HF_TOKEN"
         )
     if _is_any(causes, RepositoryNotFoundError):
         return UserError(
@@ -108,7 +109,7 @@ def name_error(flag: str, name: str, missing: str, error: BaseException) -> User
         return UserError(
             f"{flag} {name}: no such folder here, the Hub cannot be reached, and {missing} of "
             f"this name is not in the cache "
-            f"({huggingface_hub.constants.HF_HUB_CACHE}): connect, or give a folder{hint}"
+            f"({huggingface_hub.constants.HF_HUB_CACHE}): connect to the network, or give a folder{hint}"
         )
     if _is_any(causes, EntryNotFoundError):
         return UserError(f"{flag} {name}: this repository on the Hub has no {missing}{hint}")
@@ -120,24 +121,25 @@ def _folder_error(flag: str, name: str) -> UserError:
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent
-    inside = sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, inside, n=1, cutoff=0.6)
-    hint = f"; did you mean {parent / near[0]}?" if near else ""
+    siblings = sorted(entry.name for entry in parent.iterdir() if entry.is_dir()) if parent.is_dir() else []
+    matches = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.6)
+    hint = f"; did you mean {parent / matches[0]}?" if matches else ""
     return UserError(f"{flag} {name}: no such folder{hint}")
 
 
 def _looks_like_folder(name: str) -> bool:
-    """Whether a folder was meant: `./x`, `/x`, `~/x`, or `x/y` where the folder x exists."""
+    """Whether a name means a folder: `./x`, `/x`, `~/x`, or `x/y` if the folder x exists."""
     return name.startswith((".", "/", "~")) or (os.sep in name and Path(name).parent.is_dir())
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
+    """Return the error and the chain of errors that caused it."""
+    causes: list[BaseException] = []
     current: BaseException | None = error
-    while current is not None and current not in found:
-        found.append(current)
+    while current is not None and current not in causes:
+        causes.append(current)
         current = current.__cause__ or current.__context__
-    return found
+    return causes
 
 
 def _is_any(causes: list[BaseException], *kinds: type[BaseException]) -> bool:

@@ -1,6 +1,6 @@
-"""The finished folder on the HuggingFace Hub: may we push there, and the push itself.
+"""Uploads of a finished run to the HuggingFace Hub: the check of access at the start, and the push at the end.
 
-The token goes into request headers and nowhere else; every message of the library is cleaned of it.
+The access token is used in request headers only, and is removed from every message of the library.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from llm.hub.connection import come_online, hub_is_reachable
 
 log = logging.getLogger(__name__)
 
-# What someone else needs to load, judge and cite the model; not the run's logs, paths and
-# checkpoints.
+# Files that others need to load, judge and cite the model. Logs, paths and checkpoints of the run are not uploaded.
 FINISHED_FILES = (
     "config.json",
     "generation_config.json",
@@ -48,22 +47,26 @@ RUN_FILES = (
 
 _LOGIN = "set HF_TOKEN, pass --hub_token, or run `hf auth login`"
 _TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-# The Hub's own rule for an owner or a repository: no two of - and . in a row, none at the ends.
+# The Hub's rule for the name of an owner or a repository: no two of - and . in a row, and none at the ends.
 _NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
 
 def check_hub_access(hub_model_id: str | None, output_dir: Path, token: str | None) -> str | None:
-    """Finds out early whether `push_folder` could work at the end, and creates the repository.
+    """Check at the start of a run whether `push_folder` can succeed at its end, and create the repository.
 
-    Creating it (nothing happens where it exists) is the one way to learn that the token may write
-    there.
+    Creating the repository (a no-op if it exists) is the only way to determine whether the token has write permission.
+
+    Args:
+        hub_model_id: ``owner/name`` or ``name``; None takes the name of `output_dir`.
+        output_dir: the run's folder.
+        token: access token; None for HF_TOKEN or the token of ``hf auth login``.
 
     Returns:
-        The repository's full name, or None where the Hub did not answer (said in a warning).
+        The full name of the repository, or None if the Hub did not answer (which is logged as a warning).
 
     Raises:
-        UserError: no token, a token that is refused or may not write, an impossible repository
-            name.
+        UserError: there is no token, the Hub refuses it or it has no write permission, or the name of the repository
+            is invalid.
     """
     token = _require_token(token)
     _check_name(_name_of(hub_model_id, output_dir))
@@ -75,10 +78,10 @@ def check_hub_access(hub_model_id: str | None, output_dir: Path, token: str | No
     except UserError:
         raise
     except Exception as error:
-        if refusal := _refusal(error, token):
-            raise UserError(f"--push_to_hub: {refusal}") from None
+        if advice := _advice(error, token):
+            raise UserError(f"--push_to_hub: {advice}") from None
         log.warning(
-            "the Hub cannot be reached now (%s); the push at the end will be tried all the same",
+            "the Hub cannot be reached now (%s); the push at the end will be tried anyway",
             _one_line(error, token),
         )
         return None
@@ -86,11 +89,16 @@ def check_hub_access(hub_model_id: str | None, output_dir: Path, token: str | No
 
 
 def resolve_repo_id(hub_model_id: str | None, output_dir: Path, token: str | None) -> str:
-    """The repository's full name, ``owner/name``; asks the Hub for the owner where none is given.
+    """Return the full name of the repository, ``owner/name``; request the owner from the Hub if none is given.
+
+    Args:
+        hub_model_id: ``owner/name`` or ``name``; None takes the name of `output_dir`.
+        output_dir: the run's folder.
+        token: access token; None for HF_TOKEN or the token of ``hf auth login``.
 
     Raises:
-        UserError: no token, or an impossible name.
-        Exception: whatever huggingface_hub raises when it cannot ask.
+        UserError: there is no token, or the name is invalid.
+        Exception: any error of huggingface_hub if the request fails.
     """
     name = _name_of(hub_model_id, output_dir)
     _check_name(name)
@@ -106,19 +114,19 @@ def push_folder(
     *,
     commit_message: str = "Upload the trained model",
 ) -> str:
-    """Uploads the finished files of a run's folder in one commit: all of them appear, or none.
+    """Upload the finished files of a run's folder in one commit: all of them appear on the Hub, or none.
 
     Args:
-        folder: a run's folder; of it, `FINISHED_FILES` alone are uploaded.
-        repo_id: ``owner/name``, ``name`` of a repository of the token's owner, or None: the
-            folder's name.
-        token: access token; None for HF_TOKEN or the one of ``hf auth login``.
+        folder: a run's folder, of which only `FINISHED_FILES` are uploaded.
+        repo_id: ``owner/name``, or ``name`` of a repository of the token's owner; None takes the name of the folder.
+        token: access token; None for HF_TOKEN or the token of ``hf auth login``.
+        commit_message: message of the commit on the Hub.
 
     Returns:
-        The address of the model's page.
+        The URL of the model's page.
 
     Raises:
-        UserError: the push failed; the message names the cause and the command that pushes again.
+        UserError: the push failed; the message names the cause and the command that repeats the push.
     """
     secret = token or ""
     try:
@@ -136,7 +144,7 @@ def push_folder(
         if isinstance(error, UserError):
             cause = str(error)
         else:
-            cause = _refusal(error, secret) or _one_line(error, secret)
+            cause = _advice(error, secret) or _one_line(error, secret)
         raise UserError(
             f"the push to the Hub failed: {cause}; "
             f"the finished folder is kept, push it with: {push_command(folder, repo_id)}"
@@ -146,10 +154,10 @@ def push_folder(
 
 
 def finished_files(folder: Path) -> list[Path]:
-    """The files of a run's folder that belong on the Hub, sorted by name.
+    """Return the files of a run's folder that are uploaded to the Hub, sorted by name.
 
     Raises:
-        UserError: there is no model in it.
+        UserError: the folder contains no weights.
     """
     paths = sorted(
         path
@@ -157,13 +165,15 @@ def finished_files(folder: Path) -> list[Path]:
         if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in FINISHED_FILES)
     )
     if not any(path.suffix == ".safetensors" for path in paths):
-        raise UserError(f"{folder} holds no weights (model.safetensors)")
+        raise UserError(f"{folder} contains no weights (model.safetensors)")
     return paths
 
 
 def push_command(folder: Path, repo_id: str | None) -> str:
-    """The shell command that uploads the same files by hand."""
-    excludes = [word for pattern in RUN_FILES for word in ("--exclude", pattern)]
+    """Return the shell command with which a user uploads the same files."""
+    excludes = []
+    for pattern in RUN_FILES:
+        excludes += ["--exclude", pattern]
     return shlex.join(["hf", "upload", repo_id or _name_of(None, folder), str(folder), ".", *excludes])
 
 
@@ -173,8 +183,8 @@ def _name_of(hub_model_id: str | None, output_dir: Path) -> str:
 
 def _check_name(name: str) -> None:
     parts = name.split("/")
-    good = len(parts) <= 2 and len(name) <= 96 and all(_NAME.fullmatch(part) for part in parts)
-    if not good or name.endswith(".git"):
+    is_valid = len(parts) <= 2 and len(name) <= 96 and all(_NAME.fullmatch(part) for part in parts)
+    if not is_valid or name.endswith(".git"):
         raise UserError(
             f"{name!r} cannot name a Hub repository (letters and digits, single - _ . between "
             "them, at most 96): give --hub_model_id such as me/my-gpt"
@@ -188,22 +198,22 @@ def _require_token(token: str | None) -> str:
     return token
 
 
-def _refusal(error: BaseException, token: str) -> str | None:
-    """What a person can do about a refusal of the Hub; None where it is not one, but a failure."""
+def _advice(error: BaseException, token: str) -> str | None:
+    """Return the cause of a refusal by the Hub and its fix; None if the error is a failure and no refusal."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
         return f"the Hub does not know the access token; {_LOGIN}"
     if status == 403:
-        return f"the access token may not write there; make one that may at {_TOKENS_PAGE}"
+        return f"the access token has no write permission there; create one that has it at {_TOKENS_PAGE}"
     if status == 404:
         return "the Hub knows no such repository or owner; check --hub_model_id"
     if status in (408, 429) or not isinstance(status, int) or not 400 <= status < 500:
         return None
-    return f"the Hub refused it: {_one_line(error, token)}"
+    return f"the Hub refused the request: {_one_line(error, token)}"
 
 
 def _one_line(error: BaseException, token: str) -> str:
-    """The innermost message on one line, without the token (nor anything that looks like one)."""
+    """Return the innermost message of an error on one line, without the token and all texts that look like tokens."""
     while error.__cause__ is not None and not str(error).strip():
         error = error.__cause__
     line = " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""The probe of the Hub and the offline mode: in fresh processes where import time matters."""
+"""The probe of the Hub and the offline mode; tests that depend on import order run in new processes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def answering() -> Iterator[tuple[str, list[str]]]:
-    """A server on 127.0.0.1 that answers 401 to all, and the methods that it was asked with."""
-    asked: list[str] = []
+    """The URL of a server on 127.0.0.1 that answers 401 to every request, and the methods of its requests."""
+    methods: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            asked.append(self.command)
+            methods.append(self.command)
             self.send_response(401)
             self.end_headers()
 
@@ -47,12 +47,12 @@ def answering() -> Iterator[tuple[str, list[str]]]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
+    yield f"http://127.0.0.1:{server.server_port}", methods
     server.shutdown()
     server.server_close()
 
 
-def test_probe_when_the_hub_answers_is_true_after_one_request(
+def test_hub_is_reachable_when_the_hub_answers_then_is_true_after_one_request(
     answering: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", answering[0])
@@ -60,7 +60,7 @@ def test_probe_when_the_hub_answers_is_true_after_one_request(
     assert answering[1] == ["HEAD"]
 
 
-def test_probe_when_offline_was_asked_for_is_false_without_a_request(
+def test_hub_is_reachable_when_the_user_set_offline_mode_then_is_false_without_a_request(
     answering: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", answering[0])
@@ -69,19 +69,19 @@ def test_probe_when_offline_was_asked_for_is_false_without_a_request(
     assert answering[1] == []
 
 
-def test_probe_when_nobody_answers_is_false_within_its_time(
+def test_hub_is_reachable_when_the_server_is_silent_then_is_false_within_its_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
-        silent.listen()  # connects, and never says a word
+        silent.listen()  # accepts connections and never answers
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
         assert not hub_is_reachable(timeout_seconds=0.3)
         assert time.monotonic() - start < 1.5
 
 
-def test_probe_when_names_do_not_resolve_is_false_within_its_time(
+def test_hub_is_reachable_when_names_do_not_resolve_then_is_false_within_its_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def hang(*args: object, **kwargs: object) -> object:
@@ -95,7 +95,7 @@ def test_probe_when_names_do_not_resolve_is_false_within_its_time(
     assert time.monotonic() - start < 1.5
 
 
-def test_go_offline_when_libraries_are_imported_reaches_them_and_can_be_undone() -> None:
+def test_go_offline_when_libraries_are_imported_then_changes_them_and_can_be_undone() -> None:
     import datasets.config
     import huggingface_hub
 
@@ -110,7 +110,7 @@ def test_go_offline_when_libraries_are_imported_reaches_them_and_can_be_undone()
     datasets.config.HF_HUB_OFFLINE = before
 
 
-def test_come_online_when_the_user_asked_for_offline_changes_nothing(
+def test_come_online_when_the_user_set_offline_mode_then_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -140,7 +140,7 @@ def test_names_on_hub_when_local_or_of_this_package_then_leaves_them_out(
         ([], False, True, False, 0),
     ],
 )
-def test_detect_when_nothing_is_needed_or_nobody_answers_then_goes_offline(
+def test_detect_when_nothing_is_needed_or_the_hub_is_silent_then_goes_offline(
     names: list[str],
     push: bool,
     answers: bool,
@@ -182,19 +182,19 @@ print(model.config.n_layer, time.monotonic() - start)
 """
 
 
-def test_from_pretrained_when_offline_finds_a_cached_name_at_once(tmp_path: Path, tiny_gpt2_dir: Path) -> None:
+def test_from_pretrained_when_offline_then_loads_a_cached_name_at_once(tmp_path: Path, tiny_gpt2_dir: Path) -> None:
     plant_model(tmp_path, "gpt2", tiny_gpt2_dir)
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    # Nothing listens on this port: what a machine without a network sees, on every machine.
+    # No server listens on this port, which stands for a machine without a network.
     environment |= {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", LOAD_BY_NAME],
         env=environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    num_layers, seconds = done.stdout.split()
+    assert result.returncode == 0, result.stderr
+    num_layers, seconds = result.stdout.split()
     assert num_layers == "2"
-    assert float(seconds) < 40  # with retries it is more than a minute, on a machine however quick
+    assert float(seconds) < 40  # with retries it takes more than a minute, also on a fast machine

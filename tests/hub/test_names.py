@@ -1,4 +1,4 @@
-"""Names that cannot be loaded: what is said about them."""
+"""Errors for names that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def _not_found() -> RepositoryNotFoundError:
     return RepositoryNotFoundError.__new__(RepositoryNotFoundError)
 
 
-def test_nearest_when_letters_are_swapped_then_finds_the_name() -> None:
+def test_nearest_when_letters_are_swapped_then_returns_the_name() -> None:
     assert nearest("gtp2", ["gpt2", "facebook/opt-125m"]) == ["gpt2"]
 
 
-def test_nearest_when_owner_is_missing_then_finds_the_full_name() -> None:
+def test_nearest_when_the_owner_is_missing_then_returns_the_full_name() -> None:
     assert nearest("opt-125M", ["facebook/opt-125m"]) == ["facebook/opt-125m"]
 
 
-def test_suggestion_when_nothing_is_near_then_is_empty() -> None:
+def test_suggestion_when_no_name_is_similar_then_is_empty() -> None:
     assert suggestion("zzzzzz", ["gpt2"]) == ""
 
 
-def test_name_error_when_not_on_the_hub_then_says_so_and_names_the_nearest() -> None:
+def test_name_error_when_not_on_the_hub_then_names_the_nearest() -> None:
     text = str(name_error("--tokenizer_name", "gtp2", "a tokenizer", _wrapped(_not_found())))
     assert "no such model on the Hub" in text
     assert "did you mean gpt2" in text
     assert "\n" not in text
 
 
-def test_name_error_when_offline_then_says_that_the_cache_lacks_it() -> None:
+def test_name_error_when_offline_then_names_the_cache() -> None:
     error = _wrapped(LocalEntryNotFoundError("no"))
     text = str(name_error("--model_name_or_path", "my/my-gpt", "config.json", error))
     assert "Hub cannot be reached" in text
@@ -54,7 +54,7 @@ def test_name_error_when_offline_then_says_that_the_cache_lacks_it() -> None:
 
 
 @pytest.mark.parametrize("name", ["./runs/dema", "runs/x/y"])
-def test_name_error_when_a_folder_was_meant_then_does_not_talk_of_the_hub(
+def test_name_error_when_a_folder_was_meant_then_does_not_mention_the_hub(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

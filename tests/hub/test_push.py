@@ -1,4 +1,4 @@
-"""The push against a stand-in Hub on 127.0.0.1: what arrives, what is refused, what leaks."""
+"""Pushes to a local stand-in for the Hub: uploaded files, refusals, and no leak of the token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandInHub]
 
 @pytest.fixture
 def run_dir(tmp_path: Path, tiny_gpt2_dir: Path) -> Path:
-    """A run's folder: the tiny model and everything else that a run leaves."""
+    """A run's folder: the tiny model and all other files that a run leaves."""
     folder = tmp_path / "my-gpt"
     folder.mkdir()
     for path in tiny_gpt2_dir.iterdir():
@@ -48,7 +48,7 @@ def run_dir(tmp_path: Path, tiny_gpt2_dir: Path) -> Path:
     return folder
 
 
-def test_push_when_the_hub_works_leaves_the_finished_files_byte_equal(
+def test_push_folder_when_the_hub_works_then_it_holds_the_finished_files_byte_for_byte(
     hub: StandInHub, run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -65,7 +65,7 @@ def test_push_when_the_hub_works_leaves_the_finished_files_byte_equal(
     assert not [p for p in run_dir.rglob("*") if p.is_file() and TOKEN.encode() in p.read_bytes()]
 
 
-def test_push_when_the_commit_fails_says_how_to_push_again_without_the_token(
+def test_push_folder_when_the_commit_fails_then_names_the_command_without_the_token(
     hub: StandInHub, run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -80,19 +80,19 @@ def test_push_when_the_commit_fails_says_how_to_push_again_without_the_token(
     assert not hub.files
 
 
-def test_push_when_the_token_is_unknown_names_the_login(hub: StandInHub, run_dir: Path) -> None:
+def test_push_folder_when_the_token_is_unknown_then_names_the_login(hub: StandInHub, run_dir: Path) -> None:
     with pytest.raises(UserError, match=r"does not know the access token.*hf auth login"):
         push_folder(run_dir, "me/my-gpt", "hf_wrongToken123")
 
 
-def test_push_when_the_token_may_not_write_names_the_permission(hub: StandInHub, run_dir: Path) -> None:
+def test_push_folder_when_the_token_cannot_write_then_names_the_permission(hub: StandInHub, run_dir: Path) -> None:
     hub.fail["/api/repos/create"] = 403
-    with pytest.raises(UserError, match="make one that may") as failure:
+    with pytest.raises(UserError, match="write permission") as failure:
         push_folder(run_dir, "other/my-gpt", TOKEN)
     assert "hf upload other/my-gpt" in str(failure.value)
 
 
-def test_push_when_nobody_listens_fails_in_one_line(
+def test_push_folder_when_the_hub_does_not_answer_then_fails_in_one_line(
     hub: StandInHub, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -100,17 +100,19 @@ def test_push_when_nobody_listens_fails_in_one_line(
         push_folder(run_dir, "me/my-gpt", TOKEN)
 
 
-def test_push_when_the_run_went_offline_before_tries_again(hub: StandInHub, run_dir: Path) -> None:
+def test_push_folder_when_the_run_went_offline_before_then_connects_again(hub: StandInHub, run_dir: Path) -> None:
     go_offline()
     assert push_folder(run_dir, "my-gpt", TOKEN).endswith("someone/my-gpt")
 
 
-def test_push_when_there_are_no_weights_says_so(hub: StandInHub, tmp_path: Path) -> None:
+def test_push_folder_when_there_are_no_weights_then_raises(hub: StandInHub, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no weights \(model.safetensors\)"):
         push_folder(tmp_path, "my-gpt", TOKEN)
 
 
-def test_push_in_a_process_of_its_own_needs_only_the_environment(hub: StandInHub, run_dir: Path) -> None:
+def test_push_folder_when_called_in_a_new_process_then_needs_only_the_environment(
+    hub: StandInHub, run_dir: Path
+) -> None:
     script = (
         "import sys; from pathlib import Path; from llm.hub.push import push_folder\n"
         "print(push_folder(Path(sys.argv[1]), None, None))"
@@ -133,27 +135,29 @@ def test_push_in_a_process_of_its_own_needs_only_the_environment(hub: StandInHub
     assert TOKEN not in done.stdout + done.stderr
 
 
-def test_access_when_the_token_may_write_creates_the_repository(hub: StandInHub, tmp_path: Path) -> None:
+def test_check_hub_access_when_the_token_can_write_then_creates_the_repository(hub: StandInHub, tmp_path: Path) -> None:
     assert check_hub_access(None, tmp_path / "my-gpt", TOKEN) == "someone/my-gpt"
     assert check_hub_access("my-gpt", tmp_path, TOKEN) == "someone/my-gpt"
     assert hub.repositories == ["someone/my-gpt"]
 
 
-def test_access_when_there_is_no_token_names_the_login(hub: StandInHub, tmp_path: Path) -> None:
+def test_check_hub_access_when_there_is_no_token_then_names_the_login(hub: StandInHub, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"HF_TOKEN.*hf auth login"):
         check_hub_access("me/my-gpt", tmp_path, None)
     assert not hub.requests
 
 
-@pytest.mark.parametrize(("status", "mend"), [(401, "hf auth login"), (403, "make one that may")])
-def test_access_when_the_hub_refuses_names_the_mend(hub: StandInHub, tmp_path: Path, status: int, mend: str) -> None:
+@pytest.mark.parametrize(("status", "fix"), [(401, "hf auth login"), (403, "write permission")])
+def test_check_hub_access_when_the_hub_refuses_then_names_the_fix(
+    hub: StandInHub, tmp_path: Path, status: int, fix: str
+) -> None:
     hub.fail["/api/repos/create"] = status
-    with pytest.raises(UserError, match=mend) as failure:
+    with pytest.raises(UserError, match=fix) as failure:
         check_hub_access("me/my-gpt", tmp_path, TOKEN)
     assert TOKEN not in str(failure.value)
 
 
-def test_access_when_the_hub_is_away_only_warns(
+def test_check_hub_access_when_the_hub_does_not_answer_then_only_warns(
     hub: StandInHub,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -165,11 +169,11 @@ def test_access_when_the_hub_is_away_only_warns(
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "my gpt", "-gpt", "a--b", "a..b", "gpt.git", "x" * 97])
-def test_repository_name_when_impossible_is_refused(tmp_path: Path, name: str) -> None:
+def test_resolve_repo_id_when_the_name_is_invalid_then_raises(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="--hub_model_id such as me/my-gpt"):
         resolve_repo_id(name, tmp_path, TOKEN)
 
 
 @pytest.mark.parametrize("name", ["me/my-gpt", "me/GPT_2.v1", "a/b"])
-def test_repository_name_when_full_is_kept(tmp_path: Path, name: str) -> None:
+def test_resolve_repo_id_when_the_name_is_full_then_keeps_it(tmp_path: Path, name: str) -> None:
     assert resolve_repo_id(name, tmp_path, TOKEN) == name
