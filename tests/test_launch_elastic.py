@@ -1,4 +1,4 @@
-"""`launch node` with real processes: one that is killed is started again, and a signal loses nothing."""
+"""`launch node` with real processes: a killed one is restarted, and a signal loses nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import FOREVER
 
-# Several starts of torchrun each, which take a while where others compute, too.
+# Each starts torchrun several times, which takes long on a busy machine.
 pytestmark = [pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[1]
 NUM_STEPS = 60
@@ -46,8 +46,8 @@ class Node:
             time.sleep(0.05)
 
     def workers(self) -> list[int]:
-        """The numbers of its two processes, by rank."""
-        found: dict[int, int] = {}
+        """The process ids of its two workers, by rank."""
+        pids: dict[int, int] = {}
         for entry in Path("/proc").iterdir():
             try:
                 parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) if entry.name.isdigit() else 0
@@ -56,19 +56,19 @@ class Node:
                 continue
             ranks = [int(pair[5:]) for pair in variables if pair.startswith(b"RANK=")]
             if ranks and parent in self._family():
-                found[ranks[0]] = int(entry.name)
-        assert len(found) == 2, found
-        return [found[0], found[1]]
+                pids[ranks[0]] = int(entry.name)
+        assert len(pids) == 2, pids
+        return [pids[0], pids[1]]
 
     def _family(self) -> set[int]:
-        """The agent: this process, or its child."""
-        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return {self.process.pid, *map(int, listed)}
+        """Process ids that the agent may have: this process, or its child."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return {self.process.pid, *map(int, children)}
 
 
 @pytest.fixture(scope="module")
 def options(tiny_text: Path, tiny_gpt2_dir: Path) -> list[str]:
-    """60 updates of two processes, with a checkpoint after every five."""
+    """60 steps of two processes, with a checkpoint every five."""
     words = f"--train_file {tiny_text} --tokenizer_name {tiny_gpt2_dir} --config_name {tiny_gpt2_dir} --dropout 0.1"
     words += f" --block_size 32 --per_device_train_batch_size 4 --max_train_steps {NUM_STEPS} --checkpointing_steps 5"
     return f"{words} --logging_steps 5 --learning_rate 1e-3 --seed 7 --use_cpu --mixed_precision no".split()
@@ -76,7 +76,7 @@ def options(tiny_text: Path, tiny_gpt2_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights of a run that nobody killed."""
+    """The weights of a run without a killed process."""
     folder = tmp_path_factory.mktemp("undisturbed")
     node = Node(*options, "--output_dir", folder / "run", log=folder / "log")
     assert node.process.wait(150) == 0, node.text
@@ -86,7 +86,7 @@ def undisturbed(options: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """No process outlives a test that failed."""
+    """Kill the processes that a failed test leaves."""
     started: list[subprocess.Popen[bytes]] = []
     original = subprocess.Popen.__init__
 
@@ -104,7 +104,7 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 def kill_one(options: list[str], run: Path, *, after: int, rank: int) -> Node:
-    """A run of which one process is killed after an update; it has ended by itself."""
+    """A finished run of which one process was killed after a step."""
     node = Node(*options, "--output_dir", run, log=run.with_suffix(".log"))
     node.wait_for(rf"^saved step {after}$")
     os.kill(node.workers()[rank], signal.SIGKILL)
@@ -113,7 +113,7 @@ def kill_one(options: list[str], run: Path, *, after: int, rank: int) -> Node:
 
 
 @pytest.mark.slow
-def test_worker_when_killed_then_the_run_goes_on_by_itself_and_ends_with_the_same_bits(
+def test_worker_when_killed_then_the_run_resumes_by_itself_and_ends_with_the_same_bits(
     options: list[str], undisturbed: bytes, tmp_path: Path
 ) -> None:
     node = kill_one(options, tmp_path / "killed", after=20, rank=1)
@@ -139,18 +139,18 @@ def test_worker_when_killed_ten_times_in_ten_runs_then_each_ends_with_the_same_b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "sent"), [("node", signal.SIGTERM), ("job", signal.SIGUSR1)])
-def test_launcher_when_told_to_stop_then_the_run_has_saved_all_and_goes_on_later(
-    command: str, sent: signal.Signals, options: list[str], undisturbed: bytes, tmp_path: Path
+@pytest.mark.parametrize(("command", "stop_signal"), [("node", signal.SIGTERM), ("job", signal.SIGUSR1)])
+def test_launcher_when_stopped_by_a_signal_then_the_run_has_saved_everything_and_can_resume(
+    command: str, stop_signal: signal.Signals, options: list[str], undisturbed: bytes, tmp_path: Path
 ) -> None:
     run = tmp_path / "stopped"
     node = Node(*options, "--output_dir", run, log=tmp_path / "stopped.log", command=command)
     node.wait_for(r"^saved step 20$")
-    node.process.send_signal(sent)
+    node.process.send_signal(stop_signal)
     code = node.process.wait(60)
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "stopped", node.text
-    assert status["reason"] == sent.name
+    assert status["reason"] == stop_signal.name
     assert (run / "checkpoints" / f"step_{status['step']}" / "manifest.json").is_file()
     if command == "job":
         assert code == 75
@@ -162,7 +162,7 @@ def test_launcher_when_told_to_stop_then_the_run_has_saved_all_and_goes_on_later
 
 
 @pytest.mark.slow
-def test_run_when_its_time_is_over_then_the_agent_does_not_start_it_again(options: list[str], tmp_path: Path) -> None:
+def test_run_when_max_time_is_over_then_the_agent_does_not_restart_it(options: list[str], tmp_path: Path) -> None:
     run = tmp_path / "short"
     words = [*options, *FOREVER, "--checkpointing_steps", "50000", "--max_time", "15s"]
     node = Node(*words, "--output_dir", run, log=tmp_path / "short.log", command="job")

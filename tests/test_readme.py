@@ -21,13 +21,13 @@ from llm.bench import BenchOptions
 from llm.bench import main as bench
 from llm.config.abbreviations import BUILT_IN
 from llm.config.flags import flags_of
-from llm.config.launch import DoctorOptions, JobOptions, NodeOptions, ScriptOptions
 from llm.config.options import Options
 from llm.config.reader import read_options
 from llm.data.batches.ledger import Ledger, ledger_line
 from llm.generate import GenerateOptions
 from llm.generate import main as generate
 from llm.hub.connection import come_online
+from llm.launch import DoctorOptions, JobOptions, NodeOptions, ScriptOptions
 from llm.launch import main as launch_cluster
 from llm.plot import PlotOptions
 from llm.plot import main as plot

@@ -1,4 +1,4 @@
-"""Where this process is: on which hosts the job runs, which of them this is, and who started it."""
+"""The job allocation: the hosts of this job, which of them this is, and what launched this process."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llm.clusters.hostlist import expand, index_of, unique_hosts
+from llm.clusters.hostlist import expand_hostlist, host_index, is_local_host, unique_hosts
 from llm.config.errors import UserError
 
-# Of the programs that start one process on each host: number of this one, of all, and of those on this host.
-# PALS is HPE Cray's; hydra (MPICH, Intel MPI) and PALS both set PMI_*.
-_STARTERS = (
+# Variables that a multi-host launcher sets for each process: its rank, the number of processes, and how many of them
+# run on this host. PALS is HPE Cray's launcher; hydra (MPICH, Intel MPI) and PALS both set PMI_*.
+_LAUNCHER_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMIX_RANK", "PMIX_SIZE", "PMIX_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
     ("PALS_RANKID", "PALS_SIZE", "PALS_LOCAL_SIZE"),
 )
-_SLURM_STARTER = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "")
-_FIRST_PORT, _NUM_PORTS = 20000, 20000
+_SRUN_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "")
+_FIRST_PORT = 20000
+_NUM_PORTS = 20000
+_ONE_PER_HOST = "`python -m llm.launch job` starts one on each host"
 
 
 @dataclass(frozen=True)
 class ProcessLauncher:
-    """What the program that started this process on several hosts says in its variables.
+    """What the program that launched this process on several hosts (mpiexec, srun) says in its variables.
 
     Attributes:
         rank: number of this process.
         size: number of processes.
-        local_size: of these, how many are on this host; 1 where nothing says it.
+        local_size: number of processes on this host; 1 if no variable says it.
     """
 
     rank: int
@@ -45,29 +47,34 @@ class JobAllocation:
     """The hosts of this job.
 
     Attributes:
-        hosts: each once; all meet at the first one.
-        scheduler: who gave them; None without a job.
+        hosts: each host once; the rendezvous is on the first one.
+        scheduler: the scheduler that allocated them; None outside a job.
         job: the scheduler's name of the job, such as `123.server`.
-        rank: number of this host; None where nothing says it.
-        starter: the program that started this process, if it was one of mpiexec's or srun's kind.
-        is_told: whether the hosts were named on the command line.
+        rank: index of this host; None if unknown.
+        launcher: mpiexec or srun, if one of them started this process.
+        is_explicit: whether the command line named the hosts.
     """
 
     hosts: tuple[str, ...]
     scheduler: Literal["pbs", "slurm"] | None = None
     job: str | None = None
     rank: int | None = None
-    starter: ProcessLauncher | None = None
-    is_told: bool = False
+    launcher: ProcessLauncher | None = None
+    is_explicit: bool = False
 
     @property
-    def is_elsewhere(self) -> bool:
-        """Whether the command line names one host, and not this one."""
-        return self.is_told and len(self.hosts) == 1 and not is_here(self.hosts[0])
+    def is_remote(self) -> bool:
+        """Whether the command line names exactly one host, and that is another host than this one."""
+        if not self.is_explicit or len(self.hosts) != 1:
+            return False
+        try:
+            return not is_local_host(self.hosts[0])
+        except OSError:  # a name without an address is not this host
+            return True
 
     @property
     def port(self) -> int:
-        """Where the hosts meet: not the same for two jobs that share a host."""
+        """Port of the rendezvous on the first host; it differs between two jobs that share a host."""
         return _FIRST_PORT + job_number(self.job or "") % _NUM_PORTS
 
 
@@ -80,20 +87,20 @@ def find_allocation(
     job: str | None = None,
     is_step: bool = True,
 ) -> JobAllocation:
-    """The place that the variables of PBS, Slurm or an MPI describe; this host alone where there are none.
+    """Read the allocation from the variables of PBS, Slurm or an MPI; without any it is this host alone.
 
-    PBS comes first: where a Slurm cluster plays PBS, the script was written for PBS.
+    PBS comes first: on a Slurm cluster that emulates PBS, the job script was written for PBS.
 
     Args:
         environment: the variables.
-        hosts: their names with commas, instead of what the scheduler says.
-        hostfile: a file with one a line, likewise.
-        rank: number of this host among them, instead of what its name or its starter says.
-        job: its name, instead of the scheduler's.
-        is_step: whether this runs once on each host, where Slurm's step may have fewer hosts than the job.
+        hosts: names separated by commas, used instead of the scheduler's list.
+        hostfile: a file with one name a line, used likewise.
+        rank: index of this host, used instead of the index of its name or its launcher's rank.
+        job: name of the job, used instead of the scheduler's.
+        is_step: whether this command runs once on each host; a Slurm step may then have fewer hosts than the job.
 
     Raises:
-        UserError: the hosts cannot be read.
+        UserError: the list of hosts cannot be read, or the rank is not one of them.
     """
     if hosts is not None and hostfile is not None:
         raise UserError("--hosts and --hostfile say the same; give one of them")
@@ -102,105 +109,112 @@ def find_allocation(
         scheduler = "pbs"
     elif environment.get("SLURM_JOB_ID"):
         scheduler = "slurm"
-    names = _named(hosts, hostfile) or _scheduled(scheduler, environment, is_step=is_step)
-    this = socket.gethostname()
-    found = unique_hosts(names) or (this,)
-    starter = _starter(environment, scheduler)
-    if rank is not None and rank >= len(found):
-        raise UserError(f"--rank {rank}: there are {len(found)} hosts, numbered from 0")
+    this_host = socket.gethostname()
+    names = _explicit_hosts(hosts, hostfile) or _scheduler_hosts(scheduler, environment, is_step=is_step)
+    unique = unique_hosts(names) or (this_host,)
+    if rank is not None and rank >= len(unique):
+        raise UserError(f"--rank {rank}: there are {len(unique)} hosts, numbered from 0")
+    launcher = _find_launcher(environment, scheduler)
     if rank is None:
-        rank = index_of(this, found) if len(found) > 1 else 0
-    if rank is None and starter is not None and starter.size == len(found):
-        rank = starter.rank
-    named = environment.get("PBS_JOBID") or environment.get("SLURM_JOB_ID")
-    return JobAllocation(found, scheduler, job or named or None, rank, starter, bool(hosts or hostfile))
-
-
-def is_here(host: str) -> bool:
-    """Whether a name is this host's: its own one, or one of an address that a program can listen at here."""
-    if index_of(socket.gethostname(), [host]) is not None:
-        return True
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.bind(address)
-    except OSError:
-        return False
-    return True
+        rank = host_index(this_host, unique) if len(unique) > 1 else 0
+    if rank is None and launcher is not None and launcher.size == len(unique):
+        rank = launcher.rank
+    return JobAllocation(
+        hosts=unique,
+        scheduler=scheduler,
+        job=job or environment.get("PBS_JOBID") or environment.get("SLURM_JOB_ID") or None,
+        rank=rank,
+        launcher=launcher,
+        is_explicit=bool(hosts or hostfile),
+    )
 
 
 def job_number(job: str) -> int:
-    """The number in a job's name, and of a job in an array that number and its index: 7 of `123[4].server` is 127."""
+    """Return the number in a job's name; in an array job its index is added: 127 for `123[4].server`."""
     return sum(int(number) for number in re.findall(r"^\D*(\d+)|\[(\d+)\]", job)[:2] for number in number if number)
 
 
-def check_agents(place: JobAllocation) -> None:
-    """Refuses a start in which not every host gets exactly one agent; each would wait for others that never come.
+def check_one_agent_per_host(allocation: JobAllocation) -> None:
+    """Refuse a start that gives some host no agent or several; each agent would wait for others that never come.
 
     Raises:
-        UserError: and what would be right.
+        UserError: the number of agents is wrong; the message gives the right command.
     """
-    count, starter = len(place.hosts), place.starter
-    right = "`python -m llm.launch job` starts one on each host"
-    if starter is None:
-        if count > 1 and not place.is_told:
-            raise UserError(f"this job has {count} hosts, and `launch node` runs on this one alone; {right}")
+    num_hosts = len(allocation.hosts)
+    launcher = allocation.launcher
+    if launcher is None:
+        if num_hosts > 1 and not allocation.is_explicit:
+            raise UserError(
+                f"this job has {num_hosts} hosts, and `launch node` runs on this one alone; {_ONE_PER_HOST}"
+            )
         return
-    if starter.size == count and (starter.local_size == 1 or count == 1):
+    if launcher.size == num_hosts and (launcher.local_size == 1 or num_hosts == 1):
         return
-    if place.scheduler is None and not place.is_told:
+    if allocation.scheduler is None and not allocation.is_explicit:
         raise UserError(
-            f"{starter.size} of these were started, and nothing says on which hosts; give --hosts A,B,... (the first "
-            "is where they meet)"
+            f"{launcher.size} agents were started, but their hosts are unknown; give --hosts A,B,... (the rendezvous "
+            "is on the first one)"
         )
-    some = f"{starter.size} of these were started" + (f", {starter.local_size} here" if starter.local_size > 1 else "")
-    raise UserError(f"{some}, for {count} host{'s' * (count > 1)}: `launch node` runs once on each host; {right}")
+    here = f", {launcher.local_size} here" if launcher.local_size > 1 else ""
+    plural = "s" if num_hosts > 1 else ""
+    raise UserError(
+        f"{launcher.size} agents were started{here}, for {num_hosts} host{plural}: `launch node` runs once on each "
+        f"host; {_ONE_PER_HOST}"
+    )
 
 
-def _named(hosts: str | None, hostfile: str | None) -> list[str]:
-    """The hosts of the command line."""
+def _explicit_hosts(hosts: str | None, hostfile: str | None) -> list[str]:
+    """The hosts that the command line names."""
     if hosts is not None:
         names = [name.strip() for name in hosts.split(",")]
         if not all(re.fullmatch(r"[\w.:-]+", name) for name in names):
-            raise UserError(f"--hosts {hosts}: must be names of hosts with commas between them")
+            raise UserError(f"--hosts {hosts}: must be names of hosts, separated by commas")
         return names
-    return _lines("--hostfile", hostfile) if hostfile is not None else []
+    return _read_hostfile("--hostfile", hostfile) if hostfile is not None else []
 
 
-def _scheduled(
+def _scheduler_hosts(
     scheduler: Literal["pbs", "slurm"] | None, environment: Mapping[str, str], *, is_step: bool
 ) -> list[str]:
     """The hosts of the job, repeated as the scheduler repeats them."""
     if scheduler == "pbs" and environment.get("PBS_NODEFILE"):
-        return _lines("PBS_NODEFILE", environment["PBS_NODEFILE"])
-    if scheduler == "slurm":
-        names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")[0 if is_step else 1 :]
-        listed = next((environment[name] for name in names if environment.get(name)), None)
-        try:
-            return list(expand(listed)) if listed else []
-        except ValueError as error:
-            raise UserError(f"Slurm's list of hosts cannot be read ({error}); give --hosts A,B,...") from None
-    return []
+        return _read_hostfile("PBS_NODEFILE", environment["PBS_NODEFILE"])
+    if scheduler != "slurm":
+        return []
+    names = ["SLURM_JOB_NODELIST", "SLURM_NODELIST"]
+    if is_step:
+        names.insert(0, "SLURM_STEP_NODELIST")
+    hostlist = next((environment[name] for name in names if environment.get(name)), None)
+    if not hostlist:
+        return []
+    try:
+        return list(expand_hostlist(hostlist))
+    except ValueError as error:
+        raise UserError(f"Slurm's list of hosts cannot be read ({error}); give --hosts A,B,...") from None
 
 
-def _lines(source: str, name: str) -> list[str]:
-    """The host of each line: mpiexec's own files have numbers of processes behind it."""
+def _read_hostfile(source: str, name: str) -> list[str]:
+    """The host of each line; a host file of mpiexec also holds the number of processes behind the name."""
     try:
         lines = Path(name).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise UserError(f"{source} {name}: cannot be read ({reason}); --hosts A,B,... names the hosts") from None
+        reason = getattr(error, "strerror", None) or "it is not a text file"
+        raise UserError(f"{source} {name}: cannot be read ({reason}); give --hosts A,B,... instead") from None
     words = [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    found = [re.sub(r"^([^:]+):\d+$", r"\1", word) for word in words]
-    if not found:
+    hosts = [re.sub(r"^([^:]+):\d+$", r"\1", word) for word in words]
+    if not hosts:
         raise UserError(f"{source} {name}: holds no hosts")
-    return found
+    return hosts
 
 
-def _starter(environment: Mapping[str, str], scheduler: str | None) -> ProcessLauncher | None:
-    kinds = (_SLURM_STARTER,) if scheduler == "slurm" else _STARTERS
-    for rank, size, local_size in kinds:
+def _find_launcher(environment: Mapping[str, str], scheduler: str | None) -> ProcessLauncher | None:
+    variables = (_SRUN_VARIABLES,) if scheduler == "slurm" else _LAUNCHER_VARIABLES
+    for rank, size, local_size in variables:
         if environment.get(rank, "").isdigit() and environment.get(size, "").isdigit():
             local = environment.get(local_size, "")
-            return ProcessLauncher(int(environment[rank]), int(environment[size]), int(local) if local.isdigit() else 1)
+            return ProcessLauncher(
+                rank=int(environment[rank]),
+                size=int(environment[size]),
+                local_size=int(local) if local.isdigit() else 1,
+            )
     return None

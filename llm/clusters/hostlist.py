@@ -1,15 +1,16 @@
-"""Names of hosts: each one once, and out of Slurm's short form."""
+"""Names of hosts: compare them, expand Slurm's host lists, and recognise this host."""
 
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterable, Sequence
 
 _BRACKETS = re.compile(r"\[([^\]]*)\]")
 
 
 def unique_hosts(names: Iterable[str]) -> tuple[str, ...]:
-    """Each host once, in the order of the first mention; `n1` and `n1.cluster.org` are one host."""
+    """Return each host once, in the order of its first mention; `n1` and `n1.cluster.org` are one host."""
     hosts: list[str] = []
     for name in dict.fromkeys(word.strip() for word in names):
         if name and not any(is_same_host(name, other) for other in hosts):
@@ -18,40 +19,68 @@ def unique_hosts(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def is_same_host(one: str, other: str) -> bool:
-    """Whether two names are equal, or one is the other without its domain."""
+    """Return whether two names are equal, or differ only in that one lacks the domain."""
     short, long = sorted((one.lower(), other.lower()), key=len)
     return short == long or long.startswith(f"{short}.")
 
 
-def index_of(name: str, hosts: Sequence[str]) -> int | None:
-    """Which of the hosts has this name, with another domain at most; None if none has, or several."""
-    exact = [number for number, host in enumerate(hosts) if is_same_host(name, host)]
-    # PBS may name a host by the domain of its fast network, which the host itself does not know.
-    found = exact or [number for number, host in enumerate(hosts) if _label(host) == _label(name)]
-    return found[0] if len(found) == 1 else None
+def host_index(name: str, hosts: Sequence[str]) -> int | None:
+    """Return the index of the host with this name.
+
+    A host whose name differs in the domain matches if no name matches better.
+
+    Returns:
+        The index; None if no host or several hosts match.
+    """
+    matches = [index for index, host in enumerate(hosts) if is_same_host(name, host)]
+    if not matches:
+        # PBS may name a host by the domain of its fast network, which the host itself does not know.
+        matches = [index for index, host in enumerate(hosts) if _first_label(host) == _first_label(name)]
+    return matches[0] if len(matches) == 1 else None
 
 
-def expand(text: str) -> tuple[str, ...]:
-    """The hosts that Slurm's short form stands for: `n[01-03,7],x2` is n01, n02, n03, n7, x2.
+def is_local_host(host: str) -> bool:
+    """Return whether a name or an address belongs to this host.
+
+    It does if it is this host's own name (up to the domain), or if a socket can be bound to one of its addresses.
 
     Raises:
-        ValueError: the text is no such list.
+        OSError: the name cannot be resolved.
+    """
+    if host_index(socket.gethostname(), [host]) is not None:
+        return True
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+        except OSError:  # the address is another host's
+            continue
+        return True
+    return False
+
+
+def expand_hostlist(text: str) -> tuple[str, ...]:
+    """Return the hosts of Slurm's compressed host list: `n[01-03,7],x2` is n01, n02, n03, n7, x2.
+
+    Raises:
+        ValueError: the text is not a host list.
     """
     return tuple(name for part in _split(text) for name in _expand_part(part))
 
 
 def _expand_part(part: str) -> list[str]:
-    found = _BRACKETS.search(part)
-    if found is None:
+    brackets = _BRACKETS.search(part)
+    if brackets is None:
         if not part or re.search(r"[\[\]\s]", part):
             raise ValueError(f"{part!r} is no list of hosts")
         return [part]
-    before, after = part[: found.start()], part[found.end() :]
-    return [name for number in _numbers(found[1]) for name in _expand_part(f"{before}{number}{after}")]
+    before = part[: brackets.start()]
+    after = part[brackets.end() :]
+    return [name for number in _numbers(brackets[1]) for name in _expand_part(f"{before}{number}{after}")]
 
 
 def _numbers(text: str) -> list[str]:
-    """`01-03,7` as 01, 02, 03, 7."""
+    """Expand `01-03,7` to 01, 02, 03, 7."""
     numbers: list[str] = []
     for piece in text.split(","):
         first, dash, last = piece.partition("-")
@@ -62,9 +91,10 @@ def _numbers(text: str) -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside of brackets."""
+    """Split at the commas outside brackets."""
     return re.split(r",(?![^\[]*\])", text)
 
 
-def _label(name: str) -> str:
+def _first_label(name: str) -> str:
+    """The name without its domain, in lower case; an address is returned whole."""
     return name.lower() if re.fullmatch(r"[\d.]+|.*:.*", name) else name.lower().partition(".")[0]

@@ -1,4 +1,7 @@
-"""What a job asked its scheduler for: on the command line of qsub or sbatch too, which its script does not know."""
+"""What this job requested, so that the next job of a chain can request the same.
+
+It includes the options that were given to qsub or sbatch on the command line, which the job script does not know.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llm.clusters.allocation import JobAllocation
-from llm.clusters.scheduler import UnknownError, ask_scheduler
-from llm.clusters.walltime import pbs_facts
+from llm.clusters.scheduler import SchedulerError, pbs_job_attributes, run_scheduler_command
 
 log = logging.getLogger(__name__)
 
-# sbatch's options, and the variables in which a job finds them.
-_OF_SLURM = {
+# Options of sbatch, and the variables of a job that hold their values.
+_SLURM_OPTIONS = {
     "--nodes": "SLURM_JOB_NUM_NODES",
     "--account": "SLURM_JOB_ACCOUNT",
     "--partition": "SLURM_JOB_PARTITION",
@@ -22,8 +24,8 @@ _OF_SLURM = {
     "--reservation": "SLURM_JOB_RESERVATION",
     "--gpus-per-node": "SLURM_GPUS_PER_NODE",
 }
-# qsub's options, and qstat's names for them.
-_OF_PBS = {
+# Options of qsub, each with the start of its value, and qstat's names of the attributes that hold the rest.
+_PBS_OPTIONS = {
     ("-l", "select="): "Resource_List.select",
     ("-l", "walltime="): "Resource_List.walltime",
     ("-A", ""): "Account_Name",
@@ -32,48 +34,54 @@ _OF_PBS = {
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What the next job has to ask for, to get the same.
+    """What a job requested from its scheduler.
 
     Attributes:
         options: of qsub or sbatch.
-        variables: names of those that the job was given.
-        is_followed: whether PBS runs this job again, and one that waits for its end is queued already.
+        variables: names of the variables that were passed to the job.
+        has_successor: whether PBS runs this job again, and a job that waits for its end is already queued.
     """
 
     options: tuple[str, ...] = ()
     variables: tuple[str, ...] = ()
-    is_followed: bool = False
+    has_successor: bool = False
 
 
-def read_job_request(place: JobAllocation, environment: Mapping[str, str]) -> JobRequest:
-    """What this job asked for; a scheduler that does not say it is a line in the log."""
-    assert place.job is not None
+def read_job_request(allocation: JobAllocation, environment: Mapping[str, str]) -> JobRequest:
+    """Ask the scheduler what this job requested; if it does not answer, log one line and return an empty request."""
+    assert allocation.job is not None
     try:
-        return (_slurm if place.scheduler == "slurm" else _pbs)(place.job, environment)
-    except UnknownError as reason:
+        if allocation.scheduler == "slurm":
+            return _slurm_request(allocation.job, environment)
+        return _pbs_request(allocation.job, environment)
+    except SchedulerError as reason:
         log.warning(
-            "chain: what this job asked for is not known (%s); the next one asks for what the script says", reason
+            "chain: the request of this job is unknown (%s); the next job requests what the script says", reason
         )
         return JobRequest()
 
 
-def _slurm(job: str, environment: Mapping[str, str]) -> JobRequest:
-    options = [f"{option}={environment[name]}" for option, name in _OF_SLURM.items() if environment.get(name)]
-    limit = ask_scheduler(["squeue", "-h", "-j", job, "-o", "%l"], environment).strip()
-    options += [f"--time={limit}"] if re.fullmatch(r"[\d:-]+", limit) else []  # a partition may have none
-    return JobRequest(tuple(options))
+def _slurm_request(job: str, environment: Mapping[str, str]) -> JobRequest:
+    options = [f"{option}={environment[name]}" for option, name in _SLURM_OPTIONS.items() if environment.get(name)]
+    limit = run_scheduler_command(["squeue", "-h", "-j", job, "-o", "%l"], environment).strip()
+    if re.fullmatch(r"[\d:-]+", limit):  # a partition may have no limit
+        options.append(f"--time={limit}")
+    return JobRequest(options=tuple(options))
 
 
-def _pbs(job: str, environment: Mapping[str, str]) -> JobRequest:
-    facts = pbs_facts(job, environment)
-    options = [word for (flag, start), name in _OF_PBS.items() if name in facts for word in (flag, start + facts[name])]
-    if environment.get("PBS_O_QUEUE"):  # the one that was named; qstat knows where its jobs are sent
+def _pbs_request(job: str, environment: Mapping[str, str]) -> JobRequest:
+    attributes = pbs_job_attributes(job, environment)
+    options: list[str] = []
+    for (flag, prefix), name in _PBS_OPTIONS.items():
+        if name in attributes:
+            options += [flag, prefix + attributes[name]]
+    if environment.get("PBS_O_QUEUE"):  # the queue of the submission; qstat names the one that it routed the job to
         options += ["-q", environment["PBS_O_QUEUE"]]
-    given = re.findall(r"(?:^|,)([A-Za-z_]\w*)=", facts.get("Variable_List", ""))
-    runs = facts.get("run_count", "1")
-    is_again = runs.isdigit() and int(runs) > 1
+    variables = re.findall(r"(?:^|,)([A-Za-z_]\w*)=", attributes.get("Variable_List", ""))
+    run_count = attributes.get("run_count", "1")
+    runs_again = run_count.isdigit() and int(run_count) > 1
     return JobRequest(
-        tuple(options),
-        tuple(name for name in given if not name.startswith("PBS_")),
-        is_again and "beforeany:" in facts.get("depend", ""),
+        options=tuple(options),
+        variables=tuple(name for name in variables if not name.startswith("PBS_")),
+        has_successor=runs_again and "beforeany:" in attributes.get("depend", ""),
     )

@@ -1,4 +1,4 @@
-"""How each program that starts processes on several hosts is told to start one on each."""
+"""The words with which mpiexec (of each MPI) and srun start one process on each host."""
 
 from __future__ import annotations
 
@@ -11,129 +11,127 @@ from pathlib import Path
 
 from llm.config.errors import UserError
 
-_PATIENCE_SECONDS = 30.0
-# Names of variables that hold secrets, and values that do, such as a proxy's address with a password in it: a
-# command line can be read by everybody on the host.
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|PASSPHRASE|CREDENTIAL", re.IGNORECASE)
+_TIMEOUT_SECONDS = 30.0
+# Names of variables that hold secrets, and values that do, such as the address of a proxy with a password in it: every
+# user of the host can read a command line.
+_SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|PASSPHRASE|CREDENTIAL", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"://[^/@\s]*:[^/@\s]+@")
-# A variable that each host has of its own, or the starting program sets for each process.
-_LOCAL = re.compile(
+# Variables that each host has for itself, or that the launcher sets for each process.
+_LOCAL_NAME = re.compile(
     r"PWD|OLDPWD|SHLVL|_|HOST|HOSTNAME|TMPDIR|DISPLAY|TERM|LS_COLORS|PBS_NODEFILE|"
     r"(SSH|XDG|PMI|PMIX|OMPI|PRTE|PALS|HYDI?|SLURM|SBATCH|SRUN|BASH_FUNC|_ModuleTable|MPI_LOCAL)\w*"
 )
 _NAME = re.compile(r"[A-Za-z_]\w*")
-# A list that hydra holds in an array of a fixed size must not grow with a module system's own notes.
-_LONGEST_VALUE = 16_384
+# hydra keeps the arguments in an array of a fixed size; a module system's internal variables would fill it.
+_MAX_VALUE_LENGTH = 16_384
 
 
 @dataclass(frozen=True)
-class Launcher:
+class MpiLauncher:
     """A kind of mpiexec.
 
     Attributes:
-        name: as people call it.
-        sign: what its `--version`, or the path of the program, says.
-        placing: one process on each host, which may use all its cores.
-        forwards: option before the name of a variable that is to be passed on; "" where all are.
+        name: its usual name.
+        pattern: what its `--version`, or the path of the program, contains.
+        placement: options that start one process on each host, which may use all cores.
+        forward_option: option before the name of a variable that is to be passed on; "" if all are passed on.
     """
 
     name: str
-    sign: re.Pattern[str]
-    placing: tuple[str, ...]
-    forwards: str = ""
+    pattern: re.Pattern[str]
+    placement: tuple[str, ...]
+    forward_option: str = ""
 
 
-# Open MPI counts the cores of a host without slots= as slots, and fills the first host; it and PALS would bind
+# Open MPI counts the cores of a host without slots= as slots, and fills the first host; Open MPI and PALS would bind
 # the one process to one core.
-LAUNCHERS = (
-    Launcher("PALS", re.compile(r"\bPALS\b", re.IGNORECASE), ("--ppn", "1", "--cpu-bind", "none")),
-    Launcher(
+MPI_LAUNCHERS = (
+    MpiLauncher("PALS", re.compile(r"\bPALS\b", re.IGNORECASE), ("--ppn", "1", "--cpu-bind", "none")),
+    MpiLauncher(
         "Open MPI",
         re.compile(r"Open ?MPI|OpenRTE|PRRTE|PRTE", re.IGNORECASE),
         ("--map-by", "ppr:1:node", "--bind-to", "none"),
-        forwards="-x",
+        forward_option="-x",
     ),
-    Launcher("MPICH", re.compile(r"HYDRA|MPICH|Intel\(R\) MPI", re.IGNORECASE), ("-ppn", "1")),
+    MpiLauncher("MPICH", re.compile(r"HYDRA|MPICH|Intel\(R\) MPI", re.IGNORECASE), ("-ppn", "1")),
 )
-UNKNOWN = Launcher("an unknown mpiexec", re.compile(""), ())
+UNKNOWN_LAUNCHER = MpiLauncher("an unknown mpiexec", re.compile(""), ())
 
 
-def find_launcher(environment: Mapping[str, str]) -> tuple[str, Launcher]:
-    """The path of mpiexec, and its kind.
+def find_mpiexec(environment: Mapping[str, str]) -> tuple[str, MpiLauncher]:
+    """Return the path of the mpiexec on PATH, and its kind.
 
     Raises:
-        UserError: there is none, or it does not answer.
+        UserError: there is no mpiexec, or it does not answer.
     """
     program = shutil.which("mpiexec", path=environment.get("PATH"))
     if program is None:
         raise UserError("several hosts need an mpiexec, and there is none on PATH; load the module of an MPI")
     try:
-        said = subprocess.run(
+        result = subprocess.run(
             [program, "--version"],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=_PATIENCE_SECONDS,
+            timeout=_TIMEOUT_SECONDS,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{program} --version gives no answer ({error}); load the module of another MPI") from None
-    text = f"{said.stdout}\n{said.stderr}\n{Path(program).resolve()}"
-    return program, next((kind for kind in LAUNCHERS if kind.sign.search(text)), UNKNOWN)
+    text = f"{result.stdout}\n{result.stderr}\n{Path(program).resolve()}"
+    return program, next((kind for kind in MPI_LAUNCHERS if kind.pattern.search(text)), UNKNOWN_LAUNCHER)
 
 
-def mpiexec_line(
-    program: str, launcher: Launcher, hostfile: Path, num_hosts: int, environment: Mapping[str, str]
+def mpiexec_prefix(
+    program: str, launcher: MpiLauncher, hostfile: Path, num_hosts: int, environment: Mapping[str, str]
 ) -> list[str]:
-    """What stands before the command that is to run once on each host.
+    """Return the words before a command that make mpiexec run it once on each host.
 
-    Variables are given as `env NAME=VALUE`, the one spelling that all kinds share; secrets never are.
+    Variables are passed as `env NAME=VALUE`, the one form that all kinds share; secrets are not.
 
     Args:
         program: path of mpiexec.
         launcher: its kind.
-        hostfile: a host a line, each once.
-        num_hosts: lines of it.
-        environment: the variables that the command is to have.
+        hostfile: a file with one host a line, each once.
+        num_hosts: number of its lines.
+        environment: the variables that the command needs.
     """
-    secrets = [
-        name
-        for name, value in environment.items()
-        if _is_passed_on(name) and (_SECRET.search(name) or _SECRET_VALUE.search(value))
-    ]
-    forwarded = [word for name in secrets for word in (launcher.forwards, name) if launcher.forwards]
-    pairs = [
-        f"{name}={value}"
-        for name, value in environment.items()
-        if _is_passed_on(name) and name not in secrets and len(value) <= _LONGEST_VALUE
-    ]
-    start = [program, "--hostfile", str(hostfile), "-np", str(num_hosts), *launcher.placing, *forwarded]
-    return [*start, "env", *pairs]
+    passed_on = {name: value for name, value in environment.items() if _is_passed_on(name)}
+    secrets = [name for name, value in passed_on.items() if _SECRET_NAME.search(name) or _SECRET_VALUE.search(value)]
+    words = [program, "--hostfile", str(hostfile), "-np", str(num_hosts), *launcher.placement]
+    if launcher.forward_option:
+        for name in secrets:
+            words += [launcher.forward_option, name]
+    words.append("env")
+    for name, value in passed_on.items():
+        if name not in secrets and len(value) <= _MAX_VALUE_LENGTH:
+            words.append(f"{name}={value}")
+    return words
 
 
-def srun_line(num_hosts: int, environment: Mapping[str, str]) -> list[str]:
-    """What stands before the command that is to run once on each host of a Slurm job.
+def srun_prefix(num_hosts: int, environment: Mapping[str, str]) -> list[str]:
+    """Return the words before a command that make srun run it once on each host of a Slurm job.
 
-    Every choice is made here, since srun takes what is not from variables that the job was submitted with.
+    Every option is given, because srun takes a missing one from the variables of the job's submission.
 
     Raises:
         UserError: there is no srun.
     """
     program = shutil.which("srun", path=environment.get("PATH"))
     if program is None:
-        raise UserError("this is a Slurm job, but there is no srun on PATH; add the folder that has it")
+        raise UserError("this is a Slurm job, but there is no srun on PATH; add its folder to PATH")
     count = str(num_hosts)
-    placing = ["--nodes", count, "--ntasks", count, "--ntasks-per-node", "1", "--cpu-bind=none"]
+    placement = ["--nodes", count, "--ntasks", count, "--ntasks-per-node", "1", "--cpu-bind=none"]
     # An agent that fails must not end the others, which may be saving.
-    return [program, *placing, "--kill-on-bad-exit=0", "--export=ALL"]
+    return [program, *placement, "--kill-on-bad-exit=0", "--export=ALL"]
 
 
-def shown(line: Sequence[str]) -> list[str]:
-    """What stands before the command, without the variables, for people."""
-    return [word for word in line if not re.match(r"[A-Za-z_]\w*=", word)]
+def without_variables(words: Sequence[str]) -> list[str]:
+    """Return the words without `NAME=VALUE`, for a log line."""
+    return [word for word in words if not re.match(r"[A-Za-z_]\w*=", word)]
 
 
 def _is_passed_on(name: str) -> bool:
-    return _NAME.fullmatch(name) is not None and _LOCAL.fullmatch(name) is None
+    return _NAME.fullmatch(name) is not None and _LOCAL_NAME.fullmatch(name) is None

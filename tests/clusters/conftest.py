@@ -1,4 +1,4 @@
-"""Hosts and schedulers for the tests of this folder; every process of pytest has its own."""
+"""Hosts and schedulers for the tests of this folder; every pytest process starts its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.clusters.slurm_cluster import Cluster
 
 @pytest.fixture(scope="session")
 def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    """n1 and n2, without a scheduler."""
+    """Two hosts, n1 and n2, without a scheduler."""
     hosts = Hosts(tmp_path_factory.mktemp("hosts"), ["n1", "n2"])
     yield hosts
     hosts.close()
@@ -20,7 +20,7 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A Slurm of two hosts."""
+    """A Slurm cluster of two hosts."""
     hosts = Hosts(tmp_path_factory.mktemp("slurm"), ["n1", "n2"])
     try:
         yield from _cluster(hosts, "slurm")
@@ -30,7 +30,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def pbs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """What looks like a PBS of two hosts."""
+    """An emulated PBS cluster of two hosts."""
     hosts = Hosts(tmp_path_factory.mktemp("pbs"), ["n1", "n2"])
     try:
         yield from _cluster(hosts, "pbs")

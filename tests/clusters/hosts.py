@@ -1,7 +1,7 @@
-"""Several hosts on this machine: each with a name, an address and a network of its own, and a way to the others.
+"""Several hosts on this machine, each with its own name, address and network, and a connection to the others.
 
-They live in namespaces of the kernel together with all that is started on them: nothing of this machine's network,
-`/etc/hosts` or processes is touched, and when the first process of the namespaces ends, the kernel ends all others.
+They and all their processes live in namespaces of the kernel: this machine's network, `/etc/hosts` and processes stay
+as they are, and when the first process of the namespaces ends, the kernel ends all others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PATH = f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# $0 is the folder, the arguments are the names. One bridge, one cable a host. Ends with its standard input.
+# $0 is the folder, the arguments are the names. One bridge, one cable per host. Ends with its standard input.
 _BEGIN = """
 set -e
 mount --bind "$0/hosts" /etc/hosts
@@ -43,7 +43,7 @@ echo ready
 while read -r _; do :; done
 """
 
-# What sshd does with a command: a fresh environment, the home folder, and a shell that reads the words again.
+# Does what sshd does with a command: a fresh environment, the home folder, and a shell that parses the words again.
 _SSH = """#!/bin/sh
 while [ "${{1#-}}" != "$1" ]; do shift; done
 host=$1; shift
@@ -53,7 +53,7 @@ exec $enter env -i HOME="$HOME" USER=root LANG=C.UTF-8 PATH=/usr/sbin:/usr/bin:/
 """
 
 
-# Debian's names of the two; both find the stand-in for ssh.
+# Debian's names of the two mpiexec; both use the stand-in for ssh.
 _MPIEXEC = """#!/bin/sh
 export HYDRA_LAUNCHER=ssh HYDRA_LAUNCHER_EXEC='{folder}/bin/ssh'
 export OMPI_MCA_plm_rsh_agent='{folder}/bin/ssh' OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
@@ -63,31 +63,31 @@ MPIS = {"mpich": "mpiexec.hydra", "openmpi": "mpiexec.openmpi"}
 
 
 def require(*programs: str) -> None:
-    """Gives the test up where one of these is not installed."""
+    """Skip the test if one of these programs is not installed."""
     missing = [program for program in programs if shutil.which(program, path=f"{PATH}:{os.environ['PATH']}") is None]
     if missing:
         give_up(f"no {' and no '.join(missing)} here")
 
 
 def give_up(reason: str) -> None:
-    """Skips the test, or fails it where LLM_TESTS_NEED_CLUSTERS says that nothing may be missing."""
+    """Skip the test, or fail it if LLM_TESTS_NEED_CLUSTERS is set."""
     if os.environ.get("LLM_TESTS_NEED_CLUSTERS"):
         pytest.fail(reason)
     pytest.skip(reason)
 
 
 class Hosts:
-    """Hosts that share this machine's files.
+    """Hosts that share the files of this machine.
 
     Attributes:
         names: such as n1, n2; the first is where users log in.
-        folder: what is needed to reach them: `bin/ssh`, which takes `HOST COMMAND…`, and `mpich/mpiexec` and
-            `openmpi/mpiexec`, which are real ones and use it.
+        folder: holds `bin/ssh`, which takes `HOST COMMAND…`, and the real `mpich/mpiexec` and `openmpi/mpiexec`,
+            which use it.
         home: the home folder on all of them.
     """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """Starts them; skips the test where the kernel forbids it.
+        """Start the hosts; skip the test if the kernel forbids it.
 
         Args:
             folder: an empty one.
@@ -118,12 +118,12 @@ class Hosts:
         assert self._first.stdout is not None
         if self._first.stdout.readline() != "ready\n":
             self.close()
-            pytest.skip(f"the kernel lets nobody make hosts here: {(folder / 'hosts.log').read_text().strip()}")
+            pytest.skip(f"the kernel forbids hosts here: {(folder / 'hosts.log').read_text().strip()}")
         children = Path(f"/proc/{self._first.pid}/task/{self._first.pid}/children")
         self._pid = children.read_text().split()[0]
 
     def environment(self, **more: str) -> dict[str, str]:
-        """What a user who has logged in finds in the environment: this Python first, this clone's package."""
+        """The environment of a user who has logged in: this Python first on PATH, and this repository's package."""
         return {
             "HOME": str(self.home),
             "USER": "root",
@@ -135,7 +135,7 @@ class Hosts:
         }
 
     def command(self, name: str, words: Sequence[str | Path], folder: Path | None = None) -> list[str]:
-        """The words that run `words` on a host, in this folder (its home)."""
+        """The command that runs `words` on a host, in this folder (by default its home)."""
         kinds = ["--mount", "--uts", "--net", "--pid"]
         if os.geteuid() != 0:
             kinds += ["--user", "--preserve-credentials"]
@@ -154,7 +154,7 @@ class Hosts:
         environment: Mapping[str, str] | None = None,
         timeout: float = 120,
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a command on a host to its end."""
+        """Run a command on a host to its end."""
         return subprocess.run(
             self.command(name, words, folder),
             env=dict(environment or self.environment()),
@@ -173,7 +173,7 @@ class Hosts:
         folder: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[str]:
-        """Starts a command on a host; what it says goes to a file."""
+        """Start a command on a host, with its output in a file."""
         with log.open("wb") as file:
             return subprocess.Popen(
                 self.command(name, words, folder),
@@ -185,7 +185,7 @@ class Hosts:
             )
 
     def close(self) -> None:
-        """Ends the hosts and all that runs on them."""
+        """End the hosts and all their processes."""
         assert self._first.stdin is not None and self._first.stdout is not None
         self._first.stdin.close()
         try:
@@ -197,13 +197,13 @@ class Hosts:
 
 
 def write_program(path: Path, text: str) -> None:
-    """A script that can be run."""
+    """Write an executable script."""
     path.write_text(text)
     path.chmod(0o755)
 
 
 def clone(folder: Path) -> Path:
-    """A folder that is to a job what a clone with its environment in `.venv` is."""
+    """Make a folder like a clone of this repository, with its environment in `.venv`."""
     folder.mkdir()
     for name in ("llm", "jobs", "examples"):
         (folder / name).symlink_to(ROOT / name)
@@ -211,10 +211,10 @@ def clone(folder: Path) -> Path:
     return folder
 
 
-def wait_until(look: Callable[[], object], what: str, seconds: float, log: Path | None = None) -> None:
-    """Returns when `look()` is true; fails the test when it never is."""
+def wait_until(condition: Callable[[], object], what: str, seconds: float, log: Path | None = None) -> None:
+    """Return when `condition()` is true; fail the test if it is not within this time."""
     deadline = time.monotonic() + seconds
-    while not look():
-        said = log.read_text(errors="replace")[-3000:] if log is not None and log.exists() else ""
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s\n{said}"
+    while not condition():
+        output = log.read_text(errors="replace")[-3000:] if log is not None and log.exists() else ""
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s\n{output}"
         time.sleep(0.1)

@@ -1,6 +1,6 @@
-"""A Slurm, or what looks like a PBS, over hosts of the tests: Debian's own daemons, without systemd and cgroups.
+"""A Slurm, or an emulated PBS, on hosts of the tests: Debian's own daemons, without systemd and cgroups.
 
-The PBS is Slurm with Debian's `qsub`, `qstat` and `qdel`, made true to a real one where they are not: jobs find PBS's
+The PBS is Slurm with Debian's `qsub`, `qstat` and `qdel`, corrected where they differ from a real PBS: jobs get PBS's
 variables and none of Slurm's, start in the home folder in a fresh environment, and have 10 s after SIGTERM.
 """
 
@@ -49,7 +49,7 @@ NodeName={names} CPUs=64 State=UNKNOWN
 PartitionName=debug Nodes={names} Default=YES MaxTime=INFINITE State=UP
 """
 
-# Slurm runs it before a job's script; what it prints becomes the script's environment.
+# Slurm runs it before a job's script; its output sets the script's environment.
 _PBS_PROLOG = """#!/bin/bash
 nodes={folder}/nodefile.$SLURM_JOB_ID
 scontrol show hostnames "$SLURM_JOB_NODELIST" |
@@ -61,7 +61,7 @@ echo "export PBS_ENVIRONMENT=PBS_BATCH"
 compgen -e | grep -E '^SLURM' | grep -v '^SLURM_CONF$' | sed 's/^/unset /'
 """
 
-# A job's identifier is NUMBER.SERVER; a job starts in the home folder and sees no more of the environment than -v says.
+# A job's identifier is NUMBER.SERVER; a job starts in the home folder with only those variables that -v names.
 _QSUB = """#!/bin/bash
 set -euo pipefail
 words=(); variables=(SLURM_CONF="$SLURM_CONF" HOME="$HOME" PATH="$PATH" LANG=C.UTF-8)
@@ -81,7 +81,7 @@ echo "$number.{first}"
 _QDEL = """#!/bin/bash
 exec /usr/bin/qdel "${{@%.{first}}}"
 """
-# Debian's says when a job began under another name than PBS Pro does.
+# Debian's qstat gives the start of a job another name than PBS Pro does.
 _QSTAT = """#!/bin/bash
 set -o pipefail
 /usr/bin/qstat "${{@%.{first}}}" | sed 's/^\\tmtime = /    stime = /; s/^\\t/    /'
@@ -89,15 +89,15 @@ set -o pipefail
 
 
 class Cluster:
-    """A scheduler over hosts, each of which is said to have 64 cores.
+    """A scheduler on hosts that are configured with 64 cores each.
 
     Attributes:
-        hosts: where it runs.
+        hosts: the hosts.
         kind: "slurm" or "pbs".
     """
 
     def __init__(self, hosts: Hosts, kind: str) -> None:
-        """Starts it, and waits until every host is idle."""
+        """Start the scheduler, and wait until every host is idle."""
         if os.geteuid() != 0:
             give_up("Slurm's daemons start as root only")
         require("slurmctld", "slurmd", "munged", "sbatch", "srun", *(["qsub"] if kind == "pbs" else []))
@@ -120,7 +120,7 @@ class Cluster:
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o600)
         if is_pbs:
-            # A login shell, with which such a job begins, forgets the PATH that it was given.
+            # Such a job begins with a login shell, which resets PATH.
             path = f"{self.hosts.folder}/mpich:{self.hosts.folder}/bin"
             (self.hosts.home / ".profile").write_text(f'export PATH="{path}:$PATH"\n')
             write_program(folder / "prolog", _PBS_PROLOG.format(**values))
@@ -147,7 +147,7 @@ class Cluster:
         return len(states) == len(self.hosts.names) and set(states) == {"idle"}
 
     def ask(self, *words: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-        """Runs one of the scheduler's commands on the first host, in a folder."""
+        """Run one of the scheduler's commands on the first host, in a folder."""
         first = self.hosts.names[0]
         return self.hosts.run(first, *words, folder=folder, environment=self.environment, timeout=60)
 
@@ -173,7 +173,7 @@ class Cluster:
         return jobs
 
     def close(self) -> None:
-        """Ends the jobs and the daemons, each by its own process."""
+        """End the jobs and the daemons."""
         for job in [job for job, state in self.jobs().items() if state not in _ENDED]:
             self.ask("scancel", "--full", job)
         self._stop_daemons()
@@ -181,7 +181,7 @@ class Cluster:
     def _stop_daemons(self) -> None:
         self.ask("scontrol", "shutdown")
         munge = (self.folder / "munge.pid").read_text().strip()
-        # What does not end, as a daemon that waits for another one may, ends with its host.
+        # A daemon that does not end, because it waits for another one, ends with its host.
         with contextlib.suppress(subprocess.TimeoutExpired):
             for daemon in self._daemons[1:]:
                 daemon.wait(20)
@@ -191,8 +191,8 @@ class Cluster:
 
 
 def log_of(folder: Path) -> str:
-    """What the jobs that were submitted from a folder said."""
-    # The templates' name, and sbatch's own.
-    names = {path: re.search(r"\.o(\d+)$|^slurm-(\d+)\.out$", path.name) for path in folder.iterdir()}
-    logs = sorted((int(found[1] or found[2]), path) for path, found in names.items() if found)
+    """The logs of the jobs that were submitted from a folder."""
+    # Names of the templates' logs, and sbatch's default.
+    matches = {path: re.search(r"\.o(\d+)$|^slurm-(\d+)\.out$", path.name) for path in folder.iterdir()}
+    logs = sorted((int(match[1] or match[2]), path) for path, match in matches.items() if match)
     return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for _, path in logs)

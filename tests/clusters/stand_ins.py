@@ -1,4 +1,4 @@
-"""Stand-ins for mpiexec and srun, which write down what each host would run, as the real ones would run it there."""
+"""Stand-ins for mpiexec and srun, which record what the real ones would run on each host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VERSIONS = {
     "PALS": "mpiexec version 1.2.12 (PALS) revision 4cd7e18",
 }
 
-# What all stand-ins begin with: the words in front of the command, and how a host is written down.
+# The head of all stand-ins: it parses the words before the command, and defines how a start is recorded.
 _HEAD = """#!{python}
 import json, os, sys
 words, records = sys.argv[1:], {records!r}
@@ -42,7 +42,7 @@ if words == ["--version"]:
 hosts = open(value("--hostfile", "-f")).read().split()
 count = int(value("-np", "-n"))
 if kind == "Open MPI":
-    # Without a word about it the cores of the first host are its slots, and only PATH is taken along.
+    # By default the cores of the first host are its slots, and only PATH is passed on.
     per_host = 1 if value("--map-by") == "ppr:1:node" else 64
     known = ["PATH", "HOME", *(words[i + 1] for i, word in enumerate(words) if word == "-x")]
     taken = {{name: os.environ[name] for name in known}}
@@ -74,10 +74,10 @@ for rank, host in enumerate(hosts[:count]):
 """
 )
 
-# Stands for python itself, where a single host starts it without mpiexec or srun.
+# Stands for python, which a single host starts without mpiexec or srun.
 _PYTHON = _HEAD + "\nwrite({hosts!r}[0], [{python!r}, *words], os.environ)\n"
 
-# torch, as far as a launcher needs it: an agent that says how it was called.
+# The parts of torch that a launcher needs: an agent that records its call.
 _TORCH = {
     "torch/__init__.py": "class accelerator:\n    is_available = staticmethod(lambda: False)\n",
     "torch/distributed/__init__.py": "",
@@ -94,7 +94,7 @@ def run(words):
 
 
 def install_torch(folder: Path, records: Path) -> None:
-    """A stand-in for torch in a folder that goes into PYTHONPATH; its agent writes a record."""
+    """Write a stand-in for torch into a folder for PYTHONPATH; its agent records its call."""
     for name, text in _TORCH.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text.format(records=str(records)))
@@ -102,7 +102,7 @@ def install_torch(folder: Path, records: Path) -> None:
 
 @dataclass(frozen=True)
 class Recorder:
-    """The stand-ins' folder, first in PATH, and what they wrote down."""
+    """The folder of the stand-ins, which is first on PATH, and their records."""
 
     folder: Path
 
@@ -112,20 +112,20 @@ class Recorder:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """One for each process that was started: host, command, environment, folder."""
+        """One record for each started process: host, command, environment, folder."""
         if not self.records_file.exists():
             return []
         return [json.loads(line) for line in self.records_file.read_text().splitlines()]
 
     def install(self, kind: str, hosts: list[str]) -> Path:
-        """Writes the stand-ins for one kind of mpiexec; the path of the one for python."""
+        """Write the stand-ins for one kind of mpiexec, and return the path of the one for python."""
         texts = {"mpiexec": _MPIEXEC, "srun": _SRUN, "python": _PYTHON}
         for name, text in texts.items():
             path = self.folder / name
             facts = {"records": str(self.records_file), "kind": kind, "version": VERSIONS[kind], "hosts": hosts}
-            # The first line needs the real one, all else speaks of the stand-in.
-            first, _, rest = text.partition("\n")
+            # The first line needs the real python, the rest names the stand-in.
+            shebang, _, rest = text.partition("\n")
             filled = rest.format(python=str(self.folder / "python"), **facts)
-            path.write_text(f"{first.format(python=sys.executable)} -SE\n{filled}")
+            path.write_text(f"{shebang.format(python=sys.executable)} -SE\n{filled}")
             path.chmod(0o755)
         return self.folder / "python"

@@ -1,17 +1,19 @@
-"""Names of hosts."""
+"""Names of hosts, Slurm's host lists, and which host is this one."""
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
-from llm.clusters.hostlist import expand, index_of, unique_hosts
+from llm.clusters.hostlist import expand_hostlist, host_index, is_local_host, unique_hosts
 
 
-def test_hosts_when_repeated_then_are_kept_once_in_order() -> None:
+def test_unique_hosts_when_names_repeat_then_keep_each_once_in_order() -> None:
     assert unique_hosts(["b", "b", "a", "b", "a"]) == ("b", "a")
 
 
-def test_hosts_when_with_and_without_domain_then_are_one() -> None:
+def test_unique_hosts_when_a_name_comes_with_and_without_domain_then_count_it_once() -> None:
     assert unique_hosts(["x1.hsn.cluster", "x1", "X1.hsn.cluster", "x10"]) == ("x1.hsn.cluster", "x10")
     assert unique_hosts(["10.0.0.1", "10.0.0.10", "fe80::1", "fe80::12"]) == (
         "10.0.0.1",
@@ -21,12 +23,12 @@ def test_hosts_when_with_and_without_domain_then_are_one() -> None:
     )
 
 
-def test_own_name_when_the_list_has_another_domain_then_is_found() -> None:
+def test_host_index_when_the_list_has_another_domain_then_still_matches() -> None:
     hosts = ["x1.hsn.cluster", "x10.hsn.cluster"]
-    assert index_of("x10", hosts) == 1
-    assert index_of("x1.login.cluster", hosts) == 0
-    assert index_of("x2", hosts) is None
-    assert index_of("x1", ["x1.left", "x1.right"]) is None  # two of that name
+    assert host_index("x10", hosts) == 1
+    assert host_index("x1.login.cluster", hosts) == 0
+    assert host_index("x2", hosts) is None
+    assert host_index("x1", ["x1.left", "x1.right"]) is None  # two of that name
 
 
 @pytest.mark.parametrize(
@@ -40,11 +42,35 @@ def test_own_name_when_the_list_has_another_domain_then_is_found() -> None:
         ("n[09-11]", ["n09", "n10", "n11"]),
     ],
 )
-def test_list_when_in_slurms_short_form_then_is_written_out(text: str, names: list[str]) -> None:
-    assert list(expand(text)) == names
+def test_hostlist_when_compressed_then_is_expanded(text: str, names: list[str]) -> None:
+    assert list(expand_hostlist(text)) == names
 
 
 @pytest.mark.parametrize("text", ["", "n[1-", "n[a-b]", "n[]", "a b"])
-def test_list_when_it_is_none_then_is_refused(text: str) -> None:
+def test_hostlist_when_malformed_then_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no list"):
-        expand(text)
+        expand_hostlist(text)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", socket.gethostname(), f"{socket.gethostname()}.fast.net"])
+def test_local_host_when_the_name_or_address_is_this_hosts_then_is_local(host: str) -> None:
+    assert is_local_host(host)
+
+
+def test_local_host_when_the_address_is_another_hosts_then_is_not_local() -> None:
+    assert not is_local_host("192.0.2.1")  # reserved for documentation (RFC 5737)
+
+
+def test_local_host_when_only_its_second_address_is_bound_here_then_is_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = socket.SOCK_STREAM
+    addresses = [
+        (socket.AF_INET, kind, 0, "", ("192.0.2.1", 0)),
+        (socket.AF_INET, kind, 0, "", ("127.0.0.1", 0)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
+    assert is_local_host("two-networks")
+
+
+def test_local_host_when_the_name_cannot_be_resolved_then_raises() -> None:
+    with pytest.raises(socket.gaierror):
+        is_local_host("no-such-host.invalid")

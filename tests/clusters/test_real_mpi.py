@@ -1,4 +1,4 @@
-"""Real MPICH and real Open MPI start one agent on each of two hosts, with nothing lost on the way."""
+"""Real MPICH and real Open MPI start one agent on each of two hosts, with all words and variables unchanged."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.clusters.hosts import MPIS, Hosts, clone, require
 pytestmark = [pytest.mark.clusters, pytest.mark.slow]
 
 WORDS = ["--text", "two words", 'a "quote"', "it's", "$HOME", "a\\b", "*", "--empty", ""]
-# A trainer that only says where and how it was started.
+# A trainer that only records where and how it was started.
 RECORDER = """
 import json, os, pathlib, socket, sys
 
 names = ("RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "GREETING")
-found = {name: os.environ.get(name) for name in names}
-found |= {"host": socket.gethostname(), "folder": os.getcwd(), "words": sys.argv[1:]}
-pathlib.Path(f"record-{os.getpid()}.json").write_text(json.dumps(found))
+facts = {name: os.environ.get(name) for name in names}
+facts |= {"host": socket.gethostname(), "folder": os.getcwd(), "words": sys.argv[1:]}
+pathlib.Path(f"record-{os.getpid()}.json").write_text(json.dumps(facts))
 """
 
 
@@ -38,7 +38,7 @@ def test_job_when_started_by_a_real_mpiexec_then_each_host_has_one_agent_with_th
         PBS_NODEFILE=str(nodes), PBS_JOBID="77.server", PBS_O_WORKDIR=str(work), GREETING="good  $day"
     )
     environment["PATH"] = f"{two_hosts.folder}/{mpi}:{environment['PATH']}"
-    # As the last lines of a job script do it, which PBS begins at home.
+    # As the last lines of a job script do, which PBS starts in the home folder.
     script = 'cd "$PBS_O_WORKDIR"; exec python -m llm.launch job --nproc 2 --max_restarts 0 -- recorder "$@"'
     done = two_hosts.run("n1", "bash", "-c", script, "job", *WORDS, environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr

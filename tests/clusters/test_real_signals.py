@@ -1,4 +1,4 @@
-"""What a real Slurm does to a job by hand: it is told to stop, it is cancelled, or its script forgot srun."""
+"""A job of a real Slurm that is signalled or cancelled, or whose script lacks srun."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def work(tmp_path: Path) -> Path:
     return clone(tmp_path / "clone")
 
 
-def started(cluster: Cluster, work: Path, options: list[str], *, chain: int = 1) -> str:
-    """A job of a run that takes for ever, after its first record; its number."""
+def start_run(cluster: Cluster, work: Path, options: list[str], *, chain: int = 1) -> str:
+    """Start a job of an endless run, wait for its first record, and return the job's number."""
     write_config(work / "run.toml", [*options, *FOREVER], work / "run")
     job = submit(cluster, work, chain=chain)
     end = time.monotonic() + 120
@@ -43,17 +43,17 @@ def started(cluster: Cluster, work: Path, options: list[str], *, chain: int = 1)
 def test_run_when_slurm_ends_it_then_everything_is_saved(
     words_of_scancel: list[str], slurm: Cluster, work: Path, words: list[str]
 ) -> None:
-    job = started(slurm, work, words)
+    job = start_run(slurm, work, words)
     assert slurm.ask("scancel", *[word.format(job=job) for word in words_of_scancel]).returncode == 0
     states = slurm.wait(100)
-    found = status(work / "run")
-    assert (found.get("state"), found.get("reason")) == ("stopped", "SIGTERM"), f"{states}\n{log_of(work)}"
-    assert (work / "run" / "checkpoints" / f"step_{found['step']}" / "manifest.json").is_file()
+    stopped = status(work / "run")
+    assert (stopped.get("state"), stopped.get("reason")) == ("stopped", "SIGTERM"), f"{states}\n{log_of(work)}"
+    assert (work / "run" / "checkpoints" / f"step_{stopped['step']}" / "manifest.json").is_file()
     if len(words_of_scancel) == 2:
         assert "job: exit code 75; " in log_of(work)
 
 
-def test_node_when_a_script_runs_it_without_srun_then_is_refused_at_once(slurm: Cluster, work: Path) -> None:
+def test_node_when_the_script_lacks_srun_then_is_refused_at_once(slurm: Cluster, work: Path) -> None:
     (work / "forgot.sh").write_text("#!/bin/bash\npython -m llm.launch node --nproc 1 -- --max_train_steps 1\n")
     slurm.submit("--nodes=2", "--ntasks-per-node=2", "forgot.sh", folder=work)
     slurm.wait(60)
@@ -64,4 +64,4 @@ def test_node_when_srun_starts_several_on_a_host_then_is_refused(slurm: Cluster,
     (work / "many.sh").write_text("#!/bin/bash\nsrun python -m llm.launch node --nproc 1 -- --max_train_steps 1\n")
     slurm.submit("--nodes=2", "--ntasks-per-node=2", "many.sh", folder=work)
     slurm.wait(60)
-    assert "4 of these were started, for 2 hosts: `launch node` runs once on each host" in log_of(work)
+    assert "4 agents were started, for 2 hosts: `launch node` runs once on each host" in log_of(work)

@@ -1,4 +1,4 @@
-"""Every situation of a job, with stand-ins that write down what each host would run."""
+"""Jobs of every scheduler and MPI, with stand-ins that record what each host would run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recorder(tmp_path: Path) -> Recorder:
 
 @pytest.fixture
 def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder where the job was submitted."""
+    """The folder from which the job was submitted."""
     path = tmp_path / "a project"
     path.mkdir()
     monkeypatch.chdir(path)
@@ -37,7 +37,7 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def set_only(patch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
-    """Makes these the variables, and no others."""
+    """Make these the only variables."""
     for name in set(os.environ) - set(environment):
         patch.delenv(name)
     for name, value in environment.items():
@@ -45,10 +45,10 @@ def set_only(patch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
 
 
 def run_nodes(records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What `launch node` becomes on each host: words of torchrun, environment, folder."""
+    """Run `launch node` of each host, and return the agents that it becomes: command, environment, folder."""
     agents: list[dict[str, Any]] = []
 
-    def become(program: str, command: list[str], environment: dict[str, str]) -> None:
+    def record_exec(program: str, command: list[str], environment: dict[str, str]) -> None:
         agents.append({"command": command, "environment": dict(environment), "folder": os.getcwd()})
         raise SystemExit(0)
 
@@ -57,8 +57,8 @@ def run_nodes(records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) ->
         assert words[1:4] == ["-m", "llm.launch", "node"]
         with monkeypatch.context() as patch:
             set_only(patch, record["environment"])
-            patch.setattr(os, "execvpe", become)
-            patch.setattr(socket, "getaddrinfo", Mock())  # the hosts are names only
+            patch.setattr(os, "execvpe", record_exec)
+            patch.setattr(socket, "getaddrinfo", Mock())  # the hosts do not exist
             patch.chdir(record["folder"])
             with pytest.raises(SystemExit):
                 llm.launch.main(words[3:])
@@ -74,7 +74,7 @@ CASES = list(itertools.product((1, 2, 4), (1, 4), ("pbs", "slurm", None), ("MPIC
 
 
 @pytest.mark.parametrize(("num_hosts", "repeats", "scheduler", "kind"), CASES, ids=str)
-def test_job_when_started_then_every_host_runs_one_agent_that_finds_the_others(
+def test_job_when_started_then_every_host_runs_one_agent_of_one_rendezvous(
     num_hosts: int,
     repeats: int,
     scheduler: str | None,
@@ -99,8 +99,8 @@ def test_job_when_started_then_every_host_runs_one_agent_that_finds_the_others(
     if scheduler == "pbs":
         environment |= {"PBS_JOBID": f"{JOB}.server", "PBS_NODEFILE": str(nodefile), "PBS_O_WORKDIR": str(submitted)}
     elif scheduler == "slurm":
-        listed = ",".join(hosts)
-        environment |= {"SLURM_JOB_ID": JOB, "SLURM_JOB_NODELIST": listed, "SLURM_TASKS_PER_NODE": f"{repeats}"}
+        hostlist = ",".join(hosts)
+        environment |= {"SLURM_JOB_ID": JOB, "SLURM_JOB_NODELIST": hostlist, "SLURM_TASKS_PER_NODE": f"{repeats}"}
         environment |= {"SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "0"}
         del environment["OMP_NUM_THREADS"]
     else:
@@ -112,7 +112,7 @@ def test_job_when_started_then_every_host_runs_one_agent_that_finds_the_others(
         patch.setattr(sys, "executable", str(python))
         assert llm.launch.main(["job", *words, "--", *options]) == 0
     records = recorder.records
-    assert [record["host"] for record in records] == hosts  # exactly one a host
+    assert [record["host"] for record in records] == hosts  # exactly one per host
     agents = run_nodes(records, monkeypatch)
     assert len(agents) == num_hosts
     for number, agent in enumerate(agents):
@@ -138,7 +138,7 @@ def test_job_when_started_then_every_host_runs_one_agent_that_finds_the_others(
     assert len({option(agent["command"], "--rdzv_id") for agent in agents}) == 1
 
 
-def test_secret_when_passed_on_then_is_not_said_by_the_launcher(
+def test_secret_when_passed_on_then_is_not_logged_by_the_launcher(
     recorder: Recorder,
     submitted: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -147,7 +147,7 @@ def test_secret_when_passed_on_then_is_not_said_by_the_launcher(
 ) -> None:
     caplog.set_level("INFO")
     python = recorder.install("Open MPI", ["a", "b"])
-    # The stand-in writes its own words down, too.
+    # The stand-in records its own arguments, too.
     program = recorder.folder / "mpiexec"
     words_file = submitted / "words"
     program.write_text(program.read_text() + f"\nopen({str(words_file)!r}, 'w').write(repr(words))\n")
@@ -157,13 +157,13 @@ def test_secret_when_passed_on_then_is_not_said_by_the_launcher(
     assert llm.launch.main(["job", "--hosts", "a,b", "--", "--hub_token", "hush"]) == 0
     assert [record["environment"]["WANDB_API_KEY"] for record in recorder.records] == ["hush", "hush"]
     assert "WANDB_API_KEY=" not in words_file.read_text()
-    said = caplog.text + "".join(capsys.readouterr())
-    assert "starts: " in said
-    assert "hush" not in said
+    output = caplog.text + "".join(capsys.readouterr())
+    assert "starting: " in output
+    assert "hush" not in output
 
 
-def printed(*words: str) -> str:
-    """What `llm.launch` prints."""
+def launch_output(*words: str) -> str:
+    """Standard output of `llm.launch`."""
     done = subprocess.run(
         [sys.executable, "-m", "llm.launch", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -176,24 +176,24 @@ def printed(*words: str) -> str:
 
 
 @pytest.mark.parametrize("scheduler", ["pbs", "slurm", None])
-def test_script_when_bash_runs_it_then_starts_the_agents_where_it_was_submitted(
+def test_script_when_bash_runs_it_then_starts_the_agents_in_the_folder_of_submission(
     scheduler: str | None, recorder: Recorder, submitted: Path, tmp_path: Path
 ) -> None:
-    """The whole way: bash, the real interpreter, `job`, mpiexec or srun, on two hosts (or one, without a job)."""
+    """Run all of it: bash, the real python, `job`, mpiexec or srun, on two hosts (on one, outside a job)."""
     kind = scheduler or "pbs"
     script = submitted / "job.sh"
     options = ["--run_name", AWKWARD, "--max_train_steps", "3"]
-    # The interpreter of .venv is the real one, with this package beside it.
+    # The python of .venv is the real one, with this package on its path.
     (submitted / ".venv" / "bin").mkdir(parents=True)
     wrapper = submitted / ".venv" / "bin" / "python"
     wrapper.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path / "lib"}:{ROOT}" exec {sys.executable} "$@"\n')
     wrapper.chmod(0o755)
-    script.write_text(printed(kind, "--nproc", "2", "--", *options))
+    script.write_text(launch_output(kind, "--nproc", "2", "--", *options))
     recorder.install("MPICH", ["n1", "n2"])
     (recorder.folder / "python").unlink()
     srun = recorder.folder / "srun"
     srun.write_text(srun.read_text().replace(str(recorder.folder / "python"), sys.executable))
-    # Where nothing starts it on other hosts, torchrun is a stand-in, too.
+    # Outside a job, where only this host runs, torchrun is a stand-in, too.
     install_torch(tmp_path / "lib", recorder.records_file)
     (submitted / "nodes").write_text("n1\nn1\nn2\nn2\n")
     variables = {

@@ -1,1 +1,1 @@
-"""`python -m llm.launch --doctor`: checks of the hosts of a job before it trains."""
+"""`python -m llm.launch doctor`: checks the hosts of a job before it trains."""

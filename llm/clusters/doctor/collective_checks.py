@@ -1,4 +1,4 @@
-"""Processes that form a group as a run's do, and measure how fast they agree."""
+"""Processes that form a process group as a run's do, and measure its all-reduce."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from llm.clusters.doctor.rendezvous import Rendezvous, open_store
 from llm.config.errors import first_line
 
-# What a process may be waiting for, by the stage that it is in.
+# Stages of a process, and what it waits for in each.
 _STAGES = {
     "start": "the libraries to load",
     "group": "the process group of all",
@@ -28,23 +29,24 @@ _STAGES = {
     "end": "the others to end",
 }
 _NUM_LATENCIES = 50
-_LONGEST_MEASURING_SECONDS = 2.0
-_MOST_REPEATS = 20
-# Of a gradient's size on devices; less where every byte goes through the processor.
-_NUM_BYTES = {"cpu": 16 << 20}
-_NUM_BYTES_OF_DEVICES = 256 << 20
+_MAX_MEASURE_SECONDS = 2.0
+_MAX_REPEATS = 20
+# About the size of a model's gradients on accelerators; less on the CPU, where every byte passes through the cores.
+_CPU_BUFFER_BYTES = 16 << 20
+_DEVICE_BUFFER_BYTES = 256 << 20
 _POLL_SECONDS = 0.1
-_LAST_WORDS_SECONDS = 5.0
+# How long the other processes may still run after the first failure, to report theirs.
+_EXIT_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The group that is formed.
+class GroupPlan:
+    """The process group to form.
 
     Attributes:
         address: of the store.
         port: of the store.
-        first_ranks: the first rank on each host; the next ones are its neighbours' there.
+        first_ranks: the first rank on each host; the other ranks of a host follow it.
         size: number of processes.
         device: cuda, xpu, … or cpu.
         seconds: how long each stage may take.
@@ -59,18 +61,18 @@ class Plan:
 
     @property
     def backend(self) -> str:
-        """What carries the numbers, such as gloo or nccl."""
+        """The backend of the process group, such as gloo or nccl."""
         return str(dist.get_default_backend_for_device(self.device))
 
 
 @dataclass(frozen=True)
-class Speed:
-    """How fast a group agrees.
+class AllReduceSpeed:
+    """Latency and bandwidth of a group's all-reduce.
 
     Attributes:
         size: number of processes.
-        latency_seconds: of an all-reduce of one number, the median.
-        bytes_per_second: that each process sends and receives, 2 (n - 1) / n of the buffer an all-reduce.
+        latency_seconds: median time of an all-reduce of one number.
+        bytes_per_second: that each process sends and receives, 2 (n - 1) / n of the buffer in an all-reduce.
         num_bytes: size of that buffer.
 
     Source: the "bus bandwidth" of NVIDIA's nccl-tests.
@@ -82,16 +84,18 @@ class Speed:
     num_bytes: int
 
     def __str__(self) -> str:
-        size = self.num_bytes >> 20
-        rate = self.bytes_per_second / 1e9
-        return f"{self.latency_seconds * 1e6:.0f} us for 4 B, {rate:.3g} GB/s for {size} MiB"
+        latency = self.latency_seconds * 1e6
+        bandwidth = self.bytes_per_second / 1e9
+        return f"{latency:.0f} us for 4 B, {bandwidth:.3g} GB/s for {self.num_bytes >> 20} MiB"
 
 
-def run_processes(meeting: Rendezvous, plan: Plan, ranks: Sequence[int]) -> None:
-    """Runs this host's processes to their end, or ends them; what failed is said under `failed/N`.
+def run_processes(rendezvous: Rendezvous, plan: GroupPlan, ranks: Sequence[int]) -> None:
+    """Run this host's processes until they have ended or a stage took too long, then kill those that are left.
+
+    Failures are stored in the rendezvous as `failed/0`, `failed/1`, ...
 
     Args:
-        meeting: where the stages of the processes and what they measured are found.
+        rendezvous: where the processes store their stages and measurements.
         plan: the group.
         ranks: of this host.
     """
@@ -101,52 +105,76 @@ def run_processes(meeting: Rendezvous, plan: Plan, ranks: Sequence[int]) -> None
         processes[rank] = spawn.Process(target=_work, args=(plan, rank, rank - ranks[0]), daemon=True)
         processes[rank].start()
     try:
-        _attend(meeting, plan, processes)
+        _supervise(rendezvous, plan, processes)
     finally:
         for process in processes.values():
             process.kill()
             process.join()
 
 
-def _attend(meeting: Rendezvous, plan: Plan, processes: dict[int, BaseProcess]) -> None:
+def format_failure(failure: dict[str, Any], plan: GroupPlan) -> str:
+    """Return a line about the failure of a process, with the usual fix for its stage.
+
+    Args:
+        failure: what `run_processes` stored: rank, host, stage, problem.
+        plan: the group that failed.
+    """
+    where = f"rank {failure['rank']} on {failure['host']}"
+    if failure["stage"] == "start":
+        return f"{where} {failure['problem']}: see its messages above; --seconds gives slow disks more time"
+    if len(plan.first_ranks) == 1:
+        fix = "check the devices and the driver of this host"
+    else:
+        prefix = {"gloo": "GLOO", "nccl": "NCCL", "xccl": "CCL"}.get(plan.backend, plan.backend.upper())
+        fix = (
+            f"check that {prefix}_SOCKET_IFNAME (--interface) names a network that joins all hosts, without a firewall"
+        )
+    return f"{where} in {failure['stage']}: {failure['problem']}: {fix}"
+
+
+def _supervise(rendezvous: Rendezvous, plan: GroupPlan, processes: dict[int, BaseProcess]) -> None:
+    """Return when all processes have ended, or some time after the first failure on any host."""
     stages = dict.fromkeys(processes, "start")
-    began = dict.fromkeys(processes, time.monotonic())
-    given_up: float | None = None
+    stage_began = dict.fromkeys(processes, time.monotonic())
+    failed_at: float | None = None
     while any(process.is_alive() for process in processes.values()):
         time.sleep(_POLL_SECONDS)
         now = time.monotonic()
-        if given_up is None and meeting.heard("failed/0") is not None:
-            given_up = now
-        if given_up is not None and now - given_up > min(_LAST_WORDS_SECONDS, plan.seconds):
+        if failed_at is None and rendezvous.get("failed/0") is not None:
+            failed_at = now
+        if failed_at is not None and now - failed_at > min(_EXIT_GRACE_SECONDS, plan.seconds):
             return
         for rank in processes:
-            stage = meeting.heard(f"stage/{rank}") or "start"
+            stage = rendezvous.get(f"stage/{rank}") or "start"
             if stage != stages[rank]:
-                stages[rank], began[rank] = stage, now
-        late = [rank for rank in processes if processes[rank].is_alive() and now - began[rank] > plan.seconds]
-        if late and given_up is None:
-            _fail(meeting, late[0], stages[late[0]], f"waited {plan.seconds:.0f} s for {_STAGES[stages[late[0]]]}")
+                stages[rank] = stage
+                stage_began[rank] = now
+        late = [rank for rank in processes if processes[rank].is_alive() and now - stage_began[rank] > plan.seconds]
+        if late and failed_at is None:
+            stage = stages[late[0]]
+            _report_failure(rendezvous, late[0], stage, f"waited {plan.seconds:.0f} s for {_STAGES[stage]}")
     for rank, process in processes.items():
-        if process.exitcode and meeting.heard("failed/0") is None:
-            _fail(meeting, rank, stages[rank], f"ended with exit code {process.exitcode}")
+        if process.exitcode and rendezvous.get("failed/0") is None:
+            _report_failure(rendezvous, rank, stages[rank], f"ended with exit code {process.exitcode}")
 
 
-def _fail(meeting: Rendezvous, rank: int, stage: str, problem: str) -> None:
-    number = meeting.count("failures")
-    meeting.say(f"failed/{number}", {"rank": rank, "host": socket.gethostname(), "stage": stage, "problem": problem})
+def _report_failure(rendezvous: Rendezvous, rank: int, stage: str, problem: str) -> None:
+    number = rendezvous.next_number("failures")
+    failure = {"rank": rank, "host": socket.gethostname(), "stage": stage, "problem": problem}
+    rendezvous.set(f"failed/{number}", failure)
 
 
-def _work(plan: Plan, rank: int, local_rank: int) -> None:
-    """One process."""
-    meeting = Rendezvous(plan.address, plan.port, seconds=plan.seconds, is_first=False)
+def _work(plan: GroupPlan, rank: int, local_rank: int) -> None:
+    """Main function of one process."""
+    rendezvous = Rendezvous(plan.address, plan.port, seconds=plan.seconds, is_first=False)
     stage = "group"
     try:
-        meeting.say(f"stage/{rank}", stage)
+        rendezvous.set(f"stage/{rank}", stage)
         device = torch.device(plan.device, local_rank) if plan.device != "cpu" else torch.device("cpu")
         if plan.device != "cpu":
             torch.accelerator.set_device_index(local_rank)
         if rank == 0:
-            meeting.say("device", _name(device))
+            rendezvous.set("device", _device_name(device))
         _form_group(plan, rank)
         groups = {"all": dist.group.WORLD}
         if len(plan.first_ranks) > 1 and plan.size > len(plan.first_ranks):
@@ -155,36 +183,35 @@ def _work(plan: Plan, rank: int, local_rank: int) -> None:
             if name == "hosts" and rank not in plan.first_ranks:
                 continue
             stage = "latency"
-            meeting.say(f"stage/{rank}", stage)
+            rendezvous.set(f"stage/{rank}", stage)
             latency = _measure_latency(device, group)
             stage = "bandwidth"
-            meeting.say(f"stage/{rank}", stage)
-            rate, num_bytes = _measure_bandwidth(device, group)
+            rendezvous.set(f"stage/{rank}", stage)
+            bandwidth, num_bytes = _measure_bandwidth(device, group)
             if rank == 0:
-                meeting.say(f"speed/{name}", [dist.get_world_size(group), latency, rate, num_bytes])
+                rendezvous.set(f"speed/{name}", [dist.get_world_size(group), latency, bandwidth, num_bytes])
         stage = "end"
-        meeting.say(f"stage/{rank}", stage)
+        rendezvous.set(f"stage/{rank}", stage)
         dist.barrier()
-    except Exception as error:  # whatever it is, the doctor's reader is to see it in one line
-        _fail(meeting, rank, stage, f"{type(error).__name__}: {first_line(error)}")
-    # Neither a group that is broken nor one that is fine is worth the wait for its threads to end.
+    except Exception as error:  # any failure becomes one line of the doctor's report
+        _report_failure(rendezvous, rank, stage, f"{type(error).__name__}: {first_line(error)}")
+    # Leave at once: to wait for the group's threads is of no use, whether the group works or not.
     os._exit(0)
 
 
-def _form_group(plan: Plan, rank: int) -> None:
-    patience = timedelta(seconds=plan.seconds)
+def _form_group(plan: GroupPlan, rank: int) -> None:
     store = open_store(plan.address, plan.port, is_first=False, seconds=plan.seconds)
     dist.init_process_group(
         plan.backend,
         store=PrefixStore("group", store),
         rank=rank,
         world_size=plan.size,
-        timeout=patience,
+        timeout=timedelta(seconds=plan.seconds),
     )
 
 
-def _name(device: torch.device) -> str:
-    """A device's name as its maker gives it."""
+def _device_name(device: torch.device) -> str:
+    """The vendor's name of a device."""
     if device.type == "cpu":
         return "cpu"
     module = torch.get_device_module(device)
@@ -192,16 +219,16 @@ def _name(device: torch.device) -> str:
 
 
 def _measure_latency(device: torch.device, group: dist.ProcessGroup | None) -> float:
-    """Seconds of an all-reduce of one number.
+    """Median seconds of an all-reduce of one number.
 
     Raises:
         ArithmeticError: the sum is wrong.
     """
     size = dist.get_world_size(group)
-    own = dist.get_rank(group) + 1
+    summand = dist.get_rank(group) + 1
     seconds = []
     for _ in range(_NUM_LATENCIES):
-        number = torch.full((1,), float(own), device=device)
+        number = torch.full((1,), float(summand), device=device)
         seconds.append(_timed(lambda number=number: dist.all_reduce(number, group=group), device))  # type: ignore[misc]
         if number.item() != size * (size + 1) / 2:
             raise ArithmeticError(f"the sum of 1 to {size} came out as {number.item():g}")
@@ -209,17 +236,17 @@ def _measure_latency(device: torch.device, group: dist.ProcessGroup | None) -> f
 
 
 def _measure_bandwidth(device: torch.device, group: dist.ProcessGroup | None) -> tuple[float, int]:
-    """Bytes a second of an all-reduce, and the bytes that it is of."""
+    """Bytes per second of an all-reduce, and the size of its buffer in bytes."""
     size = dist.get_world_size(group)
-    num_bytes = _NUM_BYTES.get(device.type, _NUM_BYTES_OF_DEVICES)
-    numbers = torch.zeros(num_bytes // 4, device=device)
+    num_bytes = _CPU_BUFFER_BYTES if device.type == "cpu" else _DEVICE_BUFFER_BYTES
+    buffer = torch.zeros(num_bytes // 4, device=device)
 
     def reduce() -> None:
-        dist.all_reduce(numbers, group=group)
+        dist.all_reduce(buffer, group=group)
 
-    once = torch.tensor([_timed(reduce, device)], device=device)
-    dist.all_reduce(once, dist.ReduceOp.MAX, group=group)
-    repeats = max(1, min(_MOST_REPEATS, int(_LONGEST_MEASURING_SECONDS / max(once.item(), 1e-6))))
+    first_seconds = torch.tensor([_timed(reduce, device)], device=device)
+    dist.all_reduce(first_seconds, dist.ReduceOp.MAX, group=group)
+    repeats = max(1, min(_MAX_REPEATS, int(_MAX_MEASURE_SECONDS / max(first_seconds.item(), 1e-6))))
     seconds = median([_timed(reduce, device) for _ in range(repeats)])
     return num_bytes * 2 * (size - 1) / size / seconds, num_bytes
 

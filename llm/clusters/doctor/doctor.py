@@ -1,52 +1,51 @@
-"""Examines an allocation before a run does: one agent on each host, which together say what is wrong first.
+"""Checks an allocation before a run does: one agent on each host; together they name the first thing to fix.
 
-The agents meet at a store on the first host, which leads through the steps; the others answer. Every step has a
-deadline, so that whatever is broken, each agent ends and says what it waited for.
+The agents meet in a rendezvous on the first host. The first host leads through the steps, and the others follow. Every
+step has a deadline, so that each agent ends whatever is broken, and says what it waited for.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llm.clusters.allocation import JobAllocation
-from llm.clusters.doctor.collective_checks import Plan, Speed, run_processes
+from llm.clusters.doctor.collective_checks import AllReduceSpeed, GroupPlan, format_failure, run_processes
 from llm.clusters.doctor.host_info import (
     HostInfo,
     collect_host_info,
-    device_mistake,
-    folder_mistake,
-    group,
-    short,
-    version_mistake,
+    device_problem,
+    folder_mismatch,
+    format_names,
+    group_hosts,
+    version_mismatch,
 )
-from llm.clusters.doctor.rendezvous import Rendezvous, is_here
-from llm.clusters.hostlist import index_of
+from llm.clusters.doctor.rendezvous import Rendezvous
+from llm.clusters.hostlist import host_index, is_local_host
 from llm.config.errors import UserError
-from llm.config.launch import DoctorOptions
 
-# A walltime is kept to by the clock of the host that asks, and files are compared by their ages.
-_MOST_CLOCK_SECONDS = 5.0
+# A run stops before the walltime by the clock of the host that reads it, and files are compared by their ages.
+_MAX_CLOCK_DIFFERENCE_SECONDS = 5.0
 _NUM_CLOCK_ROUNDS = 4
-# Nobody has asked for the file before it is there, so that no network filesystem remembers that it is not.
-_LONGEST_LOOK_SECONDS = 10.0
+# No host opens a file of another one before it exists: a network filesystem would remember that it is missing.
+_MAX_FILE_WAIT_SECONDS = 10.0
 _GOODBYE_SECONDS = 5.0
-# The first host may use up its time in several steps before it speaks to the others again.
-_STEPS_OF_PATIENCE = 4
+# The first host may use up its time in several steps before it answers the others again.
+_STEPS_WITHOUT_ANSWER = 4
 
 
 @dataclass
-class Examination:
-    """What the doctor says, on the first host; the others have nothing to say.
+class DoctorReport:
+    """The result of the checks; only the first host's agent fills it in.
 
     Attributes:
         lines: the table.
-        problem: the first thing to mend, or None.
+        problem: the first thing to fix; None if there is none.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -55,250 +54,301 @@ class Examination:
 
 @dataclass(frozen=True)
 class _Row:
+    """One check: its name, what it measured, and what to fix."""
+
     name: str
-    said: str
-    mistake: str | None = None
+    result: str
+    problem: str | None = None
 
 
-def examine(place: JobAllocation, options: DoctorOptions, *, nproc: int) -> Examination:
-    """Examines the hosts together with the agents on the others.
+def examine_hosts(
+    allocation: JobAllocation, *, nproc: int, use_cpu: bool, folder: Path, port: int | None, seconds: float
+) -> DoctorReport:
+    """Check the hosts together with the agents on the other hosts.
 
     Args:
-        place: the hosts.
-        options: for the folder, the port, and how long each step may take.
-        nproc: processes on each host.
+        allocation: the hosts.
+        nproc: number of processes on each host.
+        use_cpu: whether accelerators are ignored.
+        folder: a folder that all hosts should share.
+        port: of the rendezvous on the first host; None for the job's port.
+        seconds: how long each step may take.
 
     Raises:
-        UserError: this agent cannot reach the first one, or lost it, or is one too many.
+        UserError: this agent cannot reach the first host, or lost it, or this host has too many agents.
     """
-    first, folder, seconds = place.hosts[0], Path(options.folder).expanduser(), options.seconds
-    is_first = place.rank == 0 if place.rank is not None else is_here(first)
-    own = collect_host_info(nproc, use_cpu=options.use_cpu)
-    if len(place.hosts) == 1 and place.job is None and options.port is None:
-        address, port = "localhost", 0  # any free one
-    else:
-        address, port = first, options.port or place.port
-    meeting = Rendezvous(address, port, is_first=is_first, seconds=seconds)
+    first = allocation.hosts[0]
+    is_first = allocation.rank == 0 if allocation.rank is not None else _is_local(first)
+    host_info = collect_host_info(nproc, use_cpu=use_cpu)
+    address = first
+    if len(allocation.hosts) == 1 and allocation.job is None and port is None:
+        address = "localhost"
+        port = 0  # any free one
+    elif port is None:
+        port = allocation.port
+    rendezvous = Rendezvous(address, port, is_first=is_first, seconds=seconds)
     if is_first:
-        return _Lead(meeting, place, folder, seconds).examine(own)
-    number = meeting.count("arrived") + 1
-    if number >= len(place.hosts):
-        raise UserError(f"{own.name} has an agent too many: start one on each host (mpiexec: one process a host)")
-    return _follow(meeting, own, number, folder, seconds)
+        return _Leader(rendezvous, allocation, folder, seconds).examine(host_info)
+    number = rendezvous.next_number("arrived") + 1
+    if number >= len(allocation.hosts):
+        raise UserError(
+            f"{host_info.name} has an agent too many: start one on each host (mpiexec: one process per host)"
+        )
+    return _Follower(rendezvous, host_info, number, folder, seconds).examine()
 
 
-class _Lead:
-    """The first host's part."""
+def _is_local(host: str) -> bool:
+    try:
+        return is_local_host(host)
+    except OSError as error:
+        raise UserError(
+            f"{host} cannot be resolved here ({error}): name the first host as all hosts know it"
+        ) from error
 
-    def __init__(self, meeting: Rendezvous, place: JobAllocation, folder: Path, seconds: float) -> None:
-        self._meeting, self._place, self._folder, self._seconds = meeting, place, folder, seconds
+
+class _Leader:
+    """The agent on the first host."""
+
+    def __init__(self, rendezvous: Rendezvous, allocation: JobAllocation, folder: Path, seconds: float) -> None:
+        self._rendezvous = rendezvous
+        self._allocation = allocation
+        self._folder = folder
+        self._seconds = seconds
         self._hosts: list[HostInfo] = []
 
-    def examine(self, own: HostInfo) -> Examination:
-        rows = self._gather(own)
-        if not any(row.mistake for row in rows):
-            rows += self._compare()
-            self._meeting.say("begin", True)
-            rows += [self._share_a_folder(), self._compare_clocks(), *self._measure()]
-        problem = next((row.mistake for row in rows if row.mistake), None)
+    def examine(self, host_info: HostInfo) -> DoctorReport:
+        """Lead all agents through the checks, and return the report."""
+        rows = self._gather_hosts(host_info)
+        if not any(row.problem for row in rows):
+            rows += self._compare_hosts()
+            self._rendezvous.set("begin", True)
+            rows += [self._check_shared_folder(), self._compare_clocks(), *self._measure_collectives()]
+        problem = next((row.problem for row in rows if row.problem), None)
         others = range(1, len(self._hosts))
-        self._meeting.say("verdict", True)
-        # The store lives in this process: it stays until all have read what they wait for.
-        self._meeting.await_all([f"goodbye/{number}" for number in others], min(_GOODBYE_SECONDS, self._seconds))
-        return Examination(_table(rows), problem)
+        self._rendezvous.set("verdict", True)
+        # The store lives in this process: stay until the others have read what they wait for.
+        self._rendezvous.wait_all([f"goodbye/{number}" for number in others], min(_GOODBYE_SECONDS, self._seconds))
+        return DoctorReport(_format_table(rows), problem)
 
-    def _gather(self, own: HostInfo) -> list[_Row]:
-        """Waits for the other agents."""
-        names = self._place.hosts
+    def _gather_hosts(self, host_info: HostInfo) -> list[_Row]:
+        """Wait for the other agents."""
+        expected = self._allocation.hosts
+        keys = [f"facts/{number}" for number in range(1, len(expected))]
         began = time.monotonic()
-        self._meeting.await_all([f"facts/{number}" for number in range(1, len(names))], self._seconds)
-        took = time.monotonic() - began
-        found = [self._meeting.heard(f"facts/{number}") for number in range(1, len(names))]
-        self._hosts = [own, *(HostInfo(**facts) for facts in found if facts is not None)]
-        came = [host.name for host in self._hosts]
-        said = f"{len(came)} of {len(names)}: {short(came)}"
-        said += f"; {self._place.scheduler} {self._place.job}" if self._place.scheduler else ""
-        twice = [name for name, again in group([(name, name) for name in came]).items() if len(again) > 1]
-        if twice:
-            mistake = f"{short(twice)} has two agents: start one on each host (mpiexec: one process a host)"
-            return [_Row("hosts", said, mistake)]
-        place = f"{self._meeting.address}:{self._meeting.port}"
-        if len(came) < len(names):
-            missing = [name for name in names if index_of(name, came) is None]
-            mistake = f"{short(missing)} did not come to {place} within {self._seconds:.0f} s"
-            mend = "see whether it is up, whether the launcher starts an agent there, and what that one says"
-            return [_Row("hosts", said, f"{mistake}: {mend}")]
-        return [_Row("hosts", said), _Row("rendezvous", f"{place}; all were there after {took:.1f} s")]
+        self._rendezvous.wait_all(keys, self._seconds)
+        elapsed = time.monotonic() - began
+        answers = [self._rendezvous.get(key) for key in keys]
+        self._hosts = [host_info, *(HostInfo(**facts) for facts in answers if facts is not None)]
+        present = [host.name for host in self._hosts]
+        result = f"{len(present)} of {len(expected)}: {format_names(present)}"
+        if self._allocation.scheduler:
+            result += f"; {self._allocation.scheduler} {self._allocation.job}"
+        repeated = [name for name, names in group_hosts([(name, name) for name in present]).items() if len(names) > 1]
+        if repeated:
+            problem = f"{format_names(repeated)} has two agents: start one on each host (mpiexec: one process per host)"
+            return [_Row("hosts", result, problem)]
+        address = f"{self._rendezvous.address}:{self._rendezvous.port}"
+        if len(present) < len(expected):
+            missing = [name for name in expected if host_index(name, present) is None]
+            problem = (
+                f"{format_names(missing)} did not come to {address} within {self._seconds:.0f} s: "
+                "check that it is up and that the launcher starts an agent there, and read its messages"
+            )
+            return [_Row("hosts", result, problem)]
+        return [_Row("hosts", result), _Row("rendezvous", f"{address}; all were there after {elapsed:.1f} s")]
 
-    def _compare(self) -> list[_Row]:
+    def _compare_hosts(self) -> list[_Row]:
         hosts = self._hosts
         first = hosts[0]
         versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
-        kind = f"{first.num_devices} x {first.device}" if first.num_devices else "no accelerators"
+        devices = f"{first.num_devices} x {first.device}" if first.num_devices else "no accelerators"
         return [
-            _Row("versions", versions, version_mistake(hosts)),
-            _Row("devices", f"{kind}, {first.num_processes} processes a host", device_mistake(hosts)),
-            _Row("work folder", first.folder, folder_mistake(hosts)),
+            _Row("versions", versions, version_mismatch(hosts)),
+            _Row("devices", f"{devices}, {first.num_processes} processes per host", device_problem(hosts)),
+            _Row("work folder", first.folder, folder_mismatch(hosts)),
         ]
 
-    def _share_a_folder(self) -> _Row:
-        """Puts a file where all should see it, and looks for theirs."""
+    def _check_shared_folder(self) -> _Row:
+        """Write a file that all hosts should see, and read the files of the others."""
         token = secrets.token_hex(8)
         others = range(1, len(self._hosts))
-        own = _mark(self._folder, token, 0)
-        said = f"{self._folder}"
+        first_name = self._hosts[0].name
+        marker = _marker(self._folder, token, 0)
         try:
-            own.write_text(token)
+            marker.write_text(token)
         except OSError as error:
-            mistake = f"{self._folder} cannot be written to on {self._hosts[0].name} ({error.strerror}): choose another"
-            self._meeting.say("folder", "")
-            return _Row("shared folder", said, mistake)
+            self._rendezvous.set("folder", "")
+            problem = f"{self._folder} cannot be written to on {first_name} ({error.strerror}): choose another one"
+            return _Row("shared folder", str(self._folder), problem)
         try:
-            self._meeting.say("folder", token)
-            patience = _look_seconds(self._seconds)
-            late = self._meeting.await_all([f"sees/{number}" for number in others], 2 * patience)
-            blind = [self._hosts[n].name for n in others if f"sees/{n}" in late or not self._meeting.heard(f"sees/{n}")]
-            unseen = [
-                self._hosts[n].name
-                for n in others
-                if self._hosts[n].name not in blind and not _sees(_mark(self._folder, token, n), token, patience)
-            ]
+            self._rendezvous.set("folder", token)
+            wait_seconds = _file_wait_seconds(self._seconds)
+            late = self._rendezvous.wait_all([f"sees/{number}" for number in others], 2 * wait_seconds)
+            blind: list[str] = []
+            unseen: list[str] = []
+            for number in others:
+                name = self._hosts[number].name
+                if f"sees/{number}" in late or not self._rendezvous.get(f"sees/{number}"):
+                    blind.append(name)
+                elif not _sees(_marker(self._folder, token, number), token, wait_seconds):
+                    unseen.append(name)
         finally:
-            own.unlink(missing_ok=True)
-            self._meeting.say("folder is done", True)
+            marker.unlink(missing_ok=True)
+            self._rendezvous.set("folder is done", True)
         if blind or unseen:
-            mistake = f"{short(blind or unseen)} does not share {self._folder} with {self._hosts[0].name}: "
-            return _Row("shared folder", said, mistake + "use a folder on a filesystem that all hosts mount")
-        return _Row("shared folder", f"{said}, seen by all" if others else said)
+            problem = (
+                f"{format_names(blind or unseen)} does not share {self._folder} with {first_name}: "
+                "use a folder on a filesystem that all hosts mount"
+            )
+            return _Row("shared folder", str(self._folder), problem)
+        return _Row("shared folder", f"{self._folder}, seen by all" if others else str(self._folder))
 
     def _compare_clocks(self) -> _Row:
-        """Asks the others for the time, several times; the quickest answer counts."""
-        worst, worst_name = 0.0, ""
+        """Ask each other host for its time several times; the fastest answer counts."""
+        worst = 0.0
+        worst_name = ""
         for number in range(1, len(self._hosts)):
-            offsets: list[tuple[float, float]] = []
+            name = self._hosts[number].name
+            offsets: list[tuple[float, float]] = []  # round trip, offset
             for turn in range(_NUM_CLOCK_ROUNDS):
-                asked = time.time()
-                self._meeting.say(f"ask/{number}/{turn}", True)
-                answer = self._meeting.answer(f"time/{number}/{turn}", self._seconds)
-                trip = time.time() - asked
+                sent = time.time()
+                self._rendezvous.set(f"ask/{number}/{turn}", True)
+                answer = self._rendezvous.wait_text(f"time/{number}/{turn}", self._seconds)
+                round_trip = time.time() - sent
                 if answer is None:
-                    mistake = f"{self._hosts[number].name} did not say its time within {self._seconds:.0f} s"
-                    return _Row("clock", "no answer", f"{mistake}: see what its agent says")
-                offsets.append((trip, float(answer) - asked - trip / 2))
+                    problem = f"{name} did not send its time within {self._seconds:.0f} s: read its agent's messages"
+                    return _Row("clock", "no answer", problem)
+                offsets.append((round_trip, float(answer) - sent - round_trip / 2))
             offset = min(offsets)[1]
             if abs(offset) > abs(worst):
-                worst, worst_name = offset, self._hosts[number].name
-        if abs(worst) > _MOST_CLOCK_SECONDS:
-            way = "ahead of" if worst > 0 else "behind"
-            mistake = (
-                f"{worst_name}'s clock is {abs(worst):.0f} s {way} {self._hosts[0].name}'s: set both by one time server"
+                worst = offset
+                worst_name = name
+        if abs(worst) > _MAX_CLOCK_DIFFERENCE_SECONDS:
+            relation = "ahead of" if worst > 0 else "behind"
+            problem = (
+                f"{worst_name}'s clock is {abs(worst):.0f} s {relation} {self._hosts[0].name}'s: set both by one time "
+                "server"
             )
-            return _Row("clock", f"{abs(worst):.1f} s apart", mistake)
-        return _Row("clock", f"{abs(worst) * 1e3:.1f} ms apart at most" if worst_name else "one")
+            return _Row("clock", f"{abs(worst):.1f} s apart", problem)
+        return _Row("clock", f"at most {abs(worst) * 1e3:.1f} ms apart" if worst_name else "one")
 
-    def _measure(self) -> list[_Row]:
-        """Lets all hosts start their processes, and reads what these found out."""
+    def _measure_collectives(self) -> list[_Row]:
+        """Let all hosts start their processes, and read what these measured."""
         hosts = self._hosts
-        if device_mistake(hosts) is not None:
-            self._meeting.say("plan", {})
+        if device_problem(hosts) is not None:
+            self._rendezvous.set("plan", {})
             return []
-        each = hosts[0].num_processes
-        ranks = tuple(each * number for number in range(len(hosts)))
-        plan = Plan(self._meeting.address, self._meeting.port, ranks, each * len(hosts), hosts[0].device, self._seconds)
-        self._meeting.say("plan", plan.__dict__)
+        nproc = hosts[0].num_processes
+        plan = GroupPlan(
+            address=self._rendezvous.address,
+            port=self._rendezvous.port,
+            first_ranks=tuple(nproc * number for number in range(len(hosts))),
+            size=nproc * len(hosts),
+            device=hosts[0].device,
+            seconds=self._seconds,
+        )
+        self._rendezvous.set("plan", asdict(plan))
         began = time.monotonic()
-        run_processes(self._meeting, plan, range(each))
-        left = self._meeting.await_all([f"ended/{number}" for number in range(1, len(hosts))], 2 * self._seconds)
-        took = time.monotonic() - began
-        device = self._meeting.heard("device") or hosts[0].device
-        said = f"{plan.size} x {device}, {plan.backend}, {took:.1f} s in all"
-        failed = self._meeting.heard("failed/0")
-        if failed is not None:
-            return [_Row("processes", said, _failure(failed, plan))]
-        if left:
-            names = [hosts[int(key.split("/")[1])].name for key in left]
-            return [
-                _Row("processes", said, f"{short(names)} did not end its processes within {2 * self._seconds:.0f} s")
-            ]
-        return [_Row("processes", said), *self._speeds(plan)]
+        run_processes(self._rendezvous, plan, range(nproc))
+        keys = {f"ended/{number}": hosts[number].name for number in range(1, len(hosts))}
+        late = [keys[key] for key in self._rendezvous.wait_all(keys, 2 * self._seconds)]
+        elapsed = time.monotonic() - began
+        device = self._rendezvous.get("device") or hosts[0].device
+        result = f"{plan.size} x {device}, {plan.backend}, {elapsed:.1f} s in all"
+        failure = self._rendezvous.get("failed/0")
+        if failure is not None:
+            return [_Row("processes", result, format_failure(failure, plan))]
+        if late:
+            problem = f"{format_names(late)} did not end its processes within {2 * self._seconds:.0f} s"
+            return [_Row("processes", result, problem)]
+        return [_Row("processes", result), *self._speeds(plan)]
 
-    def _speeds(self, plan: Plan) -> list[_Row]:
-        rows = []
+    def _speeds(self, plan: GroupPlan) -> list[_Row]:
         if plan.size == 1:
-            return [_Row("all-reduce", "one process: nothing to agree on")]
-        speed = Speed(*self._meeting.heard("speed/all"))
-        rows.append(_Row("all-reduce", f"{speed.size} processes: {speed}"))
-        between = self._meeting.heard("speed/hosts")
+            return [_Row("all-reduce", "one process: nothing to reduce")]
+        speed = AllReduceSpeed(*self._rendezvous.get("speed/all"))
+        rows = [_Row("all-reduce", f"{speed.size} processes: {speed}")]
+        between = self._rendezvous.get("speed/hosts")
         if between is not None:
-            rows.append(_Row("between hosts", f"{between[0]} hosts, one process each: {Speed(*between)}"))
+            speed = AllReduceSpeed(*between)
+            rows.append(_Row("between hosts", f"{speed.size} hosts, one process each: {speed}"))
         return rows
 
 
-def _failure(failed: dict[str, Any], plan: Plan) -> str:
-    """What went wrong in a process, with a mend for its stage."""
-    where = f"rank {failed['rank']} on {failed['host']}"
-    if failed["stage"] == "start":
-        return f"{where} {failed['problem']}: see its messages above; --seconds gives slow disks more time"
-    prefix = {"gloo": "GLOO", "nccl": "NCCL", "xccl": "CCL"}.get(plan.backend, plan.backend.upper())
-    mend = f"see that {prefix}_SOCKET_IFNAME (--interface) names a network that all hosts are on, without a firewall"
-    if len(plan.first_ranks) == 1:
-        mend = "see the devices and the driver of this host"
-    return f"{where} in {failed['stage']}: {failed['problem']}: {mend}"
+class _Follower:
+    """The agent on any other host."""
 
+    def __init__(self, rendezvous: Rendezvous, host_info: HostInfo, number: int, folder: Path, seconds: float) -> None:
+        self._rendezvous = rendezvous
+        self._host_info = host_info
+        self._number = number
+        self._folder = folder
+        self._seconds = seconds
+        self._patience_seconds = _STEPS_WITHOUT_ANSWER * seconds
 
-def _follow(meeting: Rendezvous, own: HostInfo, number: int, folder: Path, seconds: float) -> Examination:
-    """The part of every other host."""
-    patience = _STEPS_OF_PATIENCE * seconds
-    meeting.say(f"facts/{number}", own.to_json())
+    def examine(self) -> DoctorReport:
+        """Follow the first host through the checks; the report is empty."""
+        self._rendezvous.set(f"facts/{self._number}", self._host_info.to_json())
+        if self._wait_for("begin", "begin"):
+            self._check_shared_folder()
+            self._send_times()
+            self._measure_collectives()
+        self._wait_for("verdict", "end")
+        self._rendezvous.set(f"goodbye/{self._number}", True)
+        return DoctorReport()
 
-    def hear(key: str, what: str) -> Any:
-        """What the first host says; None when it says that it is over instead."""
-        if not meeting.await_any([key, "verdict"], patience):
-            raise UserError(f"{own.name} waited {patience:.0f} s for the first host to {what}: see what it said")
-        return meeting.heard(key)
+    def _wait_for(self, key: str, action: str) -> Any:
+        """The first host's value of a key; None if it has ended the checks instead."""
+        if not self._rendezvous.wait_any([key, "verdict"], self._patience_seconds):
+            raise UserError(
+                f"{self._host_info.name} waited {self._patience_seconds:.0f} s for the first host to {action}: read "
+                "its messages"
+            )
+        return self._rendezvous.get(key)
 
-    if hear("begin", "begin"):
-        token = hear("folder", "write a file")
-        if token:
-            _answer_folder(meeting, folder, token, number, seconds, hear)
+    def _check_shared_folder(self) -> None:
+        token = self._wait_for("folder", "write a file")
+        if not token:
+            return
+        marker = _marker(self._folder, token, self._number)
+        try:
+            with suppress(OSError):  # the first host then misses the file, and reports it
+                marker.write_text(token)
+            sees_first = _sees(_marker(self._folder, token, 0), token, _file_wait_seconds(self._seconds))
+            self._rendezvous.set(f"sees/{self._number}", sees_first)
+            self._wait_for("folder is done", "find this host's file")
+        finally:
+            with suppress(OSError):
+                marker.unlink()
+
+    def _send_times(self) -> None:
         for turn in range(_NUM_CLOCK_ROUNDS):
-            if meeting.answer(f"ask/{number}/{turn}", patience) is None:
+            if self._rendezvous.wait_text(f"ask/{self._number}/{turn}", self._patience_seconds) is None:
                 break
-            meeting.say(f"time/{number}/{turn}", time.time())
-        plan = hear("plan", "start the processes")
-        if plan:
-            first_ranks = tuple(plan.pop("first_ranks"))
-            begin = first_ranks[number]
-            run_processes(meeting, Plan(first_ranks=first_ranks, **plan), range(begin, begin + own.num_processes))
-            meeting.say(f"ended/{number}", True)
-    hear("verdict", "end")
-    meeting.say(f"goodbye/{number}", True)
-    return Examination()
+            self._rendezvous.set(f"time/{self._number}/{turn}", time.time())
+
+    def _measure_collectives(self) -> None:
+        fields = self._wait_for("plan", "start the processes")
+        if not fields:
+            return
+        first_ranks = tuple(fields.pop("first_ranks"))
+        plan = GroupPlan(first_ranks=first_ranks, **fields)
+        first_rank = first_ranks[self._number]
+        run_processes(self._rendezvous, plan, range(first_rank, first_rank + self._host_info.num_processes))
+        self._rendezvous.set(f"ended/{self._number}", True)
 
 
-def _answer_folder(
-    meeting: Rendezvous, folder: Path, token: str, number: int, seconds: float, hear: Callable[[str, str], Any]
-) -> None:
-    own = _mark(folder, token, number)
-    try:
-        with suppress(OSError):  # then the first host does not find it, and says so
-            own.write_text(token)
-        meeting.say(f"sees/{number}", _sees(_mark(folder, token, 0), token, _look_seconds(seconds)))
-        hear("folder is done", "find this host's file")
-    finally:
-        with suppress(OSError):
-            own.unlink()
+def _file_wait_seconds(seconds: float) -> float:
+    return min(seconds, _MAX_FILE_WAIT_SECONDS)
 
 
-def _look_seconds(seconds: float) -> float:
-    return min(seconds, _LONGEST_LOOK_SECONDS)
-
-
-def _mark(folder: Path, token: str, number: int) -> Path:
+def _marker(folder: Path, token: str, number: int) -> Path:
+    """The file that one host writes for the others to see."""
     return folder / f".doctor-{token}-{number}"
 
 
 def _sees(path: Path, token: str, seconds: float) -> bool:
+    """Whether the file appears within this time."""
     deadline = time.monotonic() + seconds
     while True:
         with suppress(OSError):
@@ -309,6 +359,8 @@ def _sees(path: Path, token: str, seconds: float) -> bool:
         time.sleep(0.1)
 
 
-def _table(rows: Sequence[_Row]) -> list[str]:
+def _format_table(rows: Sequence[_Row]) -> list[str]:
     width = max(len(row.name) for row in rows)
-    return [f"{row.name.ljust(width)}  {'MEND' if row.mistake else 'ok  '}  {row.mistake or row.said}" for row in rows]
+    return [
+        f"{row.name.ljust(width)}  {'FIX ' if row.problem else 'ok  '}  {row.problem or row.result}" for row in rows
+    ]

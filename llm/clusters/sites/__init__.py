@@ -1,4 +1,4 @@
-"""What is special about a computing centre, kept as data: one TOML file each."""
+"""Computing centres: one TOML file each holds what is special about its job scripts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Scheduler = Literal["pbs", "slurm"]
 
 
 class SchedulerLines(OptionGroup):
-    """What a job script of the site says to its scheduler.
+    """Directives of the site's job scripts for one scheduler.
 
     Attributes:
-        queue: where jobs wait that name none; None for the scheduler's own default.
-        queue_flag: how a queue is named.
-        directives: further lines; `{nodes}` stands for the number of hosts.
+        queue: the queue if the user names none; None for the scheduler's own default.
+        queue_flag: sbatch's option for a queue, if not `--partition`.
+        directives: further directives; `{nodes}` stands for the number of hosts.
     """
 
     queue: str | None = None
@@ -31,7 +31,7 @@ class SchedulerLines(OptionGroup):
 
     @field_validator("directives")
     @classmethod
-    def _ask_for_hosts(cls, directives: tuple[str, ...]) -> tuple[str, ...]:
+    def _require_hosts(cls, directives: tuple[str, ...]) -> tuple[str, ...]:
         if not any("{nodes}" in line for line in directives):
             raise ValueError("one must ask for {nodes} hosts")
         return directives
@@ -41,11 +41,11 @@ class Site(OptionGroup):
     """One computing centre.
 
     Attributes:
-        modules: shell lines for its module system; left out on a machine that has none.
-        environment: variables, set where the modules are.
-        container: what stands before python on each host; None for nothing.
-        pbs: its lines for PBS; None where it has none.
-        slurm: its lines for Slurm; None where it has none.
+        modules: shell lines for its module system; skipped on a machine that has none.
+        environment: variables, set where the modules are loaded.
+        container: a command that is put before python on each host; None for none.
+        pbs: directives for PBS; None if the site has no PBS.
+        slurm: directives for Slurm; None if the site has no Slurm.
     """
 
     modules: tuple[str, ...] = Field((), strict=False)
@@ -54,22 +54,22 @@ class Site(OptionGroup):
     pbs: SchedulerLines | None = None
     slurm: SchedulerLines | None = None
 
-    def lines(self, scheduler: Scheduler) -> SchedulerLines | None:
-        """Its lines for a scheduler."""
+    def lines_for(self, scheduler: Scheduler) -> SchedulerLines | None:
+        """Return the directives for a scheduler; None if the site has another one."""
         return self.pbs if scheduler == "pbs" else self.slurm
 
 
 def known_sites() -> tuple[str, ...]:
-    """Their names."""
+    """Return the names of the sites that this package describes, sorted."""
     files = resources.files(__name__).iterdir()
     return tuple(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
 
 
 def read_site(name: str, scheduler: Scheduler) -> Site:
-    """A site by its name, or by the name of a TOML file.
+    """Read a site by its name, or from a TOML file.
 
     Raises:
-        UserError: there is no such site, it has another scheduler, or the file is wrong.
+        UserError: the site is unknown, has another scheduler, or its file is wrong.
     """
     if name in known_sites():
         text = (resources.files(__name__) / f"{name}.toml").read_text()
@@ -77,20 +77,20 @@ def read_site(name: str, scheduler: Scheduler) -> Site:
         try:
             text = Path(name).expanduser().read_text()
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no text"
+            reason = getattr(error, "strerror", None) or "it is not a text file"
             raise UserError(f"--site {name}: cannot be read ({reason})") from None
     else:
         guess = closest_match(name, known_sites())
-        known = f"did you mean {guess}?" if guess else f"known are {', '.join(known_sites())}, and any TOML file"
-        raise UserError(f"--site {name}: unknown; {known}")
-    site = _read(name, text)
-    if site.lines(scheduler) is None:
+        hint = f"did you mean {guess}?" if guess else f"known are {', '.join(known_sites())}, and any TOML file"
+        raise UserError(f"--site {name}: unknown; {hint}")
+    site = _parse(name, text)
+    if site.lines_for(scheduler) is None:
         other = "slurm" if scheduler == "pbs" else "pbs"
         raise UserError(f"--site {name} does not run {scheduler}; use `python -m llm.launch {other}`")
     return site
 
 
-def _read(name: str, text: str) -> Site:
+def _parse(name: str, text: str) -> Site:
     try:
         content: dict[str, Any] = tomllib.loads(text)
         return Site.model_validate(content)
@@ -98,5 +98,5 @@ def _read(name: str, text: str) -> Site:
         raise UserError(f"--site {name}: not valid TOML: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"--site {name}: {place}: {first['msg'].lower()}") from None
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"--site {name}: {key}: {first['msg'].lower()}") from None

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
-from llm.clusters.job import job_id
+from llm.clusters.scheduler import job_id
 from llm.config.errors import Stopped, UserError
 from llm.config.options import Options, OutputOptions
 from llm.config.toml import to_toml

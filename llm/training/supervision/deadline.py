@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from llm.clusters.walltime import job_end
+from llm.clusters.scheduler import job_end
 from llm.config.durations import parse_duration
 from llm.config.options import TrainingOptions
 from llm.distributed.world import World
