@@ -84,6 +84,7 @@ def run_ours(setting: Setting, gate: Gate, *words: str, keeps_memory: bool = Tru
     from llm.training.build import build_language_model, build_updater
     from llm.training.plan import plan_run, plan_schedule
     from llm.training.seeding import seed_weights
+    from llm.training.updaters.base import NO_VOTES
 
     given = [*trainer_words(setting), "--max_train_steps", "1000000", *words]
     options = read_options(Options, given, prog="benchmark", description="")
@@ -115,10 +116,10 @@ def run_ours(setting: Setting, gate: Gate, *words: str, keeps_memory: bool = Tru
         "says": str(machine),
         "threads": torch.get_num_threads(),
         "compiled": is_compiled(language_model),
-        "kfac": next(iter(updater.preconditioning.lines(plan.tokens_per_step)), None),
+        "kfac": next(iter(updater.summary()), None),
     }
     for step, micro_batches in enumerate(batches):
-        gate.passed(updater.update(micro_batches, step).loss, _peak)
+        gate.passed(updater.update(micro_batches, step, votes=NO_VOTES).loss, _peak)
 
 
 def run_ours_whole(setting: Setting, gate: Gate) -> None:
@@ -129,7 +130,7 @@ def run_ours_whole(setting: Setting, gate: Gate) -> None:
     from llm.models.compile import is_compiled
     from llm.trainers.gpt import main
     from llm.training import run
-    from llm.training.loop import Event, run_updates
+    from llm.training.loop import Callback, run_updates
     from llm.training.triggers import every
 
     def gated(updater: Any, batches: Any, progress: Any, events: Any, **more: Any) -> bool:
@@ -139,7 +140,7 @@ def run_ours_whole(setting: Setting, gate: Gate) -> None:
             "threads": torch.get_num_threads(),
             "compiled": is_compiled(updater.model),
         }
-        passed = Event(every(1), lambda report: gate.passed(report.loss, _peak))
+        passed = Callback(every(1), lambda report: gate.passed(report.loss, _peak))
         return run_updates(updater, batches, progress, [*events, passed], **more)
 
     run.run_updates = gated

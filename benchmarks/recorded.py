@@ -11,7 +11,7 @@ from typing import Any
 
 import llm.training.run
 from llm.trainers.gpt import main as trainer
-from llm.training.callbacks.actions import Actions
+from llm.training.callbacks.evaluation import EvaluationCallback
 
 Point = dict[str, Any]
 
@@ -26,7 +26,7 @@ def record(words: Sequence[str]) -> list[Point]:
         SystemExit: the trainer failed; its last words are in the message.
     """
     module: Any = llm.training.run
-    evaluate, run_updates = Actions.evaluate, module.run_updates
+    evaluate, run_updates = EvaluationCallback.run, module.run_updates
     curve: list[Point] = []
     began = used = 0.0
 
@@ -35,23 +35,23 @@ def record(words: Sequence[str]) -> list[Point]:
         began = time.process_time()
         return bool(run_updates(*given, **named))
 
-    def stand_still(self: Actions, *given: Any, **named: Any) -> None:
+    def stand_still(self: EvaluationCallback, *given: Any, **named: Any) -> None:
         nonlocal began, used
         used += time.process_time() - began
         evaluate(self, *given, **named)
-        progress = self.progress
+        progress = self._context.state
         curve.append(
             {"step": progress.step, "tokens": progress.tokens, "cpu_seconds": used, "eval_loss": progress.eval_loss}
         )
         began = time.process_time()
 
     said = io.StringIO()
-    module.run_updates, Actions.evaluate = begin, stand_still  # type: ignore[method-assign]
+    module.run_updates, EvaluationCallback.run = begin, stand_still  # type: ignore[method-assign]
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = trainer(list(words))
     finally:
-        module.run_updates, Actions.evaluate = run_updates, evaluate  # type: ignore[method-assign]
+        module.run_updates, EvaluationCallback.run = run_updates, evaluate  # type: ignore[method-assign]
     if code:
         sys.exit(f"the trainer ended with code {code}:\n{said.getvalue()[-2000:]}")
     return curve

@@ -86,7 +86,7 @@ def _train(folder: Path, config_name: str | None, tokenizer: str | None) -> None
 
     def timed_save(self: AsyncSaver, *given: Any, **named: Any) -> None:
         save(self, *given, **named)
-        found["stalls"].append(self.stalls[-1])
+        found["stalls"].append(self.stall_seconds[-1])
 
     def timed_write(self: AsyncSaver, *given: Any, **named: Any) -> None:
         started = time.monotonic()

@@ -158,25 +158,27 @@ def run_ours(options: argparse.Namespace, gate: Gate) -> None:
     """The trainer; it stands still while it is evaluated, which it does at the same steps."""
     import llm.training.run
     from llm.trainers.gpt import main as trainer
-    from llm.training.callbacks.actions import Actions
+    from llm.training.callbacks.evaluation import EvaluationCallback
+    from llm.training.callbacks.sampling import SamplingCallback
 
     run: Any = llm.training.run
-    evaluate, sample, run_updates = Actions.evaluate, Actions.sample, run.run_updates
+    evaluate, sample, run_updates = EvaluationCallback.run, SamplingCallback.run, run.run_updates
 
     def begin(*given: Any, **named: Any) -> bool:
         gate.answer()  # the clock begins behind it
         return bool(run_updates(*given, **named))
 
-    def stand_still(self: Actions, *given: Any, **named: Any) -> None:
+    def stand_still(self: EvaluationCallback, *given: Any, **named: Any) -> None:
         gate.stop_clock()
         evaluate(self, *given, **named)
-        is_last = self.progress.step == self.plan.num_steps
-        gate.answer(step=self.progress.step, is_last=is_last, eval_loss=self.progress.eval_loss)
+        state = self._context.state
+        is_last = state.step == self._context.plan.num_steps
+        gate.answer(step=state.step, is_last=is_last, eval_loss=state.eval_loss)
 
-    def say(self: Actions, *given: Any, **named: Any) -> None:
+    def say(self: SamplingCallback, *given: Any, **named: Any) -> None:
         gate.pause(lambda: sample(self, *given, **named))
 
-    run.run_updates, Actions.evaluate, Actions.sample = begin, stand_still, say  # type: ignore[method-assign]
+    run.run_updates, EvaluationCallback.run, SamplingCallback.run = begin, stand_still, say  # type: ignore[method-assign]
     words = ["--config", str(options.config), "--train_file", str(options.text), "--use_cpu", "--save_minutes", "0"]
     words += ["--eval_steps", str(options.every), "--output_dir", str(options.folder / "run")]
     words += ["--max_train_steps", str(options.num_updates)] if options.num_updates else []

@@ -70,6 +70,12 @@ class World:
         received: T = objects[0]
         return received
 
+    def broadcast_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Overwrite a tensor of any shape and dtype on `device` with rank 0's, in place, and return it."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
     def barrier(self) -> None:
         """Wait until every rank has called this method."""
         if self.size > 1:

@@ -55,23 +55,24 @@ def evaluate(
 ) -> Evaluation | None:
     """Evaluate the model in eval mode; every token of every rank has the same weight.
 
-    Call this function on all ranks together, each with its own batches. A rank may have no batches. The function reads
-    the device once, at the end, and restores the model's mode (train or eval).
+    Call this function on all ranks together, each with its own batches. All ranks make the same number of forward
+    passes, because a forward pass may gather weights that the ranks share. The function reads the device once, at the
+    end, and restores the model's mode (train or eval).
 
     Args:
         model: `forward(ids, targets, positions) -> (loss_sum, num_tokens)`, both scalar tensors.
-            Not wrapped by DDP: ranks may have different numbers of batches, and DDP's forward would wait
-            for the other ranks.
         batches: objects with the attributes `ids`, `targets` and `positions`, int64 [batch, block];
-            `positions` may be None. A target of `IGNORE_INDEX` is not predicted.
+            `positions` may be None. A target of `IGNORE_INDEX` is not predicted, so that a rank that has no
+            more text can take part with a batch of such targets.
         device: device of the model, on which tensors are also summed over ranks.
         token_bytes: int [vocab], number of UTF-8 bytes of each token; None: use `bytes_per_token`.
         bytes_per_token: mean number of bytes per token, used when `token_bytes` is None.
-        sum_over_ranks: returns the sum over all ranks of a float64 [4] tensor (float32 on MPS).
-        should_stop: returns whether this rank was asked to stop; called before each batch.
+        sum_over_ranks: returns the sum over all ranks of a float64 [3] tensor (float32 on MPS).
+        should_stop: returns whether the ranks have agreed to stop; called before each batch, and it gives the same
+            answers on all ranks.
 
     Returns:
-        The result, the same on all ranks; None on all ranks if any rank stopped early.
+        The result, the same on all ranks; None if they stopped early.
 
     Raises:
         ValueError: no rank had a token to predict.
@@ -80,18 +81,17 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        sums, stopped = _sums_of_batches(model, batches, device, table, should_stop)
+        sums = _sums_of_batches(model, batches, device, table, should_stop)
     finally:
         model.train(training)
+    if sums is None:
+        return None
     # float32 holds the counts of one batch exactly. Their sum over a long text needs float64, which MPS lacks.
     sum_dtype = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.zeros(4, dtype=sum_dtype, device=device)
+    total = torch.zeros(3, dtype=sum_dtype, device=device)
     if sums:
-        total[:3] += torch.stack(sums).to(sum_dtype).sum(0)
-    total[3] = stopped
-    loss_sum, num_tokens, num_bytes, num_stopped = sum_over_ranks(total).tolist()
-    if num_stopped:
-        return None
+        total += torch.stack(sums).to(sum_dtype).sum(0)
+    loss_sum, num_tokens, num_bytes = sum_over_ranks(total).tolist()
     if num_tokens == 0:
         raise ValueError("evaluation: no rank had a token to predict; give at least one block of text")
     if table is None:
@@ -115,14 +115,14 @@ def _sums_of_batches(
     device: torch.device,
     table: Tensor | None,
     should_stop: Callable[[], bool],
-) -> tuple[list[Tensor], bool]:
-    """Sums of each batch, float32 [3] each, and whether this rank stopped before its last batch."""
+) -> list[Tensor] | None:
+    """Sums of each batch, float32 [3] each; None if the ranks stopped before the last batch."""
     sums: list[Tensor] = []
     for batch in batches:
         if should_stop():
-            return sums, True
+            return None
         sums.append(_sums(model, batch, device, table))
-    return sums, False
+    return sums
 
 
 def _sums(model: nn.Module, batch: _Batch, device: torch.device, table: Tensor | None) -> Tensor:

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from llm.kfac.layers import Layer
 from llm.kfac.packed_symmetric import add_product, add_to_last_row
 
+# The operator that captures a layer in a backward pass, as a profiler names it.
+CAPTURE_OPERATOR = "llm_kfac::record"
+
 
 class CaptureSwitch:
     """Whether the passes of the current step are captured; all layers share one switch.
@@ -163,7 +166,7 @@ class _CaptureInBackward(torch.autograd.Function):
 
 
 # Not for CUDA graphs: a replayed graph would repeat the products, but not the counts, which Python adds.
-@torch.library.custom_op("llm_kfac::record", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op(CAPTURE_OPERATOR, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _record(gradient: Tensor, inputs: Tensor, key: int) -> Tensor:
     """Add a backward pass to the capture of that key; return a copy of the gradient, so that the call is not removed.
 

@@ -26,6 +26,7 @@ def sample(
     top_k: int | None = None,
     seed: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
+    broadcast: Callable[[Tensor], Tensor] | None = None,
 ) -> list[str]:
     """Return texts that continue a prompt; each contains the prompt and ends at its end-of-text token.
 
@@ -44,14 +45,19 @@ def sample(
         top_k: only the k likeliest tokens can be drawn; None or 0: all tokens.
         seed: the same seed, model and arguments give the same texts.
         should_stop: called after each token; when it returns True, the texts end there.
+        broadcast: with several ranks, overwrites a tensor of any shape and dtype with that of rank 0; all ranks then
+            call this function together, and draw the same tokens in the same number of forward passes.
     """
     start = _start_ids(tokenizer, prompt).to(model.device)
     start_length = start.shape[1]
     ids = start.repeat(num_samples, 1)
     window = context_limit(model.config)
     end = start_length + max_new_tokens
+    agreement = _Agreement(should_stop, broadcast)
     with _eval_mode(model), _forked_randomness(model.device, seed):
-        while ids.shape[1] < end and not (should_stop() or _all_ended(ids[:, start_length:], tokenizer.eos_token_id)):
+        while ids.shape[1] < end and not (
+            agreement.should_stop(ids) or _all_ended(ids[:, start_length:], tokenizer.eos_token_id)
+        ):
             room = min(end - ids.shape[1], max(1, window // 2))
             context = ids if ids.shape[1] < window else ids[:, -max(1, window - room) :]
             num_new = min(end - ids.shape[1], window - context.shape[1])
@@ -59,10 +65,33 @@ def sample(
                 context,
                 attention_mask=torch.ones_like(context),
                 generation_config=_generation_config(tokenizer, num_new, temperature, top_k),
-                stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), should_stop(), device=ids.device)],
+                logits_processor=[agreement.share_logits],
+                stopping_criteria=[agreement.stop_rows],
             )
             ids = torch.cat([ids, output_ids[:, context.shape[1] :]], dim=1)
     return [_decode(tokenizer, prompt or "", start[0], row[start_length:]) for row in ids]
+
+
+class _Agreement:
+    """What ranks that sample together take from rank 0: the logits, and whether to stop."""
+
+    def __init__(self, should_stop: Callable[[], bool], broadcast: Callable[[Tensor], Tensor] | None) -> None:
+        self._should_stop = should_stop
+        self._broadcast = broadcast
+
+    def should_stop(self, ids: Tensor) -> bool:
+        """Whether rank 0 was asked to stop; `ids` (any shape) is on the device."""
+        if self._broadcast is None:
+            return self._should_stop()
+        return bool(self._broadcast(torch.tensor(float(self._should_stop()), device=ids.device)))
+
+    def stop_rows(self, ids: Tensor, *_: object, **__: object) -> Tensor:
+        """Whether each row ends: bool [rows] for ids of [rows, length]."""
+        return torch.full((len(ids),), self.should_stop(ids), device=ids.device)
+
+    def share_logits(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Return rank 0's logits, float [rows, vocabulary]: rounding may differ between machines."""
+        return logits if self._broadcast is None else self._broadcast(logits.contiguous())
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> Tensor:

@@ -39,7 +39,7 @@ def _train(argv: list[str]) -> int:
     # Imported after the options are read: --help and mistakes must not wait for torch.
     from llm.training.run import train
 
-    return train(options, command=f"{PROGRAM} {redacted_command_line(argv)}", started=started)
+    return train(options, command=f"{PROGRAM} {redacted_command_line(argv)}", started=started).exit_code
 
 
 if __name__ == "__main__":

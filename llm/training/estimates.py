@@ -1,24 +1,30 @@
-"""`--dry_run`: what a run would be, from its options and its text alone."""
+"""Estimates before the model is built: what `--dry_run` prints, and whether the disk has room for checkpoints."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from llm.config.errors import UserError
 from llm.config.options import KfacOptions, OptimizerOptions, OutputOptions
 from llm.optim.registry import OPTIMIZERS
 from llm.system.units import format_quantity
+from llm.training.checkpoints.layout import saved_steps
 from llm.training.plan import Plan
 from llm.training.updaters.preconditioning import kfac_bytes
 
-_BYTES_OF_A_NUMBER = 4  # weights, gradients and what the optimizer keeps are fp32
+_BYTES_PER_VALUE = 4  # weights, gradients and what the optimizer keeps are fp32
 # Activations that GPT-2's block keeps for the backward pass: about 34 values a token and unit of width,
 # and the logits with their gradient. Source: Korthikanti et al., Reducing Activation Recomputation in
 # Large Transformer Models, 2022, section 4.1 (there in bytes at 16 bits).
 _VALUES_PER_UNIT = 17
 _VALUES_PER_LOGIT = 3
+# Checkpoints that need room: the newest, the one before it, and one that is being written.
+_NUM_CHECKPOINTS = 3
 
 
 def dry_run_lines(
@@ -32,7 +38,7 @@ def dry_run_lines(
     """What `--dry_run` prints beyond a run's own first lines; all estimates are marked `about`."""
     num_parameters, num_kept = count_numbers(config, optimizer.optim)
     kfac_memory, kfac_disk = kfac_bytes(config, kfac)
-    weights, kept = _BYTES_OF_A_NUMBER * num_parameters, _BYTES_OF_A_NUMBER * num_kept
+    weights, kept = _BYTES_PER_VALUE * num_parameters, _BYTES_PER_VALUE * num_kept
     width = getattr(config, "hidden_size", 0) or 0
     layers = getattr(config, "num_hidden_layers", 0) or 0
     tokens = plan.micro_batch * plan.block_size
@@ -92,3 +98,35 @@ def _num_checkpoints(plan: Plan, output: OutputOptions) -> int:
 def _some_steps(num_steps: int) -> range:
     """At most about a thousand updates, spread over the run."""
     return range(0, num_steps, max(1, num_steps // 1000))
+
+
+def require_room(checkpoints: Path, config: PretrainedConfig, optim: str, kfac: KfacOptions, *, is_fresh: bool) -> None:
+    """Refuses a run whose checkpoints will not fit on the disk.
+
+    What an earlier start of the run saved counts: it is rotated away. What an earlier run left is removed when a
+    fresh one begins.
+
+    Args:
+        checkpoints: the run's `checkpoints/`, whose parent is there.
+        config: of the model.
+        optim: `--optim`.
+        kfac: of K-FAC, which keeps more than most optimizers.
+        is_fresh: whether nothing is continued.
+
+    Raises:
+        UserError: three checkpoints need more than is free, or K-FAC has nothing to take in the model.
+    """
+    one = sum(count_numbers(config, optim)) * _BYTES_PER_VALUE + kfac_bytes(config, kfac)[1]
+    present = [path for _, path in saved_steps(checkpoints)]
+    free = shutil.disk_usage(checkpoints.parent).free
+    number = _NUM_CHECKPOINTS
+    if is_fresh:
+        free += sum(file.stat().st_size for path in present for file in path.rglob("*") if file.is_file())
+    else:
+        number = max(1, number - len(present))
+    if free < number * one:
+        raise UserError(
+            f"--output_dir {checkpoints.parent}: {number} checkpoints of {format_quantity(one)}B need "
+            f"{format_quantity(number * one)}B, and {format_quantity(free)}B are free; make room, or choose another "
+            "folder"
+        )

@@ -1,260 +1,360 @@
-"""The story of a run: text and options in, a folder that `from_pretrained` loads out."""
+"""A run from start to end: text and options in, a folder that `from_pretrained` loads out."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from transformers import PretrainedConfig
 
 from llm.config.errors import Stopped
 from llm.config.options import Options
-from llm.data.batches.loader import Batch, BlockSource, training_batches
-from llm.data.dataset import detect_hub
-from llm.data.streaming.dataset import open_dataset
+from llm.data.batches.loader import Batch, training_batches
+from llm.data.dataset import StopSignal, TokenizedDataset, detect_hub
+from llm.data.streaming.dataset import open_dataset as open_named_dataset
 from llm.distributed.world import World
 from llm.hub.connection import come_online
 from llm.hub.push import check_hub_access
 from llm.models.config import context_limit, load_config, read_config
 from llm.training.accelerator import Compute, restore_process, start_compute
 from llm.training.build import build_language_model, build_updater
-from llm.training.callbacks.actions import Actions
+from llm.training.callbacks.checkpointing import CheckpointingCallback
+from llm.training.callbacks.evaluation import EvaluationCallback
+from llm.training.callbacks.metrics import MetricsCallback
+from llm.training.callbacks.sampling import SamplingCallback
 from llm.training.checkpoints.async_saver import AsyncSaver
 from llm.training.checkpoints.resume import Start, as_restarted, choose_start
 from llm.training.checkpoints.store import set_aside
-from llm.training.disk import require_room
-from llm.training.estimates import dry_run_lines
+from llm.training.context import RunContext
+from llm.training.estimates import dry_run_lines, require_room
 from llm.training.finalize import finish
-from llm.training.loop import Event, run_updates
+from llm.training.loop import Callback, run_updates
 from llm.training.plan import Plan, check_training, choose_block_size, plan_run, plan_schedule, resolved
 from llm.training.run_dir.console import ProgressBar, setup_logging, teardown_logging
 from llm.training.run_dir.folder import RunDirectory, claimed
 from llm.training.run_dir.trackers import Tracking, choose_trackers
 from llm.training.seeding import seed_weights
+from llm.training.state import TrainState
 from llm.training.supervision.deadline import find_deadline
 from llm.training.supervision.stop_signals import StopRequest, listening
 from llm.training.supervision.watchdog import Watchdog, watching
 from llm.training.triggers import Trigger, all_of, any_of, at_end, before, every, every_epoch
+from llm.training.updaters.base import StepVotes
 from llm.training.updaters.preconditioning import kfac_bytes
 
 log = logging.getLogger(__name__)
 
-EXIT_DONE, EXIT_STOPPED = 0, Stopped.exit_code
+EXIT_DONE = 0
+EXIT_STOPPED = Stopped.exit_code
 
 
-def train(options: Options, *, command: str, started: float | None = None) -> int:
-    """Trains a model as the options say.
+class OpenDataset(Protocol):
+    """Opens the text of a run, on all ranks; `llm.data.streaming.dataset.open_dataset` is the default."""
+
+    def __call__(
+        self, options: Options, world: World, revision: str | None, stop: StopSignal, /
+    ) -> AbstractContextManager[TokenizedDataset]:
+        """Return a context in which the dataset is open.
+
+        Args:
+            options: of the run.
+            world: the processes of the run.
+            revision: commit of the Hub dataset that a resumed run was started on; None takes the newest.
+            stop: interrupts the work.
+        """
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        exit_code: 0 when all updates were made, 75 when a signal or a deadline stopped the run after saving it.
+        output_dir: the run's folder, which `from_pretrained` loads when the exit code is 0; None if nothing was kept.
+        step: finished updates.
+        train_loss: nats a token over the updates of the newest record; None before the first.
+        eval_loss: nats a token of the newest evaluation; None before the first.
+        best_eval_loss: the lowest of all evaluations; None before the first.
+    """
+
+    exit_code: int
+    output_dir: Path | None = None
+    step: int = 0
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+
+
+def train(
+    options: Options, *, command: str, started: float | None = None, open_dataset: OpenDataset = open_named_dataset
+) -> RunResult:
+    """Train a model as the options say.
 
     Args:
         options: checked options.
         command: the command line that made them, without secrets; goes into the model card.
         started: when the process began, in seconds since the epoch: `--max_time` counts from there; now when None.
-
-    Returns:
-        0 when all updates were made, 75 when a signal or a deadline stopped the run after saving it.
+        open_dataset: opens the text of the run; by default that which the options name.
 
     Raises:
-        UserError: something outside the program is wrong; one line says what.
+        UserError: something outside the program is wrong; its message is one line.
     """
     started = time.time() if started is None else started
-    machine = start_compute(options.training)
-    world = machine.world
+    compute = start_compute(options.training)
+    world = compute.world
     setup_logging(is_main=world.is_main, rank=world.rank)
-    folder = RunDirectory(Path(options.output.output_dir)) if options.output.output_dir else None
+    run_dir = RunDirectory(Path(options.output.output_dir)) if options.output.output_dir else None
     try:
         with ExitStack() as stack:
             deadline = find_deadline(options.training, world, started=started)
-            last_words = folder.write_sudden_end if folder is not None and world.is_main else None
-            stop = stack.enter_context(listening(deadline, last_words))
-            watchdog = stack.enter_context(watching(world, folder))
-            if folder is not None and not options.output.dry_run:
-                options = as_restarted(options, folder)
-                stack.enter_context(claimed(folder, options, world, stop.at_once))
-            code = _run(options, command, machine, folder, stack, stop, watchdog)
-        machine.release()
-        return code
+            on_forced_exit = run_dir.write_sudden_end if run_dir is not None and world.is_main else None
+            stop = stack.enter_context(listening(deadline, on_forced_exit))
+            watchdog = stack.enter_context(watching(world, run_dir))
+            if run_dir is not None and not options.output.dry_run:
+                options = as_restarted(options, run_dir.checkpoints)
+                stack.enter_context(claimed(run_dir, options, world, stop.at_once))
+            result = _Run(options, command, compute, run_dir, stop, watchdog, open_dataset).make(stack)
+        compute.release()
+        return result
     except Stopped as stopped:
-        # Before the first update, on all ranks; afterwards the run itself sees to it.
+        # Before the first update, on all ranks; later stops are handled by the run itself.
         log.info("stopped by %s before an update was made", stopped)
-        machine.release()
-        return EXIT_STOPPED
+        compute.release()
+        return RunResult(EXIT_STOPPED, run_dir.path if run_dir is not None else None)
     finally:
-        # The process as it was found: a notebook, or the next run in it, may need the Hub, and a failed run's memory.
+        # Leave the process as it was: a notebook, or the next run in it, may need the Hub and a failed run's memory.
         restore_process()
         come_online()
         teardown_logging()
 
 
-def _run(
-    options: Options,
-    command: str,
-    machine: Compute,
-    folder: RunDirectory | None,
-    stack: ExitStack,
-    stop: StopRequest,
-    watchdog: Watchdog,
-) -> int:
-    """The story itself, in its order."""
-    world = machine.world
-    log.info("%s", folder or "output: none, nothing is kept (give --output_dir to keep it)")
-    log.info("%s", machine)
-    for line in stop.deadline.lines():
-        log.info("%s", line)
-    trackers = choose_trackers(options.tracking)
-    detect_hub(options, world)
-    _check_push(options, folder, world)
-    start = world.run_on_main(stop.interrupting(lambda: choose_start(options, folder)))
-    options = start.with_its_batch(options)
-    machine.use_checkpoint_precision(start.precision)
-    # Before the text is read: names, overrides and a block beyond the model are known from one small file.
-    limit = context_limit(read_config(start.model))
-    choose_block_size(options.data.block_size, limit, limit)
-    check_training(options, num_ranks=world.size)
-    kfac_bytes(read_config(start.model), options.kfac)  # refuses a model with nothing for it
-    with watchdog.phase("the text"):
-        text = stack.enter_context(
-            open_dataset(options, world, start.dataset_revision(options.data.dataset_name), stop)
+@dataclass(frozen=True)
+class _Run:
+    """What is known of a run before its text is opened."""
+
+    options: Options
+    command: str
+    compute: Compute
+    run_dir: RunDirectory | None
+    stop: StopRequest
+    watchdog: Watchdog
+    open_dataset: OpenDataset
+
+    def make(self, stack: ExitStack) -> RunResult:
+        """Make the run in its order: checkpoint, text, plan, model, updates, end."""
+        options = self.options
+        world = self.compute.world
+        run_dir = self.run_dir
+        _log_lines(str(run_dir or "output: none, nothing is kept (give --output_dir to keep it)"), str(self.compute))
+        _log_lines(*self.stop.deadline.lines())
+        trackers = choose_trackers(options.tracking)
+        detect_hub(options, world)
+        _check_push(options, run_dir, world)
+        checkpoints = run_dir.checkpoints if run_dir is not None else None
+        start = world.run_on_main(self.stop.interrupting(lambda: choose_start(options, checkpoints)))
+        options = start.with_global_batch(options)
+        self.compute.use_checkpoint_precision(start.precision)
+        # Before the text is read: names, overrides and a block beyond the model are known from one small file.
+        limit = context_limit(read_config(start.model))
+        choose_block_size(options.data.block_size, limit, limit)
+        check_training(options, num_ranks=world.size)
+        kfac_bytes(read_config(start.model), options.kfac)  # refuses a model that K-FAC has no layer of
+        with self.watchdog.phase("the text"):
+            revision = start.dataset_revision(options.data.dataset_name)
+            dataset = stack.enter_context(self.open_dataset(options, world, revision, self.stop))
+        config = load_config(start.model, dataset.tokenizer)
+        block_size = choose_block_size(options.data.block_size, limit, context_limit(config, dataset.tokenizer))
+        document_mask = options.data.document_mask
+        blocks, validation = dataset.blocks(block_size, document_mask=document_mask)
+        dataset.require_same_on_all(world)
+        plan = plan_run(options.training, blocks, num_ranks=world.size, seed=start.seed, document_mask=document_mask)
+        start.check(plan, dataset)
+        schedule = plan_schedule(options, plan)
+        _log_lines(*dataset.opening_lines(blocks, num_samples=plan.num_samples, document_mask=document_mask), str(plan))
+        if options.output.dry_run:
+            _log_lines(*dry_run_lines(config, plan, options.optimizer, schedule, options.output, options.kfac))
+            return RunResult(EXIT_DONE)
+
+        if run_dir is not None:
+            world.run_on_main(lambda: _require_room(run_dir, config, options, start))
+        seed_weights(start.seed)
+        with self.watchdog.phase("the model"), self.stop.at_once():
+            model = build_language_model(options, start.model, config, dataset.tokenizer, self.compute, plan)
+            start.load_weights(model.model)
+        updater = build_updater(options, self.compute, model, schedule, plan)
+        _log_lines(*updater.summary())
+        state = start.resume(updater)
+        if run_dir is not None and world.is_main:
+            _begin(run_dir, resolved(options, plan, precision=self.compute.precision), start, state)
+        context = RunContext(
+            options=options,
+            compute=self.compute,
+            world=world,
+            run_dir=run_dir,
+            dataset=dataset,
+            blocks=blocks,
+            validation=validation,
+            plan=plan,
+            state=state,
+            updater=updater,
+            tracking=Tracking(self.compute.accelerator, run_dir),
+            saver=_saver(options, run_dir) if world.is_main else None,
+            stop=self.stop,
+            watchdog=self.watchdog,
         )
-    config = load_config(start.model, text.tokenizer)
-    block_size = choose_block_size(options.data.block_size, limit, context_limit(config, text.tokenizer))
-    masked = options.data.document_mask
-    blocks, validation = text.blocks(block_size, document_mask=masked)
-    text.require_same_on_all(world)
-    plan = plan_run(options.training, blocks, num_ranks=world.size, seed=start.seed, document_mask=masked)
-    start.check(plan, text)
-    schedule = plan_schedule(options, plan)
-    _say(*text.opening_lines(blocks, num_samples=plan.num_samples, document_mask=masked), str(plan))
-    if options.output.dry_run:
-        _say(*dry_run_lines(config, plan, options.optimizer, schedule, options.output, options.kfac))
-        return EXIT_DONE
+        context.tracking.start(trackers, options, first_step=state.step)
+        return _train_and_finish(context, self.command)
 
-    if folder is not None:
-        world.run_on_main(lambda: _require_room(folder, config, options, start))
-    seed_weights(start.seed)
-    with watchdog.phase("the model"), stop.at_once():
-        language_model = build_language_model(options, start.model, config, text.tokenizer, machine, plan)
-    updater = build_updater(options, machine, language_model, schedule, plan)
-    progress = start.resume(updater)
-    if folder is not None and world.is_main:
-        folder.require_ours()
-        if start.checkpoint is not None:
-            set_aside(folder.checkpoints, progress.step)
-        folder.begin(resolved(options, plan, precision=machine.precision), fresh=start.checkpoint is None)
-    tracking = Tracking(machine.accelerator, folder)
-    saver = _saver(options, plan, folder) if world.is_main else None
-    actions = Actions(
-        *(options, machine, folder, text, blocks, validation, plan, progress, updater, language_model),
-        *(tracking, saver, stop, watchdog),
-    )
-    tracking.start(trackers, options, first_step=progress.step)
-    with closing(actions), ProgressBar(progress.step, plan.num_steps, is_main=world.is_main) as bar:
+
+def _train_and_finish(context: RunContext, command: str) -> RunResult:
+    """Make the remaining updates, then what follows the last one, or what follows a stop."""
+    state = context.state
+    evaluation = EvaluationCallback(context)
+    sampling = SamplingCallback(context)
+    checkpointing = CheckpointingCallback(context, evaluation)
+    exit_code = EXIT_STOPPED
+    with closing(context.tracking), ExitStack() as stack:
+        if context.saver is not None:
+            stack.enter_context(closing(context.saver))
+        bar = stack.enter_context(ProgressBar(state.step, context.plan.num_steps, is_main=context.world.is_main))
         try:
-            if _make_updates(options, actions, bar):
-                finish(actions, command=command)
-                return EXIT_DONE
+            _repeat_interrupted(context, evaluation, sampling, checkpointing)
+            callbacks = _callbacks(context, evaluation, sampling, checkpointing, bar)
+            if _make_updates(context, callbacks, checkpointing.should_save):
+                finish(context, evaluation, sampling, checkpointing, command=command)
+                exit_code = EXIT_DONE
         except Stopped:
-            pass  # an evaluation heard of it, on all ranks
-        actions.stop_here()
-    return EXIT_STOPPED
+            pass  # an evaluation was stopped, on all ranks
+        if exit_code == EXIT_STOPPED:
+            checkpointing.stop()
+    return RunResult(
+        exit_code=exit_code,
+        output_dir=context.run_dir.path if context.run_dir is not None else None,
+        step=state.step,
+        train_loss=state.train_loss,
+        eval_loss=state.eval_loss,
+        best_eval_loss=state.best_eval_loss,
+    )
 
 
-def _make_updates(options: Options, actions: Actions, bar: ProgressBar) -> bool:
-    """The updates that are left; whether all were made."""
-    plan, progress = actions.plan, actions.progress
-    _make_up_for_what_was_cut(options, actions)
-    batches = actions.text.wait_for_batches(
-        _batches(options, plan, actions.world, actions.blocks, progress.step),
-        actions.blocks,
-        first_step=progress.step,
+def _make_updates(context: RunContext, callbacks: list[Callback], should_save: Callable[[], bool]) -> bool:
+    """Make the remaining updates; return whether all were made."""
+    plan = context.plan
+    batches = context.dataset.wait_for_batches(
+        _batches(context),
+        context.blocks,
+        first_step=context.state.step,
         num_steps=plan.num_steps,
         global_batch=plan.global_batch,
-        should_stop=actions.stop,
+        should_stop=context.stop,
     )
-    with actions.watchdog.phase("what follows an update"):
+    with context.watchdog.phase("what follows an update"):
         return run_updates(
-            actions.updater,
+            context.updater,
             batches,
-            progress,
-            [*_events(options, plan, actions), Event(every(1), bar.advance)],
+            context.state,
+            callbacks,
             num_steps=plan.num_steps,
             tokens_per_step=plan.tokens_per_step,
-            should_stop=actions.stop,
-            should_save=actions.wants_checkpoint,
-            watched=actions.watchdog.update,
+            votes=StepVotes(stop=context.stop, save=should_save),
+            watched=context.watchdog.update,
         )
 
 
-def _require_room(folder: RunDirectory, config: PretrainedConfig, options: Options, start: Start) -> None:
-    kept = options.optimizer.optim, options.kfac
-    require_room(folder.checkpoints, config, *kept, is_fresh=start.checkpoint is None)
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        log.info("%s", line)
-
-
-def _batches(options: Options, plan: Plan, world: World, blocks: BlockSource, first_step: int) -> Iterator[list[Batch]]:
-    """This rank's micro-batches, one list an update."""
-    return training_batches(
-        blocks,
-        seed=plan.seed,
-        first_step=first_step,
-        num_steps=plan.num_steps - first_step,
-        micro_batch=plan.micro_batch,
-        accumulation=plan.accumulation,
-        rank=world.rank,
-        num_ranks=world.size,
-        num_workers=options.data.dataloader_num_workers,
-        device=world.device,
-    )
-
-
-def _check_push(options: Options, folder: RunDirectory | None, world: World) -> None:
-    if options.hub.push_to_hub and folder is not None and not options.output.dry_run:
-        world.run_on_main(lambda: check_hub_access(options.hub.hub_model_id, folder.path, options.hub.hub_token))
-
-
-def _evaluating(options: Options, plan: Plan) -> Trigger:
-    each = options.evaluation.eval_steps
-    return any_of(every(each) if each else every_epoch(plan.num_blocks, plan.global_batch), at_end(plan.num_steps))
-
-
-def _sampling(options: Options, plan: Plan) -> Trigger:
-    return all_of(every(options.evaluation.sample_steps), before(plan.num_steps))
-
-
-def _make_up_for_what_was_cut(options: Options, actions: Actions) -> None:
-    """A stop in an evaluation, or in samples, saved the update before it; the run that goes on from there owes them."""
-    progress, plan = actions.progress, actions.plan
-    if progress.step == 0:
-        return
-    is_owed = actions.validation is not None and progress.eval_step != progress.step
-    if is_owed and _evaluating(options, plan)(progress.step):
-        actions.evaluate()
-        actions.save_what_is_due()
-    if _sampling(options, plan)(progress.step):
-        actions.sample()  # unless they are recorded
-
-
-def _events(options: Options, plan: Plan, actions: Actions) -> list[Event]:
-    """What happens after an update, in this order."""
-    last = at_end(plan.num_steps)
+def _callbacks(
+    context: RunContext,
+    evaluation: EvaluationCallback,
+    sampling: SamplingCallback,
+    checkpointing: CheckpointingCallback,
+    bar: ProgressBar,
+) -> list[Callback]:
+    """Return what is done after an update, in this order."""
+    options = context.options
+    metrics = MetricsCallback(context)
+    is_last = at_end(context.plan.num_steps)
     return [
-        Event(every(1), actions.check_health),
-        Event(any_of(every(options.output.logging_steps), last), actions.record),
-        Event(_evaluating(options, plan), actions.evaluate),
-        Event(every(1), actions.save_what_is_due),
-        Event(_sampling(options, plan), actions.sample),
+        Callback(every(1), metrics.check_health),
+        Callback(any_of(every(options.output.logging_steps), is_last), metrics.record),
+        Callback(_evaluation_trigger(options, context.plan), evaluation.run),
+        Callback(every(1), checkpointing.run),
+        Callback(_sampling_trigger(options, context.plan), sampling.run),
+        Callback(every(1), bar.advance),
     ]
 
 
-def _saver(options: Options, plan: Plan, folder: RunDirectory | None) -> AsyncSaver | None:
-    if folder is None:
+def _repeat_interrupted(
+    context: RunContext,
+    evaluation: EvaluationCallback,
+    sampling: SamplingCallback,
+    checkpointing: CheckpointingCallback,
+) -> None:
+    """If the previous start was stopped during an evaluation or while sampling, repeat it now."""
+    state = context.state
+    if state.step == 0:
+        return
+    is_missing = context.validation is not None and state.eval_step != state.step
+    if is_missing and _evaluation_trigger(context.options, context.plan)(state.step):
+        evaluation.run()
+        checkpointing.run()
+    if _sampling_trigger(context.options, context.plan)(state.step):
+        sampling.run()  # unless the samples were recorded
+
+
+def _evaluation_trigger(options: Options, plan: Plan) -> Trigger:
+    interval = options.evaluation.eval_steps
+    regular = every(interval) if interval else every_epoch(plan.num_blocks, plan.global_batch)
+    return any_of(regular, at_end(plan.num_steps))
+
+
+def _sampling_trigger(options: Options, plan: Plan) -> Trigger:
+    return all_of(every(options.evaluation.sample_steps), before(plan.num_steps))
+
+
+def _batches(context: RunContext) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of the remaining updates, one list an update."""
+    plan = context.plan
+    return training_batches(
+        context.blocks,
+        seed=plan.seed,
+        first_step=context.state.step,
+        num_steps=plan.num_steps - context.state.step,
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+        rank=context.updater.data_parallel.rank,
+        num_ranks=context.updater.data_parallel.size,
+        num_workers=context.options.data.dataloader_num_workers,
+        device=context.world.device,
+    )
+
+
+def _check_push(options: Options, run_dir: RunDirectory | None, world: World) -> None:
+    if options.hub.push_to_hub and run_dir is not None and not options.output.dry_run:
+        world.run_on_main(lambda: check_hub_access(options.hub.hub_model_id, run_dir.path, options.hub.hub_token))
+
+
+def _require_room(run_dir: RunDirectory, config: PretrainedConfig, options: Options, start: Start) -> None:
+    require_room(run_dir.checkpoints, config, options.optimizer.optim, options.kfac, is_fresh=start.checkpoint is None)
+
+
+def _begin(run_dir: RunDirectory, options: Options, start: Start, state: TrainState) -> None:
+    """Write the resolved options and the status, and move checkpoints beyond this start's out of the way."""
+    run_dir.require_ours()
+    if start.checkpoint is not None:
+        set_aside(run_dir.checkpoints, state.step)
+    run_dir.begin(options, fresh=start.checkpoint is None)
+
+
+def _saver(options: Options, run_dir: RunDirectory | None) -> AsyncSaver | None:
+    if run_dir is None:
         return None
-    each = options.output.checkpointing_steps
-    regular = every_epoch(plan.num_blocks, plan.global_batch) if each == "epoch" else every(each)
-    return AsyncSaver(options.output, folder.path, folder.checkpoints, regular=regular, last=at_end(plan.num_steps))
+    return AsyncSaver(options.output, run_dir.path, run_dir.checkpoints)
+
+
+def _log_lines(*lines: str) -> None:
+    for line in lines:
+        log.info("%s", line)

@@ -1,6 +1,6 @@
-"""When something is due, asked once an update instead of modulo tests strewn over the loop.
+"""Triggers: after which updates something is due.
 
-All take the number of finished updates, so `1` is the end of the first.
+A trigger takes the number of finished updates, so `1` is the end of the first.
 """
 
 from __future__ import annotations
@@ -11,40 +11,44 @@ Trigger = Callable[[int], bool]
 
 
 def every(num_steps: int | None) -> Trigger:
-    """True after every `num_steps` updates; never when None."""
+    """Return a trigger for every `num_steps`-th update; None never triggers."""
     return lambda step: num_steps is not None and step % num_steps == 0
 
 
 def at_end(last_step: int) -> Trigger:
-    """True after the last update."""
+    """Return a trigger for the last update of the run."""
     return lambda step: step == last_step
 
 
 def before(last_step: int) -> Trigger:
-    """True until the last update, which has its own."""
+    """Return a trigger for all updates but the last."""
     return lambda step: step < last_step
 
 
 def every_epoch(num_blocks: int | None, global_batch: int) -> Trigger:
-    """True after the update in which the last block of an epoch was read.
+    """Return a trigger for the update in which the last block of an epoch was read.
 
-    Updates run across the epochs' boundaries, so this is the first update at or beyond one. Never where the
-    length of an epoch is not known.
+    Updates run across the ends of epochs, so this is the first update that reaches or passes one. It never triggers
+    where the length of an epoch is not known.
+
+    Args:
+        num_blocks: blocks of one epoch; None if unknown.
+        global_batch: blocks of one update.
     """
 
-    def due(step: int) -> bool:
+    def trigger(step: int) -> bool:
         if num_blocks is None:
             return False
         return step * global_batch // num_blocks > (step - 1) * global_batch // num_blocks
 
-    return due
+    return trigger
 
 
-def any_of(*dues: Trigger) -> Trigger:
-    """True when one of them is."""
-    return lambda step: any(due(step) for due in dues)
+def any_of(*triggers: Trigger) -> Trigger:
+    """Return a trigger that is true when one of the given triggers is."""
+    return lambda step: any(trigger(step) for trigger in triggers)
 
 
-def all_of(*dues: Trigger) -> Trigger:
-    """True when all of them are."""
-    return lambda step: all(due(step) for due in dues)
+def all_of(*triggers: Trigger) -> Trigger:
+    """Return a trigger that is true when all given triggers are."""
+    return lambda step: all(trigger(step) for trigger in triggers)

@@ -77,14 +77,14 @@ def test_evaluate_when_real_model_then_loss_is_mean_cross_entropy(tiny_gpt2: Pre
 
 
 def test_evaluate_when_ranks_differ_then_sums_over_ranks() -> None:
-    other = torch.tensor([30.0, 6.0, 0.0, 0.0], dtype=torch.float64)
+    other = torch.tensor([30.0, 6.0, 0.0], dtype=torch.float64)
     result = _evaluate(Fixed(), [_batch(1, [0, 0])], sum_over_ranks=lambda mine: mine + other)
     assert result.loss == pytest.approx(32 / 8)
     assert result.num_tokens == 8
 
 
 def test_evaluate_when_rank_has_no_batch_then_uses_sums_of_other_ranks() -> None:
-    other = torch.tensor([6.0, 3.0, 0.0, 0.0], dtype=torch.float64)
+    other = torch.tensor([6.0, 3.0, 0.0], dtype=torch.float64)
     assert _evaluate(Fixed(), [], sum_over_ranks=lambda mine: mine + other).loss == 2.0
 
 
@@ -117,9 +117,9 @@ def test_evaluate_when_stopped_then_requests_no_further_batch_and_returns_none()
     assert requested == [0, 1, 2]
 
 
-def test_evaluate_when_another_rank_stopped_then_returns_none() -> None:
-    other = torch.tensor([6.0, 3.0, 0.0, 1.0], dtype=torch.float64)
-    assert _evaluate(Fixed(), [_batch(1, [0])], sum_over_ranks=lambda mine: mine + other) is None
+def test_evaluate_when_a_rank_has_no_more_text_then_a_batch_without_targets_changes_nothing() -> None:
+    batches = [_batch(1, [0]), _batch(3, [0])]
+    assert _evaluate(Fixed(), [*batches, _batch(7, [-100, -100])]) == _evaluate(Fixed(), batches)
 
 
 def test_evaluate_when_stop_comes_after_last_batch_then_returns_result() -> None:

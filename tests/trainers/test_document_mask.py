@@ -115,7 +115,7 @@ def test_resume_when_the_checkpoint_is_from_before_the_option_then_it_had_no_mas
     with monkeypatch.context() as patch:
         fields = {field.name for field in dataclasses.fields(Plan)} - {"document_mask", "num_unread"}
         patch.setattr(
-            "llm.training.callbacks.actions.asdict", lambda plan: {name: getattr(plan, name) for name in fields}
+            "llm.training.callbacks.checkpointing.asdict", lambda plan: {name: getattr(plan, name) for name in fields}
         )
         assert train(*run).code == 0
     plain = _results(tmp_path / "run")

@@ -527,9 +527,9 @@ def test_disk_when_it_is_full_then_one_line_and_the_older_checkpoint_is_whole(
 def test_folder_when_another_run_took_it_over_then_the_run_ends_and_writes_no_more_there(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heartbeat_seconds: float
 ) -> None:
-    import llm.training.callbacks.actions
+    import llm.training.callbacks.checkpointing
 
-    run, save = tmp_path / "run", llm.training.callbacks.actions.save_checkpoint
+    run, save = tmp_path / "run", llm.training.callbacks.checkpointing.save_checkpoint
 
     def taken_over_meanwhile(folder: Path, step: int, **what: Any) -> Path:
         saved = save(folder, step, **what)
@@ -538,7 +538,7 @@ def test_folder_when_another_run_took_it_over_then_the_run_ends_and_writes_no_mo
         return saved
 
     monkeypatch.setattr("llm.files.lock._HEARTBEAT_SECONDS", heartbeat_seconds)
-    monkeypatch.setattr(llm.training.callbacks.actions, "save_checkpoint", taken_over_meanwhile)
+    monkeypatch.setattr(llm.training.callbacks.checkpointing, "save_checkpoint", taken_over_meanwhile)
     outcome = train(*tiny_options, "--checkpointing_steps", "5", "--output_dir", run)
     assert outcome.code == 1
     said = f"the lock {run / 'run.lock'} is held by another run now (process 7 on another-host)"

@@ -75,8 +75,8 @@ def test_resume_when_only_one_of_both_starts_has_kfac_then_says_so_in_one_line(
 ) -> None:
     words = [*tiny_options, "--max_train_steps", "4", "--checkpointing_steps", "2", "--resume_from_checkpoint"]
     for first, second, line in (
-        ((), KFAC, "the checkpoint holds no state of K-FAC: its factors start anew here"),
-        (KFAC, (), "the checkpoint was made with --kfac, this run goes on without: its K-FAC state is not used"),
+        ((), KFAC, "the checkpoint holds no K-FAC state: the factors start from scratch"),
+        (KFAC, (), "the checkpoint was made with --kfac, this run has no --kfac: its K-FAC state is not used"),
     ):
         folder = tmp_path / str(len(first))
         assert train(*words, *first, "--output_dir", folder).code == 0

@@ -180,7 +180,7 @@ def test_signal_when_sampling_then_ends_soon(tiny_options: list[str], tmp_path: 
     folder = tmp_path / "run"
     program = started(
         *tiny_options, *LONG, "--sample_steps", "5", "--output_dir", folder,
-        first="import llm.training.callbacks.actions; llm.training.callbacks.actions._SAMPLE_TOKENS = 10**6",
+        first="import llm.training.callbacks.sampling; llm.training.callbacks.sampling._SAMPLE_TOKENS = 10**6",
     )  # fmt: skip
     program.wait_for_line("step 5/")
     time.sleep(1)
@@ -355,7 +355,7 @@ def test_samples_when_the_run_ends_around_them_then_are_recorded_once(
                 os.kill(os.getpid(), signal.SIGTERM)
                 return []
 
-            patch.setattr("llm.training.callbacks.actions.sample", signalling)
+            patch.setattr("llm.training.callbacks.sampling.sample", signalling)
             assert train(*words).code == 75
             assert status(tmp_path / "cut")["step"] == 8
         else:

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import llm.training.accelerator
-import llm.training.callbacks.actions
+import llm.training.callbacks.checkpointing
 from llm.models.language_model import LanguageModel
-from llm.training.updaters.synchronous import StepReport, SynchronousUpdater
+from llm.training.updaters.base import StepReport, VoteResult
+from llm.training.updaters.synchronous import SynchronousUpdater
 from tests.conftest import Outcome
 
 Train = Callable[..., Outcome]
@@ -42,17 +43,17 @@ def test_signal_when_it_comes_after_another_rank_stopped_the_run_then_the_save_i
 ) -> None:
     # A launcher signals its ranks one after another: this one hears of the stop from the others first,
     # and gets its own signal while it saves.
-    update, save = SynchronousUpdater.update, llm.training.callbacks.actions.save_checkpoint
+    update, save = SynchronousUpdater.update, llm.training.callbacks.checkpointing.save_checkpoint
 
     def stopped_by_another(self: SynchronousUpdater, *words: Any, **more: Any) -> StepReport:
-        return replace(update(self, *words, **more), stop=True)
+        return replace(update(self, *words, **more), votes=VoteResult(stop=True))
 
     def signalled(*words: Any, **more: Any) -> Path:
         os.kill(os.getpid(), signal.SIGTERM)
         return save(*words, **more)
 
     monkeypatch.setattr(SynchronousUpdater, "update", stopped_by_another)
-    monkeypatch.setattr(llm.training.callbacks.actions, "save_checkpoint", signalled)
+    monkeypatch.setattr(llm.training.callbacks.checkpointing, "save_checkpoint", signalled)
     outcome = train(*tiny_options, "--output_dir", tmp_path / "run")
     assert outcome.code == 75, outcome.err
     assert killed == []

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from llm.training.state import LossWindow, TrainState
-from llm.training.updaters.synchronous import StepReport
+from llm.training.updaters.base import StepReport
 
 
-def report(loss: float, *, skipped: bool = False) -> StepReport:
-    return StepReport(loss=loss, grad_norm=torch.tensor(1.0), lr=1e-3, skipped=skipped, stop=False)
+def report(loss: float, **facts: bool) -> StepReport:
+    return StepReport(loss=loss, grad_norm=torch.tensor(1.0), lr=1e-3, **facts)
 
 
 def test_progress_when_updates_are_added_then_counts_them() -> None:
@@ -34,12 +34,23 @@ def test_progress_when_an_update_was_skipped_then_counts_it_and_keeps_the_mean_f
     assert progress.window.num_steps == 2
 
 
+def test_progress_when_updates_are_skipped_in_a_row_then_those_that_lower_the_loss_scale_do_not_count() -> None:
+    progress = TrainState()
+    counts = []
+    for facts in ({"skipped": True}, {"skipped": True}, {}, {"skipped": True},
+                  {"skipped": True, "loss_scale_is_falling": True}, {"skipped": True}):  # fmt: skip
+        progress.add(report(2.0, **facts), num_tokens=8, seconds=1)
+        counts.append(progress.num_skipped_in_a_row)
+    assert counts == [1, 2, 0, 1, 0, 1]
+    assert progress.num_skipped == 5
+
+
 @pytest.mark.parametrize("eval_loss", [None, 1.2345678901234567])
 def test_progress_when_it_went_through_json_then_is_equal_and_goes_on_alike(eval_loss: float | None) -> None:
     progress = TrainState(eval_loss=eval_loss)
     for number in range(3):
         progress.add(report(0.1 * number, skipped=number == 1), num_tokens=7, seconds=0.1)
-    restored = TrainState.of(json.loads(json.dumps(progress.state())))
+    restored = TrainState.from_json(json.loads(json.dumps(progress.to_json())))
     assert restored == progress
     for each in (restored, progress):
         each.add(report(1 / 3), num_tokens=7, seconds=0.1)

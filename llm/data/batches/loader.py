@@ -178,6 +178,9 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's batches of an evaluation in the order of the text; the last batch may be short.
 
+    Every rank has equally many batches, because a forward pass may be collective: a rank that has no more text gets a
+    batch without targets.
+
     Args:
         blocks: the validation text.
         batch_size: blocks of one forward pass.
@@ -189,13 +192,25 @@ def evaluation_batches(
     num_batches = -(-len(blocks) // batch_size)
     if max_batches is not None:
         num_batches = min(num_batches, max_batches)
+    num_rounds = -(-num_batches // num_ranks)
     batches = (
-        stack_rows((blocks[index] for index in indices), len(indices))
-        for number in range(rank, num_batches, num_ranks)
-        for indices in [range(number * batch_size, min((number + 1) * batch_size, len(blocks)))]
+        _evaluation_batch(blocks, range(number * batch_size, min((number + 1) * batch_size, len(blocks))))
+        if number < num_batches
+        else _batch_without_targets(blocks)
+        for number in range(rank, num_rounds * num_ranks, num_ranks)
     )
     for batch in _pinned_for(device, batches):
         yield batch.to(device)
+
+
+def _evaluation_batch(blocks: Blocks, indices: range) -> CompactBatch:
+    return stack_rows((blocks[index] for index in indices), len(indices))
+
+
+def _batch_without_targets(blocks: Blocks) -> CompactBatch:
+    """Return one row with nothing to predict."""
+    batch = stack_rows([blocks[0]], 1)
+    return batch._replace(loss_mask=torch.zeros(batch.ids.shape, dtype=torch.bool))
 
 
 def batch_of(rows: Sequence[Row]) -> Batch:

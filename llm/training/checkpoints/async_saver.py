@@ -1,7 +1,7 @@
-"""Checkpoints behind the training: it stops for a copy in memory, never for a disk.
+"""Asynchronous checkpoints: the training waits for a copy in memory, never for a disk.
 
-One process writes, rank 0, and in a thread: hashing, writing and fsync let go of the interpreter. No
-collective is ever called there.
+Rank 0 alone writes, in a thread: hashing, writing and fsync release the interpreter lock. The thread calls no
+collective.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,105 +21,104 @@ from torch import Tensor
 from llm.config.errors import UserError
 from llm.config.options import OutputOptions
 from llm.training.checkpoints.store import NotFiniteError, remove, superseded
-from llm.training.triggers import Trigger
 
 log = logging.getLogger(__name__)
 
-# Saving costs no more than that share of the time: timed saves become rarer where it would.
+# Timed saves become rarer where they would cost more than this share of the time.
 _LARGEST_SHARE = 0.02
-_LOOK_SECONDS = 2.0
+_CHECK_SECONDS = 2.0
 
 
 class Write(Protocol):
-    """Writes a checkpoint of these tensors."""
+    """Writes a checkpoint."""
 
     def __call__(self, *, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Returns when it is durable."""
+        """Write these tensors (any shape and dtype, on the CPU), and return when they are durable."""
 
 
 class HostBuffers:
-    """A copy of tensors on the CPU, filled anew each time: taking new pages costs more than copying."""
+    """Copies of tensors in host memory, which is reused: allocating new pages costs more than copying."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as they are now, contiguous, on the CPU; valid until the next call.
+    def copy(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Copy tensors of any shape and dtype as they are now; the copies are valid until the next call.
 
-        Names of one tensor (tied weights) are names of one copy.
+        Args:
+            tensors: names and tensors on any device; a tensor needs to exist only until the next one is asked for.
+
+        Returns:
+            Contiguous copies on the CPU, of the same shapes and dtypes.
         """
-        found: dict[str, Tensor] = {}
-        copies: dict[tuple[Any, ...], Tensor] = {}
-        devices = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
-        for name, tensor in tensors.items():
-            key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-            if key not in copies or not tensor.numel():
-                copies[key] = self._place(name, tensor).copy_(tensor.detach(), non_blocking=True)
-            found[name] = copies[key]
+        copies: dict[str, Tensor] = {}
+        devices = set()
+        for name, tensor in tensors:
+            # A copy on the tensor's own stream: memory that is freed afterwards is not reused before it.
+            copies[name] = self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=True)
+            if tensor.device.type == "cuda":
+                devices.add(tensor.device)
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
-        return found
+        return copies
 
-    def _place(self, name: str, tensor: Tensor) -> Tensor:
-        kept = self._kept.get(name)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            # Pinned, or a copy from the device would be made through a second buffer, and waited for.
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-            self._kept[name] = kept
-        return kept
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            # Pinned, because a copy from the device would otherwise go through a second buffer, and block.
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+            self._buffers[name] = buffer
+        return buffer
 
 
 class AsyncSaver:
-    """When checkpoints are due, and the thread that writes them. Made on rank 0 of a run with a folder.
+    """Copies checkpoints to host memory and writes them in a thread. Made on rank 0 of a run with a folder.
 
     Attributes:
         step: the update of the newest save, finished or not; None before the first.
-        stalls: seconds that the training waited for each save so far.
-        refusal: why the newest save was left out although the run goes on; None when it was not.
+        stall_seconds: seconds that the training waited for each save so far.
+        skipped_because: why the newest save was left out although the run continues; None when it was not.
     """
 
-    def __init__(
-        self, options: OutputOptions, folder: Path, checkpoints: Path, *, regular: Trigger, last: Trigger
-    ) -> None:
+    def __init__(self, options: OutputOptions, folder: Path, checkpoints: Path) -> None:
         """Nothing is written yet.
 
         Args:
-            options: how often, and how many are kept.
-            folder: the run's, where a file called SAVE asks for a checkpoint.
-            checkpoints: where they go.
-            regular: when `--checkpointing_steps` says so.
-            last: the last update.
+            options: how often timed saves are due, and how many checkpoints are kept.
+            folder: the run's folder, in which a file called SAVE requests a checkpoint.
+            checkpoints: the folder that holds the checkpoints.
         """
-        self._ask = folder / "SAVE"
-        self._checkpoints, self._limit = checkpoints, options.save_total_limit
-        self._due = {"regular": regular, "end": last}
-        self._interval = 60 * options.save_minutes
-        self._is_stretched = False
-        self._saved_at = self._looked_at = time.monotonic()
-        self._memory = HostBuffers()
+        self.step: int | None = None
+        self.stall_seconds: list[float] = []
+        self.skipped_because: NotFiniteError | None = None
+        self._request_file = folder / "SAVE"
+        self._checkpoints = checkpoints
+        self._limit = options.save_total_limit
+        self._interval_seconds = 60 * options.save_minutes
+        self._saved_at = time.monotonic()
+        self._checked_at = self._saved_at
+        self._weight_buffers = HostBuffers()
+        self._tensor_buffers = HostBuffers()
         self._thread: threading.Thread | None = None
         self._failure: UserError | None = None
-        self.refusal: NotFiniteError | None = None
-        self.step: int | None = None
-        self.stalls: list[float] = []
 
-    def reasons(self, step: int) -> list[str]:
-        """Why a checkpoint is due after this update; none when it is not."""
-        found = [name for name, due in self._due.items() if due(step)]
+    def requests(self) -> list[str]:
+        """Return why a checkpoint is requested now: `timed` (the clock), `asked` (the file SAVE), both or neither."""
+        reasons = []
         now = time.monotonic()
-        if self._interval and now - self._saved_at >= self._interval:
-            found.append("timed")
-        if now - self._looked_at >= _LOOK_SECONDS:
-            self._looked_at = now
-            if self._ask.exists():
-                found.append("asked")
-        return found
+        if self._interval_seconds and now - self._saved_at >= self._interval_seconds:
+            reasons.append("timed")
+        if now - self._checked_at >= _CHECK_SECONDS:
+            self._checked_at = now
+            if self._request_file.exists():
+                reasons.append("asked")
+        return reasons
 
     def check(self) -> None:
-        """Looks back, without waiting.
+        """Raise the failure of an earlier save, without waiting.
 
         Raises:
-            UserError: the last one could not be written.
+            UserError: the last checkpoint could not be written.
         """
         if self._failure is not None:
             raise self._failure
@@ -127,47 +126,49 @@ class AsyncSaver:
     def save(
         self,
         step: int,
-        weights: Mapping[str, Tensor],
+        weights: Iterable[tuple[str, Tensor]],
         tensors: Mapping[str, Tensor],
         write: Write,
         reasons: list[str],
         *,
         gathering_seconds: float = 0.0,
     ) -> None:
-        """Copies the tensors and has them written; `saved step N` is said when they are durable.
+        """Copy the tensors and start to write them; `saved step N` is logged when they are durable.
 
         Waits for the checkpoint before this one.
 
         Args:
             step: finished updates.
-            weights: the model's, by name.
-            tensors: the optimizer's, by name.
+            weights: names and weights, any shape and dtype.
+            tensors: the updater's tensors by name, any shape and dtype.
             write: writes a checkpoint of the copies; called in the thread.
-            reasons: those of `reasons`, or others.
-            gathering_seconds: that the training stood still for until the tensors were at hand.
+            reasons: why it is saved.
+            gathering_seconds: for which the training has already waited until the tensors were available.
 
         Raises:
-            UserError: the former one could not be written.
+            UserError: the checkpoint before could not be written.
         """
         started = time.monotonic() - gathering_seconds
         self.wait()
-        joined = {**{f"w/{name}": t for name, t in weights.items()}, **{f"t/{name}": t for name, t in tensors.items()}}
-        copies = self._memory.copy(joined)
-        parts = [{name[2:]: t for name, t in copies.items() if name.startswith(part)} for part in ("w/", "t/")]
-        self.step, self.refusal, self._saved_at = step, None, time.monotonic()
-        self.stalls.append(self._saved_at - started)
+        weight_copies = self._weight_buffers.copy(weights)
+        tensor_copies = self._tensor_buffers.copy(tensors.items())
+        self.step = step
+        self.skipped_because = None
+        self._saved_at = time.monotonic()
+        stalled = self._saved_at - started
+        self.stall_seconds.append(stalled)
         self._thread = threading.Thread(
             target=self._write,
-            args=(step, partial(write, weights=parts[0], tensors=parts[1]), reasons, self.stalls[-1]),
+            args=(step, partial(write, weights=weight_copies, tensors=tensor_copies), reasons, stalled),
             name="save",
         )
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more.
+        """Return when nothing is being written.
 
         Raises:
-            UserError: it could not be written.
+            UserError: the last checkpoint could not be written.
         """
         if self._thread is not None:
             self._thread.join()
@@ -175,7 +176,7 @@ class AsyncSaver:
         self.check()
 
     def close(self) -> None:
-        """Lets the thread end, without a word about how: something else ends the run."""
+        """Wait for the thread without raising its failure: something else ends the run."""
         if self._thread is not None:
             self._thread.join()
 
@@ -184,28 +185,28 @@ class AsyncSaver:
         try:
             write()
             log.info("saved step %d", step)
-            self._tidy_up(reasons)
+            self._remove_superseded(reasons)
         except NotFiniteError as error:
-            self.refusal = error
+            self.skipped_because = error
             log.warning("%s", error)
         except UserError as error:
             self._failure = error
-        except BaseException as error:  # whatever it is, the training must hear of it
+        except BaseException as error:  # of any kind: the training must end
             self._failure = UserError(f"checkpoint of step {step} was not written ({type(error).__name__}: {error})")
-        self._stretch(stalled + (time.thread_time() - started) / (os.cpu_count() or 1))
+        self._lengthen_interval(stalled + (time.thread_time() - started) / (os.cpu_count() or 1))
 
-    def _tidy_up(self, reasons: list[str]) -> None:
-        """Removes what is answered or superseded; what cannot be removed costs room, and no run."""
+    def _remove_superseded(self, reasons: list[str]) -> None:
+        """Remove an answered request and superseded checkpoints; a failure to do so costs disk space, not the run."""
         try:
             if "asked" in reasons:
-                self._ask.unlink(missing_ok=True)
+                self._request_file.unlink(missing_ok=True)
             for path in superseded(self._checkpoints, self._limit):
                 remove(path)
         except OSError as error:
             log.warning("%s cannot be removed (%s)", error.filename or "an older checkpoint", error.strerror or error)
 
-    def _stretch(self, cost_seconds: float) -> None:
-        """Makes timed saves so rare that they cost what they may."""
-        if self._interval and cost_seconds > _LARGEST_SHARE * self._interval:
-            self._interval = cost_seconds / _LARGEST_SHARE
-            log.info("saving takes %.1f s: from now on every %.1f minutes", cost_seconds, self._interval / 60)
+    def _lengthen_interval(self, cost_seconds: float) -> None:
+        """Make timed saves so rare that they cost no more than their share of the time."""
+        if self._interval_seconds and cost_seconds > _LARGEST_SHARE * self._interval_seconds:
+            self._interval_seconds = cost_seconds / _LARGEST_SHARE
+            log.info("saving takes %.1f s: from now on every %.1f minutes", cost_seconds, self._interval_seconds / 60)

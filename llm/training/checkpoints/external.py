@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import chain
@@ -26,7 +26,7 @@ from llm.config.options import ModelOptions
 from llm.optim.groups import parameter_groups
 from llm.optim.registry import OPTIMIZERS
 from llm.training.checkpoints.layout import external_optimizer
-from llm.training.updaters.synchronous import SynchronousUpdater
+from llm.training.updaters.base import LoadedState, Updater
 
 log = logging.getLogger(__name__)
 
@@ -74,37 +74,48 @@ class ExternalCheckpoint:
         named = {"model_name_or_path": str(self.path), "config_name": None, "config_overrides": None}
         return options.model_copy(update=named)
 
-    def load(self, updater: SynchronousUpdater) -> None:
-        """Gives weights and optimizer to the updater, and says what the folder does not hold.
+    def load_weights(self, model: PreTrainedModel) -> None:
+        """Copy the weights into the model, before anything wraps or shards it.
+
+        Does nothing where `model_options` has already named the folder, which `from_pretrained` loads.
 
         Raises:
-            UserError: they are those of another model, or a file is damaged or refused.
-            ValueError: they are those of another optimizer.
+            UserError: the weights belong to another model, or the file is damaged or refused.
         """
-        model: PreTrainedModel = updater.accelerator.unwrap_model(updater.model).model
         if self.weights is not None:
             _load_weights(model, self.weights)
-        taken = [f"weights ({self.weights.name if self.weights else self.path})"]
+
+    def load(self, updater: Updater) -> None:
+        """Load the optimizer's state into the updater, on all ranks, and log what the folder does not hold.
+
+        Raises:
+            UserError: the state belongs to another model, or a file is damaged or refused.
+            ValueError: it belongs to another optimizer.
+        """
+        restored = [f"weights ({self.weights.name if self.weights else self.path})"]
         if self.optimizer is not None:
             saved = _unpickled(self.optimizer)
-            tensors, name, decayed = _by_parameter(saved, model, self.optimizer)
-            scaler = self.path / _SCALER if updater.accelerator.scaler is not None else None
-            has_scaler = scaler is not None and scaler.is_file()
-            scale = _unpickled(scaler) if scaler is not None and has_scaler else None
-            updater.load(tensors, {"optimizer": name, "scaler": scale})
-            _say_differences(saved, decayed, updater)
-            taken += [f"the state of {name} ({self.optimizer.name})", *[f"the loss scale ({_SCALER})"] * has_scaler]
-        self._say(taken)
+            tensors, name, decayed = _by_parameter(saved, updater.model.model, self.optimizer)
+            current = updater.state()
+            scaler = self.path / _SCALER
+            has_scaler = current.numbers.get("scaler") is not None and scaler.is_file()
+            numbers = {"optimizer": name, "scaler": _unpickled(scaler) if has_scaler else None}
+            updater.load(LoadedState(tensors, numbers))
+            _log_differences(saved, decayed, current.param_groups)
+            restored.append(f"the state of {name} ({self.optimizer.name})")
+            if has_scaler:
+                restored.append(f"the loss scale ({_SCALER})")
+        self._log_contents(restored)
 
-    def _say(self, taken: list[str]) -> None:
+    def _log_contents(self, restored: list[str]) -> None:
         log.info(
-            "resumed from step %d (%s), which another program wrote: %s", self.step, self.path, " and ".join(taken)
+            "resumed from step %d (%s), which another program wrote: %s", self.step, self.path, " and ".join(restored)
         )
         if self.optimizer is None:
-            log.warning("%s holds no optimizer: it starts anew", self.path.name)
+            log.warning("%s holds no optimizer state: the optimizer starts from scratch", self.path.name)
         log.info(
-            "not in it: the place in the text (this run goes on at update %d of its own order: of that epoch some "
-            "text comes twice and some not at all), the seed, and the tokens and seconds so far (counted from here)",
+            "not restored: data position (continuing at step %d of this run's own order; some samples of this epoch "
+            "repeat, some are skipped), the seed, and the tokens and seconds so far (counted from here)",
             self.step,
         )
         unread = sorted(
@@ -263,16 +274,15 @@ def _orders(model: PreTrainedModel) -> Iterator[list[list[str]]]:
     yield [names]
 
 
-def _say_differences(saved: Mapping[str, Any], decayed: set[str], updater: SynchronousUpdater) -> None:
-    """Settings of the optimizer that this run's options change, and the weights that decay in one of them only."""
-    decays = {
-        name for group in updater.optimizer.param_groups if group["weight_decay"] for name in group["param_names"]
-    }
+def _log_differences(saved: Mapping[str, Any], decayed: set[str], param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn about settings of the optimizer that this run's options change, and about weights that decay in one only."""
+    decays = {name for group in param_groups if group["weight_decay"] for name in group["param_names"]}
     if decayed and decays:
-        for names, said in ((decayed - decays, "did, and do not here"), (decays - decayed, "did not, and do here")):
+        for names, change in ((decayed - decays, "did, and do not here"), (decays - decayed, "did not, and do here")):
             if names:
-                log.warning("weights that decayed otherwise: %s and %d others %s", min(names), len(names) - 1, said)
-    then, now = saved["param_groups"][0], updater.optimizer.param_groups[0]
+                log.warning("weights that decayed otherwise: %s and %d others %s", min(names), len(names) - 1, change)
+    then = saved["param_groups"][0]
+    now = param_groups[0]
     for key in ("initial_lr", "betas", "eps", "momentum", "weight_decay"):
         if key in then and key in now and then[key] != now[key]:
             log.warning("its optimizer had %s %s, this run has %s", key, then[key], now[key])

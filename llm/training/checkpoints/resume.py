@@ -1,10 +1,13 @@
-"""Where a run starts: from nothing, or from a checkpoint, and whether that checkpoint is this run's."""
+"""Where a run starts: from scratch, or from a checkpoint, and whether that checkpoint belongs to this run."""
 
 from __future__ import annotations
 
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from llm.config.errors import UserError
 from llm.config.options import ModelOptions, Options
@@ -13,14 +16,13 @@ from llm.training.checkpoints.external import ExternalCheckpoint
 from llm.training.checkpoints.layout import saved_steps
 from llm.training.checkpoints.store import Checkpoint, find_checkpoint
 from llm.training.plan import Plan, choose_seed
-from llm.training.run_dir.folder import RunDirectory
 from llm.training.state import TrainState
-from llm.training.updaters.synchronous import SynchronousUpdater
+from llm.training.updaters.base import Updater
 
 log = logging.getLogger(__name__)
 
-# What two starts of one run must share, and the option that decides it. Another number of ranks, or
-# another split of the global batch, is the same run.
+# What two starts of one run must share, and the option that decides it. A run may continue with another number of
+# ranks, or another split of the global batch.
 _MUST_AGREE = {
     "seed": "--seed",
     "block_size": "--block_size",
@@ -34,9 +36,9 @@ class Start:
     """Where a run starts.
 
     Attributes:
-        checkpoint: verified, or None for a fresh run; another program's holds less.
-        seed: of the order and of everything random.
-        model: the model's options; of a resumed run, pointed at the checkpoint, which is a model's folder.
+        checkpoint: a verified checkpoint, or None for a fresh run; that of another program holds less.
+        seed: seeds the order of the blocks and everything random.
+        model: the model's options; in a resumed run they name the checkpoint, which is a model's folder.
     """
 
     checkpoint: Checkpoint | ExternalCheckpoint | None
@@ -45,19 +47,20 @@ class Start:
 
     @property
     def precision(self) -> str | None:
-        """Arithmetic that the checkpoint was made in; None if nothing says it."""
+        """The precision that the checkpoint was trained in; None if it does not say."""
         if not isinstance(self.checkpoint, Checkpoint):
             return None
-        # Before there was an auto, the default was no.
+        # Checkpoints older than --mixed_precision auto were made with the default of that time.
         return str(self.checkpoint.state.get("mixed_precision", "no"))
 
-    def with_its_batch(self, options: Options) -> Options:
-        """The options with the checkpoint's global batch, unless they name one: other ranks, the same updates."""
+    def with_global_batch(self, options: Options) -> Options:
+        """Return the options with the checkpoint's global batch unless they name one, so that updates stay the same."""
         training = options.training
         if not isinstance(self.checkpoint, Checkpoint) or training.global_batch_size is not None:
             return options
-        kept = training.model_copy(update={"global_batch_size": int(self.checkpoint.state["plan"]["global_batch"])})
-        return options.model_copy(update={"training": kept})
+        global_batch = int(self.checkpoint.state["plan"]["global_batch"])
+        training = training.model_copy(update={"global_batch_size": global_batch})
+        return options.model_copy(update={"training": training})
 
     def dataset_revision(self, dataset_name: str | None) -> str | None:
         """Return the commit of the Hub dataset `dataset_name` that the checkpoint was made on; None if it has none."""
@@ -66,8 +69,8 @@ class Start:
         name, _, revision = str(self.checkpoint.state["identity"].get("revision", "")).rpartition("@")
         return revision if name == dataset_name else None
 
-    def check(self, plan: Plan, text: TokenizedDataset) -> None:
-        """Refuses to continue another run under this one's name; before any weight is loaded.
+    def check(self, plan: Plan, dataset: TokenizedDataset) -> None:
+        """Refuse to continue another run under this one's name, before any weight is loaded.
 
         Raises:
             UserError: the checkpoint was made with another text, tokenizer or order than this run's.
@@ -75,18 +78,27 @@ class Start:
         if self.checkpoint is None:
             return
         if isinstance(self.checkpoint, Checkpoint):
-            _check_identity(self.checkpoint, plan, text)
+            _check_identity(self.checkpoint, plan, dataset)
         if self.checkpoint.step > plan.num_steps:
             raise UserError(
                 f"checkpoint {self.checkpoint.path} is at step {self.checkpoint.step}, beyond the {plan.num_steps} of "
                 "this run"
             )
 
-    def resume(self, updater: SynchronousUpdater) -> TrainState:
-        """Gives the updater its state back, and the run its counters.
+    def load_weights(self, model: PreTrainedModel) -> None:
+        """Load weights that `from_pretrained` could not: those of another program's checkpoint without a configuration.
 
         Raises:
-            UserError: the checkpoint is another optimizer's.
+            UserError: the weights belong to another model, or the file is damaged or refused.
+        """
+        if isinstance(self.checkpoint, ExternalCheckpoint):
+            self.checkpoint.load_weights(model)
+
+    def resume(self, updater: Updater) -> TrainState:
+        """Restore the updater's state, on all ranks together, and return the run's counters.
+
+        Raises:
+            UserError: the checkpoint belongs to another optimizer.
         """
         if self.checkpoint is None:
             return TrainState()
@@ -94,45 +106,50 @@ class Start:
             if isinstance(self.checkpoint, ExternalCheckpoint):
                 self.checkpoint.load(updater)
                 return TrainState(step=self.checkpoint.step)
-            updater.load(self.checkpoint.tensors(), self.checkpoint.state["updater"])
+            updater.load(self.checkpoint.updater_state())
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"checkpoint {self.checkpoint.path} holds the state of another model, --optim or --kfac ({error})"
             ) from error
         log.info("resumed from step %d (%s)", self.checkpoint.step, self.checkpoint.path)
-        return TrainState.of(self.checkpoint.state["progress"])
+        return TrainState.from_json(self.checkpoint.state["progress"])
 
 
-def as_restarted(options: Options, folder: RunDirectory) -> Options:
-    """The options of a start that torchrun makes again because a process died: it continues what was begun.
+def as_restarted(options: Options, checkpoints: Path) -> Options:
+    """Return the options for a start that torchrun makes again because a process died: it continues the run.
 
-    Then `--overwrite_output_dir` removes nothing, and a checkpoint named by its path counts only until the run
-    has one of its own.
+    Then `--overwrite_output_dir` removes nothing, and a checkpoint named by its path counts only until the run has
+    a checkpoint of its own.
+
+    Args:
+        options: as the user gave them.
+        checkpoints: the folder that holds the run's checkpoints.
     """
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if count == "0":
         return options
     log.info("started again by torchrun (%s): as with --resume_from_checkpoint", count)
-    asked = not saved_steps(folder.checkpoints) and options.output.resume_from_checkpoint
-    return options.model_copy(
-        update={
-            "output": options.output.model_copy(
-                update={"resume_from_checkpoint": asked or True, "overwrite_output_dir": False}
-            )
-        }
+    requested = not saved_steps(checkpoints) and options.output.resume_from_checkpoint
+    output = options.output.model_copy(
+        update={"resume_from_checkpoint": requested or True, "overwrite_output_dir": False}
     )
+    return options.model_copy(update={"output": output})
 
 
-def choose_start(options: Options, folder: RunDirectory | None) -> Start:
-    """Finds and verifies what `--resume_from_checkpoint` names.
+def choose_start(options: Options, checkpoints: Path | None) -> Start:
+    """Find and verify the checkpoint that `--resume_from_checkpoint` names.
+
+    Args:
+        options: of the run.
+        checkpoints: the folder that holds the run's checkpoints; None where nothing is kept.
 
     Raises:
-        UserError: a checkpoint that was insisted on is missing or damaged.
+        UserError: a checkpoint that the option requires is missing or damaged.
     """
-    asked = options.output.resume_from_checkpoint
-    checkpoint = find_checkpoint(asked, folder.checkpoints if folder else None)
+    requested = options.output.resume_from_checkpoint
+    checkpoint = find_checkpoint(requested, checkpoints)
     if checkpoint is None:
-        if asked:
+        if requested:
             log.info("resume: no checkpoint yet, a fresh run")
         return Start(None, choose_seed(options.training.seed), options.model)
     if isinstance(checkpoint, ExternalCheckpoint):
@@ -140,14 +157,14 @@ def choose_start(options: Options, folder: RunDirectory | None) -> Start:
     seed = options.training.seed
     if seed is None:
         seed = int(checkpoint.state["plan"]["seed"])
-    # Its own configuration too: the table of embeddings may have been fitted to the tokenizer since.
+    # The checkpoint's own configuration too: its embeddings may have been resized to the tokenizer.
     named = {"model_name_or_path": str(checkpoint.path), "config_name": None, "config_overrides": None}
     return Start(checkpoint, seed, options.model.model_copy(update=named))
 
 
-def _check_identity(checkpoint: Checkpoint, plan: Plan, text: TokenizedDataset) -> None:
-    """What two starts of one run must share."""
-    # Checkpoints from before there was a document mask were made without one.
+def _check_identity(checkpoint: Checkpoint, plan: Plan, dataset: TokenizedDataset) -> None:
+    """Refuse a checkpoint that does not share what two starts of one run must share."""
+    # Checkpoints older than --document_mask were made without one.
     was = {"document_mask": False} | checkpoint.state["plan"]
     for name, option in _MUST_AGREE.items():
         if was[name] != getattr(plan, name):
@@ -155,7 +172,7 @@ def _check_identity(checkpoint: Checkpoint, plan: Plan, text: TokenizedDataset) 
                 f"checkpoint {checkpoint.path} was made with {option} {was[name]}, this run has "
                 f"{getattr(plan, name)}: use the same, or start another run"
             )
-    if checkpoint.state["identity"] != text.identity():
+    if checkpoint.state["identity"] != dataset.identity():
         raise UserError(
             f"checkpoint {checkpoint.path} was made on other text or with another tokenizer than this run's"
         )

@@ -10,20 +10,21 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm.config.errors import UserError
 from llm.files.atomic import atomic_folder
 from llm.files.manifest import MANIFEST, find_damage, write_manifest
+from llm.models.tied_weights import with_tied_names
 from llm.training.checkpoints.external import ExternalCheckpoint, open_external
 from llm.training.checkpoints.layout import (
     ABANDONED,
@@ -53,6 +54,33 @@ class NotFiniteError(UserError):
     """The weights are not numbers any more: such a checkpoint would only be taken for the newest good one."""
 
 
+class CheckpointReader:
+    """The updater's state in a checkpoint, read a tensor or a slice at a time.
+
+    Attributes:
+        numbers: what the updater saved as JSON.
+        shapes: shape of every saved tensor by name.
+    """
+
+    def __init__(self, path: Path, numbers: dict[str, Any]) -> None:
+        self.numbers = numbers
+        open_file: Any = safe_open  # safetensors has no types
+        self._file = open_file(path, framework="pt")
+        names: list[str] = list(self._file.keys())
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(self._file.get_slice(name).get_shape()) for name in names
+        }
+
+    def read(self, name: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Tensor:
+        """Return a tensor, or a slice of it, in the saved dtype on the CPU; `StateReader.read` has the arguments."""
+        if offset is None or shape is None or not self.shapes[name]:
+            tensor: Tensor = self._file.get_tensor(name)
+            return tensor
+        region = tuple(slice(first, first + length) for first, length in zip(offset, shape, strict=True))
+        part: Tensor = self._file.get_slice(name)[region]
+        return part
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A good checkpoint on disk.
@@ -73,14 +101,14 @@ class Checkpoint:
         """Nats a token of the evaluation of these very weights; inf if they were not evaluated."""
         return eval_loss(self.state)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The optimizer's tensors, on the CPU.
+    def updater_state(self) -> CheckpointReader:
+        """Open the updater's state.
 
         Raises:
             UserError: the file cannot be read.
         """
         try:
-            return load_file(self.path / OPTIMIZER)
+            return CheckpointReader(self.path / OPTIMIZER, self.state["updater"])
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.path / OPTIMIZER} cannot be read ({error})") from error
 
@@ -102,8 +130,8 @@ def save_checkpoint(
         step: finished updates.
         model: how transformers saves the weights; its own may have moved on since.
         tokenizer: saved beside it.
-        weights: the model's `state_dict` at that step, on the CPU.
-        tensors: the optimizer's, by name, on the CPU.
+        weights: the model's at that step, of any shape and dtype, on the CPU, each at least under its first name.
+        tensors: the updater's by name, of any shape and dtype, on the CPU.
         state: everything else, as JSON holds it.
 
     Raises:
@@ -117,7 +145,7 @@ def save_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_folder(path) as temporary:
-            model.save_pretrained(temporary, state_dict=dict(weights))
+            model.save_pretrained(temporary, state_dict=with_tied_names(model, weights))
             tokenizer.save_pretrained(temporary)
             save_file(dict(tensors), temporary / OPTIMIZER)
             facts = {"version": VERSION, "step": step, **state}

@@ -99,6 +99,8 @@ def _bench(
     seed_weights(plan.seed)
     language_model = build_language_model(options, options.model, config, tokenizer, machine, plan)
     updater = build_updater(options, machine, language_model, plan_schedule(options, plan), plan)
+    for line in updater.summary():
+        log.info("%s", line)
     runner = StepBenchmark(machine, updater, samples, plan, options.data.dataloader_num_workers)
     dtype = _DTYPES[machine.precision]
     facts = {

@@ -15,20 +15,20 @@ import torch
 from llm.config.errors import UserError, first_line
 from llm.data.batches.loader import Batch, BlockSource, training_batches
 from llm.data.batches.row import Row
+from llm.kfac.capture import CAPTURE_OPERATOR
 from llm.system.device_timer import DeviceTimer
 from llm.system.memory import available_bytes, peak_bytes, reset_peak_bytes, resident_bytes
 from llm.system.precision import multiplies_bf16
 from llm.training.accelerator import Compute
 from llm.training.plan import Plan
+from llm.training.profiling.kfac_timing import newest_seconds
 from llm.training.profiling.phases import StepTimer
-from llm.training.updaters.synchronous import SynchronousUpdater
+from llm.training.updaters.base import NO_VOTES, Updater
 
 # Updates that pay for what happens once: memory is taken, kernels are chosen, the optimizer's state is made.
 _NUM_WARM_UPS = 3
 # Updates whose phases are marked, which costs a little: not among those that are timed.
 _NUM_MARKED = 5
-# The operator by which llm.kfac looks at a layer in a backward pass, as a profiler names it.
-_LOOK = "llm_kfac::record"
 
 
 @dataclass
@@ -106,19 +106,21 @@ class StepBenchmark:
     """Measures updates of one model at any size of the micro-batch.
 
     Args:
-        machine: device and ranks.
+        compute: device and ranks.
         updater: makes the updates.
         samples: the blocks.
         plan: of the run that is measured.
         num_workers: processes that read the blocks.
     """
 
-    def __init__(
-        self, machine: Compute, updater: SynchronousUpdater, samples: BlockSource, plan: Plan, num_workers: int
-    ) -> None:
-        self._machine, self._updater, self._samples, self._plan = machine, updater, samples, plan
+    def __init__(self, compute: Compute, updater: Updater, samples: BlockSource, plan: Plan, num_workers: int) -> None:
+        self._compute = compute
+        self._updater = updater
+        self._targets = updater.profiling_targets()
+        self._samples = samples
+        self._plan = plan
         self._num_workers = num_workers
-        self._clock = DeviceTimer(machine.world.device)
+        self._clock = DeviceTimer(compute.world.device)
         self._step = 0
 
     def measure(self, num_updates: int, micro_batch: int | None = None, accumulation: int | None = None) -> Measurement:
@@ -133,7 +135,7 @@ class StepBenchmark:
             torch.OutOfMemoryError: it does not fit the device.
         """
         micro_batch, accumulation = micro_batch or self._plan.micro_batch, accumulation or self._plan.accumulation
-        world, period = self._machine.world, self._updater.preconditioning.rhythm.period
+        world, period = self._compute.world, self._targets.preconditioner.intervals.period
         # Whole periods; never the first one, in which K-FAC has more to do.
         num_warm_ups = _whole(self._step + _NUM_WARM_UPS, period) - self._step
         num_updates, num_marked = _whole(num_updates, period), _whole(_NUM_MARKED, period)
@@ -189,7 +191,7 @@ class StepBenchmark:
             try:
                 found = self.measure(num_updates, micro_batch, global_batch and global_batch // micro_batch)
             except torch.OutOfMemoryError as error:
-                self._updater.optimizer.zero_grad()
+                self._targets.discard()
                 if before is None:
                     raise UserError(f"not one block a micro-batch fits: {first_line(error)}") from error
                 return
@@ -211,8 +213,8 @@ class StepBenchmark:
             for _ in range(_NUM_WARM_UPS):
                 self._update(next(batches))
             self._clock.wait()
-        on_cpu = self._machine.world.device.type == "cpu"
-        if self._machine.world.is_main:
+        on_cpu = self._compute.world.device.type == "cpu"
+        if self._compute.world.is_main:
             profile.export_chrome_trace(str(path))
             if not path.exists():  # torch only says so, in words of its own
                 raise UserError(f"--profile {path} could not be written")
@@ -222,37 +224,38 @@ class StepBenchmark:
     def _phase_seconds(self, batches: Iterator[list[Batch]], num_marked: int) -> dict[str, float]:
         """Of an update, mean; where K-FAC is on, all that it does is a phase, which is no part of the others."""
         phases = StepTimer(self._clock)
-        with phases.attached(self._updater.model, self._updater.optimizer):
+        with phases.attached(self._targets.module, self._targets.optimizer):
             for _ in range(num_marked):
                 self._update(next(batches))
-        found = {name: seconds / num_marked for name, seconds in phases.seconds().items()}
-        kfac = self._updater.preconditioning
-        own = kfac.newest_seconds(num_marked)
-        if own is not None:
-            # Seen in one update alone, which may have been a slow one.
-            looking = min(self._look_seconds(next(batches)) / kfac.rhythm.looks, found["backward"])
-            found |= {"backward": found["backward"] - looking, "kfac": own / num_marked + looking}
-        return found
+        result = {name: seconds / num_marked for name, seconds in phases.seconds().items()}
+        preconditioner = self._targets.preconditioner
+        step_seconds = newest_seconds(preconditioner, self._clock, num_marked)
+        if step_seconds is not None:
+            # Measured in one update only, which may have been a slow one.
+            capture_seconds = self._capture_seconds(next(batches)) / preconditioner.intervals.factors
+            capture_seconds = min(capture_seconds, result["backward"])
+            result["backward"] -= capture_seconds
+            result["kfac"] = step_seconds / num_marked + capture_seconds
+        return result
 
-    def _look_seconds(self, micro_batches: list[Batch]) -> float:
-        """What K-FAC takes in the backward passes of one update that looks at the curvature."""
+    def _capture_seconds(self, micro_batches: list[Batch]) -> float:
+        """Seconds that K-FAC takes in the backward passes of one update that updates factors."""
         with torch.profiler.profile() as profile:
             self._update(micro_batches)
             self._clock.wait()
-        on_cpu = self._machine.world.device.type == "cpu"
-        looks = [event for event in profile.key_averages() if event.key == _LOOK]
-        return sum(float(event.cpu_time_total if on_cpu else event.device_time_total) for event in looks) / 1e6
+        on_cpu = self._compute.world.device.type == "cpu"
+        captures = [event for event in profile.key_averages() if event.key == CAPTURE_OPERATOR]
+        return sum(float(event.cpu_time_total if on_cpu else event.device_time_total) for event in captures) / 1e6
 
     def _update(self, micro_batches: list[Batch]) -> None:
-        """One update; in fp16 the first ones overflow, until the loss scale has fallen to where it belongs."""
-        scaler = self._machine.accelerator.scaler
+        """Make one update; in fp16 the first ones overflow, until the loss scale is low enough."""
         while True:
-            report = self._updater.update(micro_batches, self._step)
+            report = self._updater.update(micro_batches, self._step, votes=NO_VOTES)
             self._step += 1
             if not report.skipped:
                 return
-            if scaler is None or scaler.get_scale() < 1:
-                raise UserError(f"update {self._step} has a gradient that is not finite: no time of it means anything")
+            if not report.loss_scale_is_falling:
+                raise UserError(f"update {self._step} has a gradient that is not finite: its time means nothing")
 
     def _communication(self, batches: Iterator[list[Batch]]) -> float:
         """Seconds of an update with the exchange, less those of one without, interleaved."""
@@ -261,7 +264,7 @@ class StepBenchmark:
         for exchanged, kept in read:
             self._update(exchanged)
             marks.append(self._clock.record())
-            with self._machine.accelerator.no_sync(self._updater.model):
+            with self._targets.without_gradient_sync():
                 self._update(kept)
             marks.append(self._clock.record())
         self._clock.wait()
@@ -269,7 +272,7 @@ class StepBenchmark:
         return statistics.median(seconds[::2]) - statistics.median(seconds[1::2])
 
     def _batches(self, micro_batch: int, accumulation: int, num_steps: int) -> Iterator[list[Batch]]:
-        world = self._machine.world
+        world = self._compute.world
         return training_batches(
             self._samples,
             seed=self._plan.seed,
@@ -277,15 +280,15 @@ class StepBenchmark:
             num_steps=num_steps,
             micro_batch=micro_batch,
             accumulation=accumulation,
-            rank=world.rank,
-            num_ranks=world.size,
+            rank=self._updater.data_parallel.rank,
+            num_ranks=self._updater.data_parallel.size,
             num_workers=self._num_workers,
             device=world.device,
         )
 
     def _fits(self, micro_batch: int, before: Measurement) -> bool:
         """Whether so many blocks will surely have room: at most as many times the memory of those before."""
-        if self._machine.world.device.type != "cpu":
+        if self._compute.world.device.type != "cpu":
             return True
         available = available_bytes()
         return available is None or micro_batch / before.micro_batch * before.peak_bytes - resident_bytes() < available

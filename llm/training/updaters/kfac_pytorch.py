@@ -1,11 +1,11 @@
-"""The K-FAC of an installed kfac-pytorch, for those who compare."""
+"""Adapter of an installed kfac-pytorch, for comparisons."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llm.config.errors import UserError
 from llm.config.options import KfacOptions
-from llm.training.updaters.preconditioning import head_in_chunks, norm_of, update_intervals
+from llm.training.updaters.preconditioning import StepTiming, chunked_lm_heads, norm_of, update_intervals
 
 log = logging.getLogger(__name__)
 
@@ -22,83 +22,96 @@ _MODULE = "kfac.preconditioner"
 
 
 class KfacPytorchPreconditioner:
-    """kfac-pytorch's preconditioner, after complete gradients as ours is.
+    """kfac-pytorch's preconditioner, applied to complete gradients as that of `llm.kfac` is.
 
     Source: https://github.com/gpauloski/kfac-pytorch, whose package is called `kfac`, version 0.4.
 
     Args:
-        model: what is trained, on its device.
-        options: of K-FAC; what is not given is kfac-pytorch's own default.
-        rate: the learning rate of the update that is being made.
+        model: the trained model, on its device.
+        options: options of K-FAC; those that were not given have kfac-pytorch's own defaults.
+        learning_rate: returns the learning rate of the update that is being made.
         accumulation: backward passes an update.
-        scaler: of fp16.
+        scaler: the loss scaler of fp16, if there is one.
 
     Raises:
-        UserError: it is not installed, or has nothing to take in this model.
+        UserError: kfac-pytorch is not installed, or has nothing to precondition in this model.
     """
+
+    timings: Sequence[StepTiming] | None = None
 
     def __init__(
         self,
         model: PreTrainedModel,
         options: KfacOptions,
         *,
-        rate: Callable[[], float],
+        learning_rate: Callable[[], float],
         accumulation: int,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         if any(type(module).__name__ == "Conv1D" for module in model.modules()):
             raise UserError(
-                "--kfac_backend kfac-pytorch knows Linear layers, and the blocks of this model are Conv1D, of which it "
-                "would take none without a word; use --kfac_backend llm"
+                "--kfac_backend kfac-pytorch supports Linear layers only, and the blocks of this model are Conv1D: it "
+                "would silently skip all of them; use --kfac_backend llm"
             )
-        # By their whole names: it takes expressions, as ours does.
-        skipped = [*(options.kfac_skip_layers or ()), *head_in_chunks(model), *(f"^{n}$" for n in _shared(model))]
-        if not _is_left(model, skipped):
+        # kfac-pytorch takes regular expressions, as llm.kfac does: shared layers are excluded by their whole names.
+        skipped = [
+            *(options.kfac_skip_layers or ()),
+            *chunked_lm_heads(model),
+            *(f"^{name}$" for name in _layers_with_shared_weights(model)),
+        ]
+        if not _has_layer_left(model, skipped):
             raise UserError("--kfac_backend kfac-pytorch has no Linear layer to precondition in this model")
-        given = {"damping": options.kfac_damping, "kl_clip": options.kfac_kl_clip}
+        defaults = {"damping": options.kfac_damping, "kl_clip": options.kfac_kl_clip}
         self._kfac = _imported()(
             model,
             factor_update_steps=options.kfac_factor_update_steps,
             inv_update_steps=options.kfac_inv_update_steps,
             factor_decay=options.kfac_factor_decay,
-            # It divides by the rate, which a schedule may begin at zero.
-            lr=lambda _: max(rate(), 1e-12),
+            # kfac-pytorch divides by the learning rate, and a schedule may begin at zero.
+            lr=lambda _: max(learning_rate(), 1e-12),
             accumulation_steps=accumulation,
             compute_method=options.kfac_method,
             grad_scaler=None if scaler is None else scaler.get_scale,
             skip_layers=skipped,
             factor_dtype=torch.float32,
-            # Else a bad update would be in the factors before anybody knows.
+            # Otherwise a skipped update would already have changed the factors.
             update_factors_in_hook=False,
-            **{name: value for name, value in given.items() if value is not None},
+            **{name: value for name, value in defaults.items() if value is not None},
         )
         self._parameters = list(model.parameters())
-        self.rhythm = update_intervals(options)
+        self.intervals = update_intervals(options)
 
-    def apply(self, grad_norm: Tensor, *, num_tokens: Tensor, loss_scale: Tensor) -> Tensor:
-        """Preconditions; its KL-clip changes the norm."""
+    def precondition(self, grad_norm: Tensor, *, num_tokens: Tensor, loss_scale: Tensor) -> Tensor:
+        """Precondition, and return the new norm (fp32 scalar), which kfac-pytorch's KL-clip changes."""
         self._kfac.step()
         return norm_of(self._parameters)
 
     def discard(self) -> None:
-        """Forgets what its hooks saved."""
+        """Drop what the hooks captured in the backward passes."""
         self._kfac.reset_batch()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The factors, which all ranks have; it keeps no inverses, so that a resumed run is not the same to the bit."""
-        found = self._kfac.state_dict()
+        """Return the factors (fp32 [n, n] each), which all ranks hold.
+
+        kfac-pytorch saves no inverses, so that a resumed run is not equal to the bit.
+        """
+        state = self._kfac.state_dict()
         tensors = {
             f"{layer}/{name}": tensor.detach()
-            for layer, factors in found["layers"].items()
+            for layer, factors in state["layers"].items()
             for name, tensor in factors.items()
             if tensor is not None
         }
-        return tensors, {"steps": found["steps"]}
+        return tensors, {"steps": state["steps"]}
 
     def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Takes back the factors; their inverses are computed anew."""
+        """Restore the factors (fp32 [n, n] each); their inverses are computed again.
+
+        Raises:
+            ValueError: the state belongs to another --kfac_backend.
+        """
         if not numbers:
-            log.warning("the checkpoint holds no state of K-FAC: its factors start anew here")
+            log.warning("the checkpoint holds no K-FAC state: the factors start from scratch")
             return
         if "steps" not in numbers:
             raise ValueError("it holds the K-FAC of another --kfac_backend")
@@ -108,42 +121,38 @@ class KfacPytorchPreconditioner:
             layers.setdefault(layer, {"A": None, "G": None})[name] = tensor
         self._kfac.load_state_dict({"steps": numbers["steps"], "layers": layers})
 
-    def lines(self, tokens_per_step: int) -> list[str]:
-        """Whose it is; it says nothing of its cost."""
-        return ["K-FAC: that of kfac-pytorch, with its own formulas; a resumed run computes its inverses anew"]
-
-    def closing_lines(self) -> list[str]:
-        """None."""
-        return []
-
-    def newest_seconds(self, num_updates: int) -> float | None:
-        """It is not measured."""
-        return None
+    def summary(self) -> list[str]:
+        """Return one line that names the backend; kfac-pytorch does not report its cost."""
+        return [
+            "K-FAC: kfac-pytorch, with its own formulas; after a resume it computes its inverses again from the factors"
+        ]
 
 
 def _imported() -> Callable[..., Any]:
     try:
-        made: Callable[..., Any] = importlib.import_module(_MODULE).KFACPreconditioner
+        preconditioner: Callable[..., Any] = importlib.import_module(_MODULE).KFACPreconditioner
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"--kfac_backend kfac-pytorch is not installed here ({error}); install it from "
             "git+https://github.com/gpauloski/kfac-pytorch, or use --kfac_backend llm"
         ) from error
-    return made
+    return preconditioner
 
 
-def _is_left(model: nn.Module, skipped: list[str]) -> bool:
-    """Whether there is a linear layer that no expression names."""
-    words = [(name, type(module).__name__) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return any(not any(re.search(each, word) for each in skipped for word in pair) for pair in words)
+def _has_layer_left(model: nn.Module, skipped: list[str]) -> bool:
+    """Whether there is a linear layer that no expression matches by its name or its class."""
+    layers = [(name, type(module).__name__) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return any(not any(re.search(pattern, word) for pattern in skipped for word in pair) for pair in layers)
 
 
-def _shared(model: nn.Module) -> list[str]:
-    """Names of the linear layers whose weight another module has too: a tied head."""
-    users: dict[int, int] = {}
+def _layers_with_shared_weights(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers whose weight another module shares, such as a tied output layer."""
+    num_users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
+            num_users[id(parameter)] = num_users.get(id(parameter), 0) + 1
     return [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and users[id(module.weight)] > 1
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and num_users[id(module.weight)] > 1
     ]

@@ -1,193 +1,244 @@
-"""One update of the weights, centrally: all ranks see one global batch and end with the same weights."""
+"""One update of the weights with synchronised gradients: all ranks end it with the same weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from llm.data.batches.loader import Batch
+from llm.distributed.votes import DelayedVote
+from llm.models.language_model import LanguageModel
+from llm.models.tied_weights import first_names
 from llm.system.garbage_collection import freeze_heap
 from llm.tokenization import IGNORE_INDEX
 from llm.training.accelerator import Compute
 from llm.training.seeding import seed_micro_batch
+from llm.training.updaters.base import (
+    NO_VOTES,
+    DataParallel,
+    ProfilingTargets,
+    StateReader,
+    StepReport,
+    StepVotes,
+    UpdaterState,
+    VoteResult,
+    whole,
+)
 from llm.training.updaters.preconditioning import NoPreconditioner, Preconditioner, norm_of
 
-Wish = Callable[[], bool]
-"""Whether this rank was asked to stop, or wants a checkpoint."""
-
-# In the names of a preconditioner's tensors, which stand beside the optimizer's.
+# Prefix of a preconditioner's tensors, which are saved beside the optimizer's.
 _PREFIX = "preconditioner/"
-# Updates until optimizer, preconditioner and compiled graphs are there.
-_NUM_UNSETTLED = 3
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one update says about itself.
-
-    Attributes:
-        loss: nats a token over the global batch, before the update.
-        grad_norm: norm of the whole gradient before preconditioning and clipping; fp32 scalar tensor on the device.
-        lr: learning rate of the update, of the optimizer's groups the main one.
-        skipped: the gradient was not finite, so no weight was changed, on any rank.
-        stop: some rank was asked to stop.
-        abandoned: the stop came between the micro-batches, so no weight was changed, on any rank.
-        save: some rank wants a checkpoint of the weights after the update.
-    """
-
-    loss: float
-    grad_norm: Tensor
-    lr: float
-    skipped: bool
-    stop: bool
-    abandoned: bool = False
-    save: bool = False
+# After this many updates the optimizer, the preconditioner and compiled graphs exist.
+_NUM_WARM_UP_UPDATES = 3
 
 
 class SynchronousUpdater:
     """Forward, backward, precondition, clip, step: data parallel with synchronised gradients.
 
     Args:
-        machine: device, ranks and arithmetic.
-        model: the prepared `LanguageModel`; `forward(ids, targets, positions) -> (loss_sum, num_tokens)`.
-        optimizer: steps over the model's parameters; each group's peak rate is its `initial_lr`, and the main one,
-            which is reported, `defaults["lr"]`.
-        schedule: share of its peak that every rate has in update k (0-based); a pure function.
+        compute: device, ranks and precision.
+        model: the model with its loss, on its device.
+        wrapped: the same module as Accelerate prepared it, in DDP where there are several ranks;
+            `forward(ids, targets, positions) -> (loss_sum, num_tokens)`.
+        optimizer: steps over the model's parameters; each group's peak rate is its `initial_lr`, and that of the main
+            group, which is reported, `defaults["lr"]`.
+        schedule: maps update k (0-based) to the share of its peak that every learning rate has; a pure function.
         max_grad_norm: clip beyond this norm; 0 clips nothing.
-        seed: of dropout and whatever else is random in an update.
-        preconditioning: what is done to the gradients before they are clipped.
+        seed: seeds dropout and everything else that is random in an update.
+        preconditioner: replaces the gradients before they are clipped.
     """
 
     def __init__(
         self,
         *,
-        machine: Compute,
-        model: nn.Module,
+        compute: Compute,
+        model: LanguageModel,
+        wrapped: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[int], float],
         max_grad_norm: float,
         seed: int,
-        preconditioning: Preconditioner | None = None,
+        preconditioner: Preconditioner | None = None,
     ) -> None:
-        self.accelerator, self.world = machine.accelerator, machine.world
-        self.model, self.optimizer = model, optimizer
-        self.schedule, self.max_grad_norm, self.seed = schedule, max_grad_norm, seed
-        self.preconditioning = preconditioning or NoPreconditioner()
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._num_made = 0
+        self.model = model
+        self.data_parallel = DataParallel(compute.world.rank, compute.world.size)
+        self._accelerator = compute.accelerator
+        self._world = compute.world
+        self._wrapped = wrapped
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._max_grad_norm = max_grad_norm
+        self._seed = seed
+        self._preconditioner = preconditioner or NoPreconditioner()
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._num_updates = 0
 
-    def update(
-        self,
-        micro_batches: Sequence[Batch],
-        step: int,
-        *,
-        should_stop: Wish = lambda: False,
-        should_save: Wish = lambda: False,
-    ) -> StepReport:
-        """One update from this rank's micro-batches; the wishes are this rank's, heard by all."""
-        device = self.world.device
+    def update(self, micro_batches: Sequence[Batch], step: int, *, votes: StepVotes = NO_VOTES) -> StepReport:
+        """Make one update from this rank's micro-batches; see `Updater.update`."""
+        device = self._world.device
+        scaler = self._accelerator.scaler
         batches = [batch.to(device) for batch in micro_batches]
-        num_tokens = self.world.all_reduce_sum(
+        num_tokens = self._world.all_reduce_sum(
             torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in batches]).sum()
         )
         loss = torch.zeros((), device=device)
-        # DDP takes the mean over ranks; times their number it is the sum that we want.
-        loss_scale = torch.full_like(loss, self.world.size)
-        abandoned = False
+        # DDP averages gradients; scaling the loss by the number of ranks turns the average into a sum.
+        loss_scale = torch.full_like(loss, self.data_parallel.size)
+        stop_vote = DelayedVote(self._world)
         for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            if not last and (abandoned := abandoned or should_stop()):
-                continue  # the last one is never left out: its backward is where the ranks meet
-            seed_micro_batch(self.seed, step, index, self.world.rank, device)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss_sum, _ = self.model(*batch)
-                self.accelerator.backward(loss_sum * (loss_scale / num_tokens))
+            is_last = index == len(batches) - 1
+            if index > 0 and stop_vote(votes.stop()):
+                return self._abandon(step)
+            seed_micro_batch(self._seed, step, index, self.data_parallel.rank, device)
+            with nullcontext() if is_last else self._accelerator.no_sync(self._wrapped):
+                loss_sum, _ = self._wrapped(*batch)
+                self._accelerator.backward(loss_sum * (loss_scale / num_tokens))
             loss += loss_sum.detach() / num_tokens
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.unscale_(self.optimizer)
-            loss_scale = self.accelerator.scaler.scale(loss_scale)
-        grad_norm = norm_of(self.parameters)
-        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        wishes = [torch.full_like(loss, float(wish)) for wish in (should_stop(), abandoned, should_save())]
-        flags = self.world.all_reduce_sum(torch.stack([loss, bad.float(), *wishes]))
-        loss_value, num_bad, num_stop, num_abandoned, num_save = flags.tolist()  # the one read of the device
-        if num_bad == num_abandoned == 0:
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self.schedule(step)
-            norm = self.preconditioning.apply(grad_norm, num_tokens=num_tokens, loss_scale=loss_scale)
-            if self.max_grad_norm > 0:
-                nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-            self.optimizer.step()
+        stop_vote.last()
+        if scaler is not None:
+            scaler.unscale_(self._optimizer)
+            loss_scale = scaler.scale(loss_scale)
+        grad_norm = norm_of(self._parameters)
+        is_bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        ballots = [torch.full_like(loss, float(vote())) for vote in (votes.stop, votes.save)]
+        sums = self._world.all_reduce_sum(torch.stack([loss, is_bad.float(), *ballots]))
+        loss_value, num_bad, num_stop, num_save = sums.tolist()  # the only read of the device
+        skipped = num_bad > 0
+        if skipped:
+            self._preconditioner.discard()
         else:
-            self.preconditioning.discard()
-        if self.accelerator.scaler is not None and num_abandoned == 0:
-            self.accelerator.scaler.update()
-        self.optimizer.zero_grad()
-        self._settle()
-        lr = self.optimizer.defaults["lr"] * self.schedule(step)
-        return StepReport(loss_value, grad_norm, lr, num_bad > 0, num_stop > 0, num_abandoned > 0, num_save > 0)
+            self._set_learning_rates(step)
+            norm = self._preconditioner.precondition(grad_norm, num_tokens=num_tokens, loss_scale=loss_scale)
+            if self._max_grad_norm > 0:
+                nn.utils.clip_grads_with_norm_(self._parameters, self._max_grad_norm, norm)
+            self._optimizer.step()
+        if scaler is not None:
+            scaler.update()
+        self._optimizer.zero_grad()
+        self._freeze_heap_once()
+        return StepReport(
+            loss=loss_value,
+            grad_norm=grad_norm,
+            lr=self._learning_rate(step),
+            skipped=skipped,
+            loss_scale_is_falling=skipped and scaler is not None and scaler.get_scale() >= 1,
+            votes=VoteResult(stop=num_stop > 0, save=num_save > 0),
+        )
 
-    def _settle(self) -> None:
-        """What an update needs is there after some: a search for garbage has no more to look at it."""
-        self._num_made += 1
-        if self._num_made == _NUM_UNSETTLED:
+    def _abandon(self, step: int) -> StepReport:
+        """Drop the gradients of an update that a stop has interrupted, on all ranks."""
+        self._discard()
+        nan = torch.full((), float("nan"), device=self._world.device)
+        return StepReport(
+            loss=float("nan"),
+            grad_norm=nan,
+            lr=self._learning_rate(step),
+            votes=VoteResult(stop=True),
+            abandoned=True,
+        )
+
+    def _discard(self) -> None:
+        self._preconditioner.discard()
+        self._optimizer.zero_grad()
+
+    def _set_learning_rates(self, step: int) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._schedule(step)
+
+    def _learning_rate(self, step: int) -> float:
+        """Learning rate of the main parameter group in this update."""
+        return float(self._optimizer.defaults["lr"] * self._schedule(step))
+
+    def _freeze_heap_once(self) -> None:
+        """After a few updates all long-lived objects exist: let later garbage collections skip them."""
+        self._num_updates += 1
+        if self._num_updates == _NUM_WARM_UP_UPDATES:
             freeze_heap()
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What the next update depends on beside the weights; on all ranks together, and the same on all.
+    @contextmanager
+    def evaluation_model(self) -> Iterator[LanguageModel]:
+        """The model as it is: every rank holds all weights."""
+        yield self.model
 
-        Returns:
-            Tensors named `<parameter>/<what>`, and `preconditioner/…`, which the next update changes, and numbers
-            that JSON holds.
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of the HuggingFace model's `state_dict`, in their shapes and dtypes, tied ones once."""
+        names = first_names(self.model.model)
+        for name, tensor in self.model.model.state_dict().items():
+            if names[name] == name:
+                yield name, tensor
+
+    def state(self) -> UpdaterState:
+        """Return the optimizer's and the preconditioner's state, the same on all ranks.
+
+        Tensors are named `<parameter>/<key>`, those of the preconditioner `preconditioner/...`.
         """
         tensors = {
-            f"{name}/{key}": value.detach()
+            f"{name}/{key}": whole(value.detach())
             for name, parameter in self._named_parameters()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
             if isinstance(value, Tensor)
         }
-        scaler = self.accelerator.scaler
-        more, numbers = self.preconditioning.state()
-        return tensors | {f"{_PREFIX}{name}": tensor for name, tensor in more.items()}, {
-            "optimizer": type(self.optimizer).__name__,
+        scaler = self._accelerator.scaler
+        preconditioner_tensors, preconditioner_numbers = self._preconditioner.state()
+        tensors |= {f"{_PREFIX}{name}": whole(tensor) for name, tensor in preconditioner_tensors.items()}
+        numbers = {
+            "optimizer": type(self._optimizer).__name__,
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "preconditioner": numbers,
+            "preconditioner": preconditioner_numbers,
         }
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in self._optimizer.param_groups
+        ]
+        return UpdaterState(tensors, numbers, groups)
 
-    def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Takes back what `state` gave.
+    def load(self, reader: StateReader) -> None:
+        """Restore what `state` returned.
 
         Raises:
-            KeyError: the tensors are those of another model.
-            ValueError: they are those of another optimizer, or of another preconditioner.
+            KeyError: the tensors belong to another model.
+            ValueError: they belong to another optimizer or preconditioner.
         """
-        if numbers["optimizer"] != type(self.optimizer).__name__:
+        numbers = reader.numbers
+        if numbers["optimizer"] != type(self._optimizer).__name__:
             raise ValueError(f"it was {numbers['optimizer']}")
-        state: dict[int, dict[str, Tensor]] = {}
         indices = {name: index for index, (name, _) in enumerate(self._named_parameters())}
-        more: dict[str, Tensor] = {}
-        for path, tensor in tensors.items():
+        optimizer_state: dict[int, dict[str, Tensor]] = {}
+        preconditioner_tensors: dict[str, Tensor] = {}
+        for path in reader.shapes:
             if path.startswith(_PREFIX):
-                more[path.removeprefix(_PREFIX)] = tensor
+                preconditioner_tensors[path.removeprefix(_PREFIX)] = reader.read(path)
                 continue
             name, key = path.rsplit("/", 1)
-            state.setdefault(indices[name], {})[key] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        if self.accelerator.scaler is not None and numbers["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(numbers["scaler"])
-        # Older checkpoints, and those of other programs, have none.
-        self.preconditioning.load(more, numbers.get("preconditioner", {}))
+            optimizer_state.setdefault(indices[name], {})[key] = reader.read(path)
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+        scaler = self._accelerator.scaler
+        if scaler is not None and numbers["scaler"] is not None:
+            scaler.load_state_dict(numbers["scaler"])
+        # Older checkpoints, and those of other programs, hold no preconditioner.
+        self._preconditioner.load(preconditioner_tensors, numbers.get("preconditioner", {}))
 
     def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters in the optimizer's own order."""
         return [
             (name, parameter)
-            for group in self.optimizer.param_groups
+            for group in self._optimizer.param_groups
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         ]
+
+    def summary(self, *, finished: bool = False) -> list[str]:
+        """Return the preconditioner's lines before the first update, and none at the end."""
+        return [] if finished else self._preconditioner.summary()
+
+    def profiling_targets(self) -> ProfilingTargets:
+        """Return the parts that a profiler observes."""
+        return ProfilingTargets(
+            module=self._wrapped,
+            optimizer=self._optimizer,
+            preconditioner=self._preconditioner,
+            without_gradient_sync=lambda: self._accelerator.no_sync(self._wrapped),
+            discard=self._discard,
+        )

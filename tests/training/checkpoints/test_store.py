@@ -30,6 +30,7 @@ def save(tmp_path: Path, tiny_gpt2, byte_tokenizer):  # type: ignore[no-untyped-
         state: dict[str, Any] = {
             "progress": {"step": step, "eval_loss": eval_loss, "eval_step": step},
             "plan": {"seed": 7},
+            "updater": {},
             "reasons": reasons or ["regular"],
         }
         tensors = {"wte.weight/exp_avg": torch.full((3, 2), float(step)), "wte.weight/step": torch.tensor(float(step))}
@@ -56,7 +57,8 @@ def test_checkpoint_when_saved_then_gives_back_everything(save, tmp_path: Path, 
     assert (found.step, found.path) == (12, path)
     assert found.state["progress"] == {"step": 12, "eval_loss": 1.5, "eval_step": 12}
     assert found.state["plan"] == {"seed": 7}
-    tensors = found.tensors()
+    reader = found.updater_state()
+    tensors = {name: reader.read(name) for name in reader.shapes}
     assert torch.equal(tensors["wte.weight/exp_avg"], torch.full((3, 2), 12.0))
     assert tensors["wte.weight/step"].shape == ()
     model = AutoModelForCausalLM.from_pretrained(path)

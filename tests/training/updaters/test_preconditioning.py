@@ -27,8 +27,9 @@ from llm.distributed.world import World
 from llm.models.language_model import LanguageModel
 from llm.optim.registry import build_optimizer
 from llm.training.accelerator import Compute
+from llm.training.updaters.base import LoadedState, StepVotes
 from llm.training.updaters.kfac_pytorch import KfacPytorchPreconditioner
-from llm.training.updaters.preconditioning import KfacPreconditioner, Preconditioner, head_in_chunks, kfac_bytes
+from llm.training.updaters.preconditioning import KfacPreconditioner, Preconditioner, chunked_lm_heads, kfac_bytes
 from llm.training.updaters.synchronous import SynchronousUpdater
 
 RATE = 0.1
@@ -57,14 +58,18 @@ def updater_of(
     sgd = OptimizerOptions(optim="sgd", adam_beta1=0.0, learning_rate=RATE)
     optimizer = build_optimizer(model, sgd)
     chosen = KfacOptions(**{"kfac": True, "kfac_factor_update_steps": 1, "kfac_inv_update_steps": 1} | options)
+    language_model = Fragile(model)
     return SynchronousUpdater(
-        machine=Compute(accelerator, World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))),
-        model=Fragile(model),
+        compute=Compute(accelerator, World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))),
+        model=language_model,
+        wrapped=language_model,
         optimizer=optimizer,
         schedule=lambda step: 1.0,
         max_grad_norm=max_grad_norm,
         seed=5,
-        preconditioning=KfacPreconditioner(model, chosen, rate=lambda: optimizer.param_groups[0]["lr"], accumulation=2),
+        preconditioner=KfacPreconditioner(
+            model, chosen, learning_rate=lambda: optimizer.param_groups[0]["lr"], accumulation=2, tokens_per_step=96
+        ),
     )
 
 
@@ -81,22 +86,25 @@ def test_update_when_it_is_not_made_then_the_next_one_is_as_if_it_had_not_been(
 ) -> None:
     updater = updater_of(tiny_gpt2)
     updater.update(batches(0), 0)
-    before, weights = updater.state(), {name: t.clone() for name, t in tiny_gpt2.state_dict().items()}
+    before = updater.state()
+    weights = {name: t.clone() for name, t in tiny_gpt2.state_dict().items()}
     if what == "poison":
         updater.model.poison = float("nan")
         assert updater.update(batches(1), 1).skipped
         updater.model.poison = 0.0
     else:
         answers = iter([False, True])
-        assert updater.update([*batches(1), *batches(2)], 1, should_stop=lambda: next(answers, True)).abandoned
+        assert updater.update(
+            [*batches(1), *batches(2)], 1, votes=StepVotes(stop=lambda: next(answers, True))
+        ).abandoned
     after = updater.state()
-    assert after[1] == before[1]
-    assert all(torch.equal(after[0][name], tensor) for name, tensor in before[0].items())
+    assert after.numbers == before.numbers
+    assert all(torch.equal(after.tensors[name].tensor, part.tensor) for name, part in before.tensors.items())
     updater.update(batches(3), 2)
     made = {name: t.clone() for name, t in tiny_gpt2.state_dict().items()}
     tiny_gpt2.load_state_dict(weights)
     other = updater_of(tiny_gpt2)
-    other.load(*before)
+    other.load(LoadedState({name: part.tensor for name, part in before.tensors.items()}, before.numbers))
     other.update(batches(3), 2)
     assert all(torch.equal(made[name], tensor) for name, tensor in tiny_gpt2.state_dict().items())
 
@@ -123,30 +131,32 @@ def test_clipping_when_kfac_changed_the_norm_then_is_of_what_it_left(tiny_gpt2: 
     limit = 0.01
     for options in ({}, {"kfac_kl_clip": 1e9}):
         updater = updater_of(tiny_gpt2, max_grad_norm=limit, **options)
-        before = [parameter.detach().clone() for parameter in updater.parameters]
+        before = [parameter.detach().clone() for parameter in updater._parameters]
         report = updater.update(batches(0), 0)
-        moved = nn.utils.get_total_norm([p.detach() - b for p, b in zip(updater.parameters, before, strict=True)])
+        moved = nn.utils.get_total_norm([p.detach() - b for p, b in zip(updater._parameters, before, strict=True)])
         assert float(moved) == pytest.approx(RATE * limit, rel=1e-3)
         assert float(report.grad_norm) > limit
 
 
 def test_rate_when_it_begins_at_zero_then_the_clip_divides_by_something(tiny_gpt2: GPT2LMHeadModel) -> None:
     updater = updater_of(tiny_gpt2, kfac_kl_clip=0.001)
-    updater.schedule = lambda step: float(step)
+    updater._schedule = lambda step: float(step)
     assert not updater.update(batches(0), 0).skipped
     assert all(torch.isfinite(parameter).all() for parameter in tiny_gpt2.parameters())
 
 
 def test_wish_for_a_checkpoint_when_a_rank_has_one_then_is_in_the_report(tiny_gpt2: GPT2LMHeadModel) -> None:
     updater = updater_of(tiny_gpt2)
-    assert updater.update(batches(0), 0, should_save=lambda: True).save
-    assert not updater.update(batches(0), 1).save
+    assert updater.update(batches(0), 0, votes=StepVotes(save=lambda: True)).votes.save
+    assert not updater.update(batches(0), 1).votes.save
 
 
 def test_head_when_its_loss_is_computed_by_chunks_then_is_left_alone() -> None:
     for vocab_size, number in ((97, 15), (3000, 14)):
-        made = KfacPreconditioner(_llama(vocab_size), KfacOptions(kfac=True), rate=lambda: RATE, accumulation=1)
-        taken, left, *_ = made.lines(1000)
+        made = KfacPreconditioner(
+            _llama(vocab_size), KfacOptions(kfac=True), learning_rate=lambda: RATE, accumulation=1, tokens_per_step=1000
+        )
+        taken, left, *_ = made.summary()
         assert taken.startswith(f"K-FAC: {number} layers")
         assert ("lm_head (" in left) == (number == 14)
 
@@ -154,17 +164,21 @@ def test_head_when_its_loss_is_computed_by_chunks_then_is_left_alone() -> None:
 def test_head_when_its_logits_are_scaled_then_it_is_called_and_taken() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = GraniteForCausalLM(GraniteConfig(vocab_size=3000, tie_word_embeddings=False, logits_scaling=8.0, **sizes))
-    assert head_in_chunks(model) == []
+    assert chunked_lm_heads(model) == []
     assert (
-        KfacPreconditioner(model, KfacOptions(kfac=True), rate=lambda: RATE, accumulation=1)
-        .lines(1000)[0]
+        KfacPreconditioner(
+            model, KfacOptions(kfac=True), learning_rate=lambda: RATE, accumulation=1, tokens_per_step=1000
+        )
+        .summary()[0]
         .startswith("K-FAC: 15 layers")
     )
 
 
 def test_bytes_when_asked_then_are_those_of_the_state(tiny_gpt2: GPT2LMHeadModel) -> None:
     options = KfacOptions(kfac=True, kfac_method="inverse")
-    tensors, _ = KfacPreconditioner(tiny_gpt2, options, rate=lambda: RATE, accumulation=1).state()
+    tensors, _ = KfacPreconditioner(
+        tiny_gpt2, options, learning_rate=lambda: RATE, accumulation=1, tokens_per_step=1000
+    ).state()
     assert kfac_bytes(tiny_gpt2.config, options)[1] == sum(tensor.nbytes for tensor in tensors.values())
     assert kfac_bytes(tiny_gpt2.config, KfacOptions()) == (0, 0)
 
@@ -216,7 +230,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[KfacPytorc
 
     def build(model: PreTrainedModel, **options: Any) -> tuple[KfacPytorchPreconditioner, StandIn]:
         chosen = KfacOptions(**{"kfac": True, "kfac_backend": "kfac-pytorch", **options})
-        return KfacPytorchPreconditioner(model, chosen, rate=lambda: 0.0, accumulation=3, scaler=None), made[-1]
+        return KfacPytorchPreconditioner(model, chosen, learning_rate=lambda: 0.0, accumulation=3, scaler=None), made[
+            -1
+        ]
 
     return build
 
@@ -236,7 +252,7 @@ def test_kfac_pytorch_when_installed_then_is_driven_between_backward_and_clippin
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     norm = torch.tensor(float(sum(p.numel() for p in model.parameters()))).sqrt()
-    found = one.apply(norm, num_tokens=torch.tensor(8), loss_scale=torch.tensor(1.0))
+    found = one.precondition(norm, num_tokens=torch.tensor(8), loss_scale=torch.tensor(1.0))
     assert float(found) == pytest.approx(2 * float(norm))
     one.discard()
     assert inner.num_resets == 1
@@ -247,13 +263,15 @@ def test_kfac_pytorch_when_installed_then_is_driven_between_backward_and_clippin
     assert torch.equal(second.layers["a.b"]["A"], torch.eye(2))  # type: ignore[arg-type]
     assert second.layers["a.b"]["G"] is None
     with pytest.raises(ValueError, match="another --kfac_backend"):
-        KfacPreconditioner(model, KfacOptions(kfac=True), rate=lambda: 0.0, accumulation=1).load(*one.state())
+        KfacPreconditioner(
+            model, KfacOptions(kfac=True), learning_rate=lambda: 0.0, accumulation=1, tokens_per_step=1000
+        ).load(*one.state())
 
 
 def test_kfac_pytorch_when_the_model_has_no_layer_for_it_then_is_refused(
     installed: Callable[..., tuple[KfacPytorchPreconditioner, StandIn]], tiny_gpt2: GPT2LMHeadModel
 ) -> None:
-    with pytest.raises(UserError, match="Conv1D, of which it would take none without a word"):
+    with pytest.raises(UserError, match="Conv1D"):
         installed(tiny_gpt2)
     with pytest.raises(UserError, match="no Linear layer"):
         installed(_llama(), kfac_skip_layers=("Linear",))
@@ -263,4 +281,4 @@ def test_kfac_pytorch_when_not_installed_then_says_where_it_is(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "kfac", None)
     options = KfacOptions(kfac=True, kfac_backend="kfac-pytorch")
     with pytest.raises(UserError, match=r"not installed here.*git\+https://github\.com/gpauloski/kfac-pytorch"):
-        KfacPytorchPreconditioner(_llama(), options, rate=lambda: 0.0, accumulation=1, scaler=None)
+        KfacPytorchPreconditioner(_llama(), options, learning_rate=lambda: 0.0, accumulation=1, scaler=None)

@@ -25,7 +25,8 @@ from llm.data.batches.loader import Batch
 from llm.distributed.world import World
 from llm.optim.registry import build_optimizer
 from llm.training.accelerator import Compute, start_compute
-from llm.training.updaters.synchronous import StepReport, SynchronousUpdater
+from llm.training.updaters.base import LoadedState, StepReport, StepVotes
+from llm.training.updaters.synchronous import SynchronousUpdater
 
 VOCABULARY = 11
 RATE = 0.5
@@ -96,13 +97,21 @@ def updater_of(machine: Compute, model: nn.Module, *, max_grad_norm: float = 0.0
     """Plain gradient descent at RATE (no momentum) unless the options say otherwise."""
     chosen = {"optim": "sgd", "adam_beta1": 0.0, "learning_rate": RATE, **options}
     return SynchronousUpdater(
-        machine=machine,
+        compute=machine,
         model=model,
+        wrapped=model,
         optimizer=build_optimizer(model, OptimizerOptions.model_validate(chosen)),
         schedule=lambda step: 1 / (step + 1),
         max_grad_norm=max_grad_norm,
         seed=5,
     )
+
+
+def saved(updater: SynchronousUpdater) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Copies of the tensors and numbers that a checkpoint would hold."""
+    state = updater.state()
+    assert all(part.is_whole for part in state.tensors.values())
+    return {name: part.tensor.clone() for name, part in state.tensors.items()}, state.numbers
 
 
 def gradient_of(model: Bigrams, before: Tensor, rate: float = RATE) -> NDArray[np.float64]:
@@ -130,7 +139,7 @@ def test_gradient_when_micro_batches_hold_unequal_counts_is_that_of_the_token_me
     assert float(report.grad_norm) == pytest.approx(np.linalg.norm(gradient), rel=1e-6)
     # The difference of two float32 weights near 1 carries their rounding.
     np.testing.assert_allclose(gradient_of(model, before), gradient, atol=1e-6)
-    assert (report.lr, report.skipped, report.stop) == (RATE, False, False)
+    assert (report.lr, report.skipped, report.votes) == (RATE, False, (False, False))
 
 
 def test_gradient_when_a_means_mean_would_be_another_is_not_that_one(machine: Compute) -> None:
@@ -189,12 +198,12 @@ def test_update_when_the_gradient_is_not_finite_then_nothing_changes(machine: Co
     updater = updater_of(machine, model, optim="adamw", adam_beta1=0.9, weight_decay=0.1)
     updater.update(micro_batches, 0)
     before, state = model.rows.detach().clone(), updater.state()
-    state = ({name: tensor.clone() for name, tensor in state[0].items()}, state[1])
+    tensors = {name: part.tensor.clone() for name, part in state.tensors.items()}
     model.poison = poison
     report = updater.update(micro_batches, 1)
     assert report.skipped
     assert torch.equal(model.rows, before)
-    assert all(torch.equal(tensor, state[0][name]) for name, tensor in updater.state()[0].items())
+    assert all(torch.equal(part.tensor, tensors[name]) for name, part in updater.state().tensors.items())
     model.poison = 0.0
     assert not updater.update(micro_batches, 2).skipped
     assert torch.isfinite(model.rows).all()
@@ -221,8 +230,8 @@ def test_update_when_some_were_made_then_what_is_there_is_searched_for_garbage_n
 def test_update_when_asked_to_stop_then_is_made_and_says_so(machine: Compute) -> None:
     model, micro_batches = Bigrams(), batches((2, 6))
     before = model.rows.detach().clone()
-    report = updater_of(machine, model).update(micro_batches, 0, should_stop=lambda: True)
-    assert report.stop
+    report = updater_of(machine, model).update(micro_batches, 0, votes=StepVotes(stop=lambda: True))
+    assert report.votes is not None and report.votes.stop
     assert not report.abandoned
     assert not torch.equal(model.rows, before)
 
@@ -238,11 +247,11 @@ def test_update_when_the_stop_comes_between_micro_batches_then_is_abandoned(mach
     model, micro_batches = Counting(), batches((2, 6), (2, 6), (2, 6), (2, 6))
     before = model.rows.detach().clone()
     updater, asked = updater_of(machine, model), iter([False, True])
-    report = updater.update(micro_batches, 0, should_stop=lambda: next(asked, True))
-    assert report.stop
+    report = updater.update(micro_batches, 0, votes=StepVotes(stop=lambda: next(asked, True)))
+    assert report.votes is not None and report.votes.stop
     assert report.abandoned
     assert not report.skipped
-    assert model.calls == 2  # the first, and the last, in which the ranks of several processes meet
+    assert model.calls == 2
     assert torch.equal(model.rows, before)
     # Nothing of it is left: the same update made later is the one that was never begun.
     fresh = Bigrams()
@@ -267,7 +276,7 @@ def test_state_when_loaded_into_another_then_continues_bit_identical(machine: Co
     first = updater_of(machine, whole, max_grad_norm=0.1, weight_decay=0.1, **options)
     for step in range(3):
         first.update(micro_batches, step)
-    tensors, numbers = first.state()
+    tensors, numbers = saved(first)
     assert tensors
     assert {name.split("/")[0] for name in tensors} == {"rows"}
     assert all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors.values())
@@ -275,7 +284,7 @@ def test_state_when_loaded_into_another_then_continues_bit_identical(machine: Co
     resumed = Bigrams(dropout=0.2)
     resumed.load_state_dict({name: tensor.clone() for name, tensor in whole.state_dict().items()})
     second = updater_of(machine, resumed, max_grad_norm=0.1, weight_decay=0.1, **options)
-    second.load({name: tensor.clone() for name, tensor in tensors.items()}, numbers)
+    second.load(LoadedState(tensors, numbers))
     torch.rand(17)  # what was drawn before a resume does not matter
     for step in range(3, 6):
         one, other = first.update(micro_batches, step), second.update(micro_batches, step)
@@ -290,7 +299,7 @@ def test_learning_rate_when_groups_have_peaks_of_their_own_then_share_the_schedu
     model = Deeper()
     updater = updater_of(machine, model, **MUON)
     assert updater.update(batches((2, 6)), 3).lr == RATE / 4
-    rates = {name: group["lr"] for group in updater.optimizer.param_groups for name in group["param_names"]}
+    rates = {name: group["lr"] for group in updater._optimizer.param_groups for name in group["param_names"]}
     assert rates == {"blocks.0.weight": 0.1 / 4, "rows": RATE / 4, "blocks.0.bias": RATE / 4}
 
 
@@ -300,12 +309,12 @@ def test_state_when_muon_is_loaded_into_another_then_continues_bit_identical(mac
     first, second = (updater_of(machine, model, max_grad_norm=0.1, **MUON) for model in (whole, resumed))
     for step in range(3):
         first.update(micro_batches, step)
-    tensors, numbers = first.state()
+    tensors, numbers = saved(first)
     moments = {f"{name}/{key}" for name in ("rows", "blocks.0.bias") for key in ("step", "exp_avg", "exp_avg_sq")}
     assert set(tensors) == {"blocks.0.weight/momentum_buffer", *moments}
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     resumed.load_state_dict({name: tensor.clone() for name, tensor in whole.state_dict().items()})
-    second.load({name: tensor.clone() for name, tensor in tensors.items()}, numbers)
+    second.load(LoadedState(tensors, numbers))
     for step in range(3, 6):
         one, other = first.update(micro_batches, step), second.update(micro_batches, step)
         assert one.loss == other.loss
@@ -315,15 +324,17 @@ def test_state_when_muon_is_loaded_into_another_then_continues_bit_identical(mac
 def test_state_when_of_another_model_then_is_refused(machine: Compute) -> None:
     updater = updater_of(machine, Bigrams(), optim="adamw")
     with pytest.raises(KeyError, match="columns"):
-        updater.load({"columns/exp_avg": torch.zeros(1)}, updater.state()[1])
+        updater.load(LoadedState({"columns/exp_avg": torch.zeros(1)}, updater.state().numbers))
 
 
-@pytest.mark.parametrize(("saved", "asked"), [("adamw", "sgd"), ("sgd", "adamw"), ("adamw", "muon"), ("muon", "adamw")])
-def test_state_when_of_another_optimizer_then_is_refused(machine: Compute, saved: str, asked: str) -> None:
-    first = updater_of(machine, Deeper(), optim=saved, adam_beta1=0.9)
+@pytest.mark.parametrize(
+    ("saved_by", "requested"), [("adamw", "sgd"), ("sgd", "adamw"), ("adamw", "muon"), ("muon", "adamw")]
+)
+def test_state_when_of_another_optimizer_then_is_refused(machine: Compute, saved_by: str, requested: str) -> None:
+    first = updater_of(machine, Deeper(), optim=saved_by, adam_beta1=0.9)
     first.update(batches((2, 6)), 0)
     with pytest.raises((KeyError, ValueError)):
-        updater_of(machine, Deeper(), optim=asked, adam_beta1=0.9).load(*first.state())
+        updater_of(machine, Deeper(), optim=requested, adam_beta1=0.9).load(LoadedState(*saved(first)))
 
 
 # The loss scaler of fp16, which a CPU runs as well as a GPU does.
@@ -365,10 +376,10 @@ def test_scaler_when_the_gradient_overflows_then_halves_and_the_weights_stay() -
         model.poison = float("inf")
         assert updater.update(micro_batches, 0).skipped
         assert torch.equal(model.rows, before)
-        assert updater.state()[1]["scaler"]["scale"] == scale
+        assert updater.state().numbers["scaler"]["scale"] == scale
     model.poison = 0.0
     assert not updater.update(micro_batches, 0).skipped
-    assert updater.state()[1]["scaler"]["scale"] == 256.0
+    assert updater.state().numbers["scaler"]["scale"] == 256.0
     assert not torch.equal(model.rows, before)
 
 
@@ -378,6 +389,6 @@ def test_scaler_when_resumed_then_keeps_its_scale() -> None:
     model.poison = float("inf")
     first.update(micro_batches, 0)
     second = updater_of(scaled(), Bigrams())
-    second.load(*first.state())
-    assert second.state()[1] == first.state()[1]
-    assert second.state()[1]["scaler"]["scale"] == 512.0
+    second.load(LoadedState(*saved(first)))
+    assert second.state().numbers == first.state().numbers
+    assert second.state().numbers["scaler"]["scale"] == 512.0

@@ -1,4 +1,4 @@
-"""Is there room for three checkpoints?"""
+"""Estimates of parameters and optimizer state, and the check that three checkpoints fit on the disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from transformers import GPT2Config
 from llm.config.errors import UserError
 from llm.config.options import KfacOptions
 from llm.optim.registry import OPTIMIZERS
-from llm.training.disk import require_room
-from llm.training.estimates import count_numbers
+from llm.training.estimates import count_numbers, require_room
 
 CONFIG = GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2)
 ONE = 4 * count_numbers(CONFIG, "sgd")[0]
