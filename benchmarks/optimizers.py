@@ -1,18 +1,22 @@
-"""Steps to a loss by AdamW, Muon and K-FAC before AdamW: `python -m benchmarks.optimizers --text FILE --setting NAME`.
+"""Steps that AdamW, Muon and K-FAC with AdamW need to reach a loss.
 
-Every run is the trainer's, on the same text: the first nine tenths of it to train on, the rest to validate, all of that
-at every evaluation. Of each way every rate of one grid is tried with the seed 0 (one option after the other,
-each at the best of those before it). The two best of the last option are run with the other seeds, 1, 2, 3, ..., and
-what has the lower mean there is the way's best; the figures are of those seeds.
+    python -m benchmarks.optimizers --text FILE --setting NAME --json OUT
 
-final_loss          of those seeds' last evaluations, the mean
-steps_to_adamw      updates until the loss is at the mean that AdamW's seeds end with, between two evaluations by a
-                    straight line; the mean over the seeds, as a share of AdamW's updates; null where one never is
-cpu_to_adamw        CPU seconds until then, by the CPU seconds of AdamW's whole run
-cpu_by_adamw        CPU seconds of an update, by AdamW's; of the training alone, without evaluations
+All runs use the trainer and the same text: the first nine tenths for training, the rest for validation, all of it at
+every evaluation. For each variant, every learning rate of one grid is tried with seed 0, one option after the other,
+each with the best values of the options before it. The two best values of the last option are run with the other seeds,
+1, 2, 3, ...; the one with the lower mean is the variant's best, and the figures are those of these seeds.
 
-A way that is `short` has three quarters of the updates, and a schedule that ends with them. A run that stands in --json
-is not made again, so that a measurement can be stopped, and continued, extended by seeds, or drawn again.
+The keys of the result:
+
+final_loss          mean over these seeds of the last evaluation's loss
+steps_to_adamw      steps until the loss reaches the mean final loss of AdamW's seeds, interpolated linearly between two
+                    evaluations; the mean over the seeds, as a share of AdamW's steps; null if a seed never reaches it
+cpu_to_adamw        CPU seconds until then, divided by the CPU seconds of AdamW's whole run
+cpu_by_adamw        CPU seconds of a step, divided by AdamW's; of the training only, without evaluations
+
+A variant that is `short` has three quarters of the steps, and a schedule that ends with them. A run that is already in
+--json is not repeated, so that a measurement can be stopped and continued, extended by seeds, or drawn again.
 """
 
 from __future__ import annotations
@@ -32,21 +36,23 @@ from benchmarks.recorded import Point, record
 _KFAC = {"kfac": "true", "kfac_inv_update_steps": "10"}
 _ADAMW = "adamw"
 
-Words = Mapping[str, str]
+OptionValues = Mapping[str, str]
+"""Option name -> value; the value true is a flag without a value."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """How to train: options, and those that are tried, in this order, each at the best of those before it.
+class Variant:
+    """How to train: options with fixed values, and options whose values are tried.
 
     Attributes:
-        options: by name.
-        tried: name -> values; None are the setting's rates.
-        like: the way whose best options are added; nothing is tried.
-        share: of the setting's updates.
+        options: name -> value.
+        tried: name -> values to try, one option after the other, each with the best values of those before it; None:
+            the learning rates of the setting.
+        like: the variant whose best options are used; then nothing is tried.
+        share: share of the setting's steps.
     """
 
-    options: Words = field(default_factory=dict)
+    options: OptionValues = field(default_factory=dict)
     tried: Mapping[str, tuple[float, ...] | None] = field(default_factory=lambda: {"learning_rate": None})
     like: str | None = None
     share: float = 1.0
@@ -54,16 +60,16 @@ class Way:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained.
+    """The model, the data and the length of the runs.
 
     Attributes:
-        options: of all ways, by name.
-        num_updates: of a whole run.
-        num_evaluations: of any run, evenly spaced; where a way is chosen, only the last one.
-        rates: that are tried, the same for all ways.
+        options: option name -> value, for all variants.
+        num_updates: steps of a full run.
+        num_evaluations: evaluations of a run, evenly spaced; runs with seed 0 have only the last one.
+        rates: learning rates to try, the same for all variants.
     """
 
-    options: Words
+    options: OptionValues
     num_updates: int
     num_evaluations: int
     rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2)
@@ -74,17 +80,17 @@ _CHARACTERS = {
     "dropout": "0", "weight_decay": "0.1", "adam_beta2": "0.99",
     "lr_scheduler_type": "cosine", "num_warmup_steps": "30",
 }  # fmt: skip
-WAYS = {
-    _ADAMW: Way(),
-    "kfac 1/10": Way({**_KFAC, "kfac_factor_update_steps": "1"}),
-    "muon": Way({"optim": "muon"}, {"muon_learning_rate": (0.01, 0.02, 0.04, 0.08), "learning_rate": None}),
-    "kfac 1/10, short": Way({**_KFAC, "kfac_factor_update_steps": "1"}, like="kfac 1/10", share=0.75),
-    "kfac 10/10": Way({**_KFAC, "kfac_factor_update_steps": "10"}, like="kfac 1/10"),
-    "kfac 10/10, inverse": Way({**_KFAC, "kfac_factor_update_steps": "10", "kfac_method": "inverse"}),
-    "kfac 1/10, damping 0.03": Way(
+VARIANTS = {
+    _ADAMW: Variant(),
+    "kfac 1/10": Variant({**_KFAC, "kfac_factor_update_steps": "1"}),
+    "muon": Variant({"optim": "muon"}, {"muon_learning_rate": (0.01, 0.02, 0.04, 0.08), "learning_rate": None}),
+    "kfac 1/10, short": Variant({**_KFAC, "kfac_factor_update_steps": "1"}, like="kfac 1/10", share=0.75),
+    "kfac 10/10": Variant({**_KFAC, "kfac_factor_update_steps": "10"}, like="kfac 1/10"),
+    "kfac 10/10, inverse": Variant({**_KFAC, "kfac_factor_update_steps": "10", "kfac_method": "inverse"}),
+    "kfac 1/10, damping 0.03": Variant(
         {**_KFAC, "kfac_factor_update_steps": "1", "kfac_damping": "0.03"}, like="kfac 1/10"
     ),
-    "kfac 10/10, spread": Way({**_KFAC, "kfac_factor_update_steps": "10", "kfac_spread": "true"}, like="kfac 1/10"),
+    "kfac 10/10, spread": Variant({**_KFAC, "kfac_factor_update_steps": "10", "kfac_spread": "true"}, like="kfac 1/10"),
 }
 SETTINGS = {
     "2x64": Setting(
@@ -94,7 +100,7 @@ SETTINGS = {
         },
         num_updates=300, num_evaluations=6,
     ),
-    # The model and the batches of nanoGPT's documented run on a CPU.
+    # The model and the batch size of nanoGPT's documented run on a CPU.
     "4x128": Setting(
         {
             **_CHARACTERS, "config_overrides": "n_layer=4,n_head=4,n_embd=128,n_positions=64",
@@ -116,50 +122,59 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Makes the runs that are missing, prints and writes the table, and draws it."""
+    """Make the missing runs, print and write the table, and draw the curves."""
     options = _parser().parse_args()
     runs = Runs(options.json, options.text, SETTINGS[options.setting], options.setting)
-    found: dict[str, Any] = {}
-    for name in options.ways:
-        found[name] = runs.best(name, options.seeds)
+    best: dict[str, OptionValues] = {}
+    for name in options.variants:
+        best[name] = runs.best(name, options.seeds)
     for seed in range(1, options.seeds + 1):
-        for name in options.ways:
-            runs.curve(name, found[name], seed)
-    runs.result |= {"seeds": options.seeds, "ways": summary(runs, found, options.seeds)}
+        for name in options.variants:
+            runs.curve(name, best[name], seed)
+    runs.result |= {"seeds": options.seeds, "ways": summary(runs, best, options.seeds)}
     runs.result["machine"] = describe_machine("torch", "transformers")
     runs.write()
     print("\n".join(table(runs.result)))
     if options.picture is not None:
-        draw({name: runs.curves(name, found[name], options.seeds) for name in options.ways}, options.picture)
+        draw({name: runs.curves(name, best[name], options.seeds) for name in options.variants}, options.picture)
     print(f"written to {options.json}")
 
 
 class Runs:
-    """The runs of a setting, made when they are asked for and kept in a file."""
+    """The runs of a setting, which are made when they are first needed and stored in a file.
+
+    Args:
+        path: the JSON file; it is read if it exists.
+        text: the file to train on.
+        setting: of the runs.
+        name: of the setting.
+    """
 
     def __init__(self, path: Path, text: Path, setting: Setting, name: str) -> None:
-        self.setting, self._path, self._text = setting, path, text
+        self.setting = setting
+        self._path = path
+        self._text = text
         self.result: dict[str, Any] = {
             "command": f"python -m benchmarks.optimizers --text FILE --setting {name}",
             "setting": {**setting.options, "num_updates": setting.num_updates},
             "runs": [],
         }
         if path.exists():
-            kept = json.loads(path.read_text())
-            if kept["setting"] != self.result["setting"]:
-                raise SystemExit(f"{path} is of another setting; move it away, or name another with --json")
-            self.result["runs"] = kept["runs"]
+            previous = json.loads(path.read_text())
+            if previous["setting"] != self.result["setting"]:
+                raise SystemExit(f"--json {path} has runs of another setting; move the file away, or name another one")
+            self.result["runs"] = previous["runs"]
 
     def best(self, name: str, seeds: int) -> dict[str, str]:
-        """The options of a way that end lowest, one after the other.
+        """Return the tried options of a variant with the values that reach the lowest loss.
 
-        The seed 0 alone would choose the rate that goes wrong with the next one: the two best values of the last option
-        are run with all seeds, and the lower mean decides.
+        A learning rate that is best with seed 0 may diverge with another seed. So the two best values of the last
+        option are run with all seeds, and the lower mean decides.
         """
-        way = WAYS[name]
-        if way.like is not None:
-            return self.best(way.like, seeds)
-        options = {option: values or self.setting.rates for option, values in way.tried.items()}
+        variant = VARIANTS[name]
+        if variant.like is not None:
+            return self.best(variant.like, seeds)
+        options = {option: values or self.setting.rates for option, values in variant.tried.items()}
         best = {option: f"{values[len(values) // 2]:g}" for option, values in options.items()}
         for option, values in options.items():
             tried = [{**best, option: f"{value:g}"} for value in values]
@@ -167,72 +182,87 @@ class Runs:
             best = tried[0]
         return min(tried[:2], key=lambda chosen: mean_end(self.curves(name, chosen, seeds)))
 
-    def curves(self, name: str, chosen: Words, seeds: int) -> list[list[Point]]:
-        """Those of all seeds but the one that chose."""
+    def curves(self, name: str, chosen: OptionValues, seeds: int) -> list[list[Point]]:
+        """Return the curves of all seeds except 0, which only selects options."""
         return [self.curve(name, chosen, seed) for seed in range(1, seeds + 1)]
 
-    def curve(self, name: str, chosen: Words, seed: int) -> list[Point]:
-        """One run's, made where there is none yet."""
-        way, setting = WAYS[name], self.setting
-        num_updates = round(way.share * setting.num_updates)
-        options = {**way.options, **chosen, "seed": str(seed), "max_train_steps": str(num_updates)}
+    def curve(self, name: str, chosen: OptionValues, seed: int) -> list[Point]:
+        """Return the curve of one run, which is made if it is missing."""
+        variant = VARIANTS[name]
+        setting = self.setting
+        num_updates = round(variant.share * setting.num_updates)
+        options = {**variant.options, **chosen, "seed": str(seed), "max_train_steps": str(num_updates)}
         for run in self.result["runs"]:
             if run["options"] == options:
                 return list(run["curve"])
-        every = num_updates // setting.num_evaluations if seed else num_updates
-        words = [
-            *_words({**setting.options, **options, "train_file": str(self._text), "eval_steps": str(every)}),
-            *("--use_cpu", "--per_device_eval_batch_size", "64", "--save_minutes", "0", "--logging_steps", "1000"),
-            *("--torch_compile", "false"),
-        ]
-        curve = record(words)
+        eval_steps = num_updates // setting.num_evaluations if seed else num_updates
+        all_options = {
+            **setting.options,
+            **options,
+            "train_file": str(self._text),
+            "eval_steps": str(eval_steps),
+            "use_cpu": "true",
+            "per_device_eval_batch_size": "64",
+            "save_minutes": "0",
+            "logging_steps": "1000",
+            "torch_compile": "false",
+        }
+        curve = record(_command_line(all_options))
         self.result["runs"].append({"options": options, "curve": curve})
         self.write()
         last = curve[-1]
-        print(
-            f"{name} {_said(chosen)} seed {seed}: {last['eval_loss']:.4f}, CPU {last['cpu_seconds']:.1f} s", flush=True
-        )
+        text = f"{name} {_format_options(chosen)} seed {seed}"
+        print(f"{text}: {last['eval_loss']:.4f}, CPU {last['cpu_seconds']:.1f} s", flush=True)
         return curve
 
     def write(self) -> None:
-        """Everything, and what follows from it if that is known."""
+        """Write the runs, and the summary if there is one, to the file."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(self.result, indent=1) + "\n")
 
 
-def summary(runs: Runs, found: Mapping[str, Words], seeds: int) -> dict[str, Any]:
-    """Of every way: its options, its final losses, and what it took to AdamW's."""
-    curves = {name: runs.curves(name, chosen, seeds) for name, chosen in found.items()}
+def summary(runs: Runs, best: Mapping[str, OptionValues], seeds: int) -> dict[str, Any]:
+    """Return for every variant its options, its final losses, and the steps and CPU seconds to AdamW's final loss.
+
+    Args:
+        runs: of all variants.
+        best: variant -> its best options.
+        seeds: number of seeds, without seed 0.
+    """
+    curves = {name: runs.curves(name, chosen, seeds) for name, chosen in best.items()}
     goal = mean_end(curves[_ADAMW])
     cpu = statistics.fmean(curve[-1]["cpu_seconds"] for curve in curves[_ADAMW])
     steps = runs.setting.num_updates
-    ways = {}
-    for name, each in curves.items():
-        losses = [curve[-1]["eval_loss"] for curve in each]
-        reached = [arrival(curve, goal) for curve in each]
-        last = [curve[-1]["cpu_seconds"] / curve[-1]["step"] for curve in each]
-        ways[name] = {
-            "options": dict(found[name]),
-            "num_updates": each[0][-1]["step"],
+    rows = {}
+    for name, seed_curves in curves.items():
+        losses = [curve[-1]["eval_loss"] for curve in seed_curves]
+        arrivals = [arrival(curve, goal) for curve in seed_curves]
+        step_seconds = [curve[-1]["cpu_seconds"] / curve[-1]["step"] for curve in seed_curves]
+        rows[name] = {
+            "options": dict(best[name]),
+            "num_updates": seed_curves[0][-1]["step"],
             "final_loss": statistics.fmean(losses),
             "final_losses": losses,
             "standard_deviation": statistics.stdev(losses) if len(losses) > 1 else None,
-            "steps_to_adamw": _mean_share(reached, "step", steps),
-            "cpu_to_adamw": _mean_share(reached, "cpu_seconds", cpu),
-            "cpu_by_adamw": statistics.fmean(last) / (cpu / steps),
+            "steps_to_adamw": _mean_share(arrivals, "step", steps),
+            "cpu_to_adamw": _mean_share(arrivals, "cpu_seconds", cpu),
+            "cpu_by_adamw": statistics.fmean(step_seconds) / (cpu / steps),
         }
-    # By its own mean it is there at its end, although half of its seeds are not.
-    ways[_ADAMW] |= {"steps_to_adamw": 1.0, "cpu_to_adamw": 1.0}
-    return ways
+    # AdamW reaches the mean of its own seeds at its end by definition, although about half of the seeds do not.
+    rows[_ADAMW] |= {"steps_to_adamw": 1.0, "cpu_to_adamw": 1.0}
+    return rows
 
 
 def mean_end(curves: list[list[Point]]) -> float:
-    """Of the last losses."""
+    """Return the mean of the curves' last losses, in nats a token."""
     return statistics.fmean(curve[-1]["eval_loss"] for curve in curves)
 
 
 def arrival(curve: list[Point], loss: float) -> dict[str, float] | None:
-    """Step and CPU seconds when the loss is first reached, between two evaluations on a straight line."""
+    """Return step and CPU seconds at which the loss is first reached; None if it never is.
+
+    Between two evaluations the curve is taken as a straight line.
+    """
     before: Point | None = None
     for point in curve:
         if point["eval_loss"] <= loss:
@@ -245,39 +275,46 @@ def arrival(curve: list[Point], loss: float) -> dict[str, float] | None:
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
-    """A Markdown table."""
+    """Return the lines of a Markdown table of the result."""
     lines = [
-        f"| way | best options | updates | loss, {result['seeds']} seeds | updates to AdamW's end | CPU to it |"
+        f"| variant | best options | updates | loss, {result['seeds']} seeds | updates to AdamW's end | CPU to it |"
         " CPU of an update |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, way in result["ways"].items():
-        spread = "" if way["standard_deviation"] is None else f" ± {way['standard_deviation']:.3f}"
+    for name, row in result["ways"].items():
+        deviation = "" if row["standard_deviation"] is None else f" ± {row['standard_deviation']:.3f}"
         lines.append(
-            f"| {name} | {_said(way['options'])} | {way['num_updates']} | {way['final_loss']:.3f}{spread} |"
-            f" {_times(way['steps_to_adamw'])} | {_times(way['cpu_to_adamw'])} | {way['cpu_by_adamw']:.2f}x |"
+            f"| {name} | {_format_options(row['options'])} | {row['num_updates']} |"
+            f" {row['final_loss']:.3f}{deviation} | {_format_share(row['steps_to_adamw'])} |"
+            f" {_format_share(row['cpu_to_adamw'])} | {row['cpu_by_adamw']:.2f}x |"
         )
     return lines
 
 
-def _mean_share(reached: list[dict[str, float] | None], key: str, whole: float) -> float | None:
-    points = [point for point in reached if point is not None]
-    return statistics.fmean(point[key] for point in points) / whole if len(points) == len(reached) else None
+def _mean_share(arrivals: list[dict[str, float] | None], key: str, total: float) -> float | None:
+    """Return the mean of that key as a share of the total; None if a curve does not reach the loss."""
+    points = [point for point in arrivals if point is not None]
+    if len(points) < len(arrivals):
+        return None
+    return statistics.fmean(point[key] for point in points) / total
 
 
-def _times(share: float | None) -> str:
+def _format_share(share: float | None) -> str:
     return "not reached" if share is None else f"{share:.2f}x"
 
 
-def _said(options: Words) -> str:
+def _format_options(options: OptionValues) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items())
 
 
-def _words(options: Words) -> list[str]:
-    """A command line; an option of the value true is a bare flag."""
-    return [
-        word for name, value in options.items() for word in ([f"--{name}"] if value == "true" else [f"--{name}", value])
-    ]
+def _command_line(options: OptionValues) -> list[str]:
+    """Return the words of a command line; an option with the value true is a flag without a value."""
+    words = []
+    for name, value in options.items():
+        words.append(f"--{name}")
+        if value != "true":
+            words.append(value)
+    return words
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -286,17 +323,19 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare")
+    parser.add_argument("--text", type=Path, required=True, help="file to train on, as tinyshakespeare")
     parser.add_argument("--setting", choices=SETTINGS, default="2x64")
-    parser.add_argument("--seeds", type=int, default=5, help="beside the one that chooses")
     parser.add_argument(
-        "--ways",
-        type=lambda words: words.split(";"),
-        default=list(WAYS),
-        help=f"of {'; '.join(WAYS)}, with semicolons between (default: all)",
+        "--seeds", type=int, default=5, help="number of seeds; seed 0, which selects options, is not one of them"
     )
-    parser.add_argument("--json", type=Path, required=True, help="the result, and the runs so far")
-    parser.add_argument("--picture", type=Path, help="a PNG of the losses against updates and CPU seconds")
+    parser.add_argument(
+        "--variants",
+        type=lambda names: names.split(";"),
+        default=list(VARIANTS),
+        help=f"separated by semicolons, from: {'; '.join(VARIANTS)} (default: all)",
+    )
+    parser.add_argument("--json", type=Path, required=True, help="file of the result and of all runs so far")
+    parser.add_argument("--picture", type=Path, help="PNG of the losses over steps and CPU seconds to write")
     return parser
 
 

@@ -210,7 +210,7 @@ def test_optimizers_when_run_then_tunes_compares_and_makes_no_run_twice(
                "config_overrides": "n_layer=1,n_head=2,n_embd=16,n_positions=16"}  # fmt: skip
     monkeypatch.setitem(optimizers.SETTINGS, "2x64", optimizers.Setting(options, 8, 2, rates=(1e-2, 3e-2, 5e-2)))
     file, picture = tmp_path / "found.json", tmp_path / "found.png"
-    words = ["--text", str(tiny_text), "--seeds", "2", "--ways", "adamw;kfac 1/10;kfac 1/10, short"]
+    words = ["--text", str(tiny_text), "--seeds", "2", "--variants", "adamw;kfac 1/10;kfac 1/10, short"]
     words += ["--json", str(file), "--picture", str(picture)]
     monkeypatch.setattr(sys, "argv", ["optimizers", *words])
     optimizers.main()
