@@ -41,8 +41,15 @@ FINISHED_FILES = (
     "curves.png",
 )
 RUN_FILES = (
-    *("checkpoints/*", "tensorboard/*", "unverified/*", "config.toml", "status.json", "metrics.jsonl", "log.txt"),
-    *("run.lock", ".*"),
+    "checkpoints/*",
+    "tensorboard/*",
+    "unverified/*",
+    "config.toml",
+    "status.json",
+    "metrics.jsonl",
+    "log.txt",
+    "run.lock",
+    ".*",
 )
 
 _LOGIN = "set HF_TOKEN, pass --hub_token, or run `hf auth login`"

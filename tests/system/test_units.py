@@ -23,8 +23,16 @@ def test_format_quantity_when_rounding_reaches_the_next_unit_then_takes_it(value
 @pytest.mark.parametrize(
     ("num_bytes", "expected"),
     [
-        *((0, "0 B"), (1, "1 B"), (999, "999 B"), (1023, "1.02e+03 B"), (1024, "1 KiB"), (1536, "1.5 KiB")),
-        *((3 * 2**20, "3 MiB"), (5 * 2**29, "2.5 GiB"), (2**40, "1 TiB"), (2**50, "1.02e+03 TiB")),
+        (0, "0 B"),
+        (1, "1 B"),
+        (999, "999 B"),
+        (1023, "1.02e+03 B"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (3 * 2**20, "3 MiB"),
+        (5 * 2**29, "2.5 GiB"),
+        (2**40, "1 TiB"),
+        (2**50, "1.02e+03 TiB"),
     ],
 )
 def test_format_bytes_when_large_then_has_three_digits_and_a_binary_unit(num_bytes: int, expected: str) -> None:
@@ -41,8 +49,16 @@ def test_format_duration_when_long_then_hours_exceed_a_day(seconds: float, expec
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
-        *((-3, "1 s"), (0.2, "1 s"), (5.4, "5 s"), (59.9, "60 s"), (60, "1 min"), (3599, "60 min"), (7200, "2 h")),
-        *((86399, "24 h"), (86400, "1 d"), (10 * 86400, "10 d")),
+        (-3, "1 s"),
+        (0.2, "1 s"),
+        (5.4, "5 s"),
+        (59.9, "60 s"),
+        (60, "1 min"),
+        (3599, "60 min"),
+        (7200, "2 h"),
+        (86399, "24 h"),
+        (86400, "1 d"),
+        (10 * 86400, "10 d"),
     ],
 )
 def test_format_age_when_given_seconds_then_takes_the_largest_unit_reached(seconds: float, expected: str) -> None:
