@@ -42,7 +42,7 @@ def host_index(name: str, hosts: Sequence[str]) -> int | None:
 def is_local_host(host: str) -> bool:
     """Return whether a name or an address belongs to this host.
 
-    It does if it is this host's own name (up to the domain), or if a socket can be bound to one of its addresses.
+    A host is local if the name is this host's, up to the domain, or if a socket can be bound to one of its addresses.
 
     Raises:
         OSError: the name cannot be resolved.

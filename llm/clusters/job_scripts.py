@@ -166,7 +166,7 @@ def _check(settings: ScriptSettings) -> None:
             raise UserError(f"--{flag} {value!r}: must be one word, as the scheduler knows it")
     for line in settings.setup:
         if "\n" in line:
-            raise UserError("--setup: give each line as a word of its own")
+            raise UserError("--setup: give each line as a separate word")
 
 
 def _directives(scheduler: Scheduler, site: Site, settings: ScriptSettings) -> tuple[list[str], str, list[str]]:

@@ -155,9 +155,9 @@ class Cluster:
         """Submits a job with `sbatch` or `qsub` from a folder; the number of the job."""
         done = self.ask("qsub" if self.kind == "pbs" else "sbatch", *words, folder=folder)
         assert done.returncode == 0, done.stdout + done.stderr
-        found = re.findall(r"\d+", done.stdout)
-        assert found, done.stdout
-        return str(found[0])
+        numbers = re.findall(r"\d+", done.stdout)
+        assert numbers, done.stdout
+        return str(numbers[0])
 
     def jobs(self) -> dict[str, str]:
         """The state of every job that there was, by its number."""

@@ -69,8 +69,8 @@ assert count == int(value("--ntasks")) and value("--ntasks-per-node") == "1", wo
 assert "--cpu-bind=none" in words and "--export=ALL" in words, words
 command = words[words.index({python!r}):]
 for rank, host in enumerate(hosts[:count]):
-    own = dict(SLURM_PROCID=str(rank), SLURM_NODEID=str(rank), SLURM_STEP_NUM_TASKS=str(count))
-    write(host, command, {{**os.environ, **own, "SLURM_STEP_NODELIST": os.environ["SLURM_JOB_NODELIST"]}})
+    step = dict(SLURM_PROCID=str(rank), SLURM_NODEID=str(rank), SLURM_STEP_NUM_TASKS=str(count))
+    write(host, command, {{**os.environ, **step, "SLURM_STEP_NODELIST": os.environ["SLURM_JOB_NODELIST"]}})
 """
 )
 

@@ -1,6 +1,6 @@
-"""Checks an allocation before a run does: one agent on each host; together they name the first thing to fix.
+"""Check an allocation before a run: one agent on each host; together they name the first thing to fix.
 
-The agents meet in a rendezvous on the first host. The first host leads through the steps, and the others follow. Every
+The agents share a rendezvous on the first host. The first host leads through the steps, and the others follow. Every
 step has a deadline, so that each agent ends whatever is broken, and says what it waited for.
 """
 
