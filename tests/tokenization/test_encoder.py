@@ -1,4 +1,4 @@
-"""Ids are exactly the tokenizer's."""
+"""The encoder gives exactly the tokenizer's ids, with every backend."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_encoding_when_texts_are_odd_then_ids_of_the_tokenizer(gpt2) -> None:
+def test_encode_when_texts_are_unusual_then_ids_of_the_tokenizer(gpt2) -> None:
     draw = random.Random(0)
     alphabet = "ab 1\n\r\t'.\u0301é€😀\u200d\u3000<|endoftext|>"
     texts = ["".join(draw.choices(alphabet, k=draw.randint(1, 60))) for _ in range(300)]
@@ -44,7 +44,7 @@ def test_encoding_when_texts_are_odd_then_ids_of_the_tokenizer(gpt2) -> None:
 
 
 def _random_texts(number: int, seed: int) -> list[str]:
-    """Strings of any characters but surrogates, of runs, of marks, of special tokens, and mixtures of them."""
+    """Return strings of any characters but surrogates, of runs, marks and special tokens, and mixtures of them."""
     draw = random.Random(seed)
     anything = [chr(point) for point in range(0x110000) if not 0xD800 <= point <= 0xDFFF]
     assigned = [character for character in anything if unicodedata.category(character) not in ("Cn", "Co")]
@@ -65,7 +65,7 @@ def _random_texts(number: int, seed: int) -> list[str]:
         "don't",
     ]
     alphabets = (anything, assigned, marks, spaces, words, [chr(point) for point in range(256)])
-    found = []
+    texts = []
     for _ in range(number):
         pieces: list[str] = []
         for _ in range(draw.randint(1, 5)):
@@ -74,44 +74,44 @@ def _random_texts(number: int, seed: int) -> list[str]:
                 pieces += [draw.choice(alphabet) * draw.randint(2, 60)]
             else:
                 pieces += draw.choices(alphabet, k=draw.randint(1, 12))
-        found.append("".join(pieces))
-    return found
+        texts.append("".join(pieces))
+    return texts
 
 
 @pytest.fixture
-def at_once(monkeypatch) -> None:
-    """The faster engine is used for any text, however short."""
+def tiktoken_at_once(monkeypatch) -> None:
+    """Tiktoken encodes texts of any length."""
     monkeypatch.setattr(encoding, "_MIN_CHARS_FOR_TIKTOKEN", 0)
 
 
-def test_encoding_when_10000_random_strings_then_ids_of_the_tokenizer(gpt2, at_once) -> None:
+def test_encode_when_10000_strings_are_random_then_ids_of_the_tokenizer(gpt2, tiktoken_at_once) -> None:
     texts = _random_texts(10_000, seed=1)
     encoder = Encoder(gpt2)
-    found = encoder.encode(texts)
+    encoded = encoder.encode(texts)
     assert encoder._tiktoken is not None
     expected = gpt2(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    assert [ids.tolist() for ids in found] == expected
+    assert [ids.tolist() for ids in encoded] == expected
     assert sum(ids is None for ids in encoder._tiktoken.encode(texts)) < 3000
 
 
 @pytest.mark.parametrize("name", ["tinyshakespeare.txt", "wikitext2-valid.txt"])
-def test_encoding_when_shared_text_then_ids_of_the_tokenizer(gpt2, name: str, at_once) -> None:
+def test_encode_when_text_is_real_then_ids_of_the_tokenizer(gpt2, name: str, tiktoken_at_once) -> None:
     text = (SHARED / name).read_text()
     lines = text.splitlines(keepends=True)
     encoder = Encoder(gpt2)
-    found = encoder.encode([text, *lines])
+    encoded = encoder.encode([text, *lines])
     assert encoder._tiktoken is not None
     expected = gpt2([text, *lines], add_special_tokens=False, verbose=False)["input_ids"]
-    assert all(ids.tolist() == due for ids, due in zip(found, expected, strict=True))
+    assert all(ids.tolist() == expected_ids for ids, expected_ids in zip(encoded, expected, strict=True))
 
 
-def test_encoding_when_a_run_has_no_end_then_ids_of_the_tokenizer(gpt2, at_once) -> None:
+def test_encode_when_a_run_of_one_character_is_long_then_ids_of_the_tokenizer(gpt2, tiktoken_at_once) -> None:
     texts = ["x" + " " * 150_000 + "y", "\n" * 140_000, "a" * 150_000, "é" * 70_000, "." * 150_000]
     expected = gpt2(texts, add_special_tokens=False, verbose=False)["input_ids"]
     assert [ids.tolist() for ids in Encoder(gpt2).encode(texts)] == expected
 
 
-def test_encoding_when_special_tokens_are_split_then_ids_of_the_tokenizer(gpt2, at_once, monkeypatch) -> None:
+def test_encode_when_special_tokens_are_split_then_ids_of_the_tokenizer(gpt2, tiktoken_at_once, monkeypatch) -> None:
     monkeypatch.setattr(gpt2, "split_special_tokens", True)
     texts = ["a<|endoftext|>b", "a b c"]
     encoder = Encoder(gpt2)
@@ -121,11 +121,11 @@ def test_encoding_when_special_tokens_are_split_then_ids_of_the_tokenizer(gpt2, 
     assert encoder._tiktoken is not None
 
 
-def test_encoding_when_engines_differ_then_the_tokenizer_s_own(gpt2, at_once, monkeypatch, caplog) -> None:
+def test_encode_when_tiktoken_gives_other_ids_then_tokenizer_backend_is_used(
+    gpt2, tiktoken_at_once, monkeypatch, caplog
+) -> None:
     true_encode = TiktokenEncoder.encode
-    monkeypatch.setattr(
-        TiktokenEncoder, "encode", lambda engine, texts: [ids + 1 for ids in true_encode(engine, texts)]
-    )
+    monkeypatch.setattr(TiktokenEncoder, "encode", lambda self, texts: [ids + 1 for ids in true_encode(self, texts)])
     monkeypatch.setattr(encoding, "EDGE_CASES", ["plain"])
     encoder = Encoder(gpt2)
     assert encoder.encode(["some words"])[0].tolist() == gpt2("some words")["input_ids"]
@@ -133,7 +133,7 @@ def test_encoding_when_engines_differ_then_the_tokenizer_s_own(gpt2, at_once, mo
     assert "gives other ids" in caplog.text
 
 
-def test_encoding_when_text_is_short_then_no_engine_is_made(gpt2) -> None:
+def test_encode_when_text_is_short_then_without_tiktoken(gpt2) -> None:
     encoder = Encoder(gpt2)
     encoder.encode(["short"])
     assert encoder._tiktoken is None
@@ -142,34 +142,38 @@ def test_encoding_when_text_is_short_then_no_engine_is_made(gpt2) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_encode_batches_when_several_workers_then_order_kept(byte_tokenizer, at_once, num_workers: int) -> None:
-    given = [[_Piece(f"{number} é \ufdd0" * (1 + number % 7))] * 3 for number in range(40)]
-    given[7] *= 0
+def test_encode_batches_when_several_workers_then_order_is_kept(
+    byte_tokenizer, tiktoken_at_once, num_workers: int
+) -> None:
+    batches = [[_Piece(f"{number} é \ufdd0" * (1 + number % 7))] * 3 for number in range(40)]
+    batches[7] = []
     with Encoder(byte_tokenizer, num_workers) as encoder:
-        found = list(encoder.encode_batches(iter(given)))
+        results = list(encoder.encode_batches(iter(batches)))
         assert (encoder._workers is not None) == (num_workers > 1)
-    assert [batch for batch, _ in found] == given
-    for batch, ids in found:
-        assert [part.tolist() for part in ids] == [_ids(byte_tokenizer, piece.text) for piece in batch]
-        assert {part.dtype.name for part in ids} <= {"uint16", "uint32"}
+    assert [batch for batch, _ in results] == batches
+    for batch, ids in results:
+        assert [piece_ids.tolist() for piece_ids in ids] == [_ids(byte_tokenizer, piece.text) for piece in batch]
+        assert {piece_ids.dtype.name for piece_ids in ids} <= {"uint16", "uint32"}
 
 
-def test_encode_batches_when_results_wait_then_reads_no_further_ahead(byte_tokenizer, at_once) -> None:
+def test_encode_batches_when_results_are_not_taken_then_reads_only_a_few_batches_ahead(
+    byte_tokenizer, tiktoken_at_once
+) -> None:
     read = []
 
-    def given():
+    def batches():
         for number in range(100):
             read.append(number)
             yield [_Piece(str(number))]
 
     with Encoder(byte_tokenizer, 2) as encoder:
-        made = encoder.encode_batches(given())
-        assert [next(made)[0][0].text for _ in range(5)] == list("01234")
+        results = encoder.encode_batches(batches())
+        assert [next(results)[0][0].text for _ in range(5)] == list("01234")
         assert len(read) <= 5 + 2 * 2 + 1
 
 
-def test_encode_batches_when_no_process_can_start_then_in_this_one_and_said(
-    byte_tokenizer, at_once, monkeypatch, caplog
+def test_encode_batches_when_no_process_can_start_then_encodes_in_this_one_with_warning(
+    byte_tokenizer, tiktoken_at_once, monkeypatch, caplog
 ) -> None:
     monkeypatch.setattr("sys.executable", "")
     with Encoder(byte_tokenizer, 2) as encoder:
@@ -178,14 +182,14 @@ def test_encode_batches_when_no_process_can_start_then_in_this_one_and_said(
     assert "tokenizing in one process" in caplog.text
 
 
-def test_encoding_when_tokenizer_was_told_to_truncate_then_it_does_not(byte_tokenizer) -> None:
+def test_encode_when_tokenizer_has_truncated_before_then_no_truncation(byte_tokenizer) -> None:
     assert len(byte_tokenizer("a" * 50, truncation=True, max_length=5)["input_ids"]) == 5
     encoder = Encoder(byte_tokenizer)
     assert [len(ids) for ids in encoder.encode(["a" * 50, "b"])] == [50, 1]
     assert encoder._backend is not None
 
 
-def test_encoding_when_engine_and_tokenizer_differ_then_the_tokenizer_counts(
+def test_encode_when_backend_and_tokenizer_differ_then_ids_of_the_tokenizer(
     byte_tokenizer,
 ) -> None:
     class Reversing:
@@ -200,14 +204,14 @@ def test_encoding_when_engine_and_tokenizer_differ_then_the_tokenizer_counts(
             return byte_tokenizer.get_vocab()
 
         def __call__(self, texts, **options):
-            found = byte_tokenizer(texts, **options)["input_ids"]
-            return {"input_ids": [ids[::-1] for ids in found]}
+            encoded = byte_tokenizer(texts, **options)["input_ids"]
+            return {"input_ids": [ids[::-1] for ids in encoded]}
 
     plain, reverse = Encoder(byte_tokenizer), Encoder(Reversing())
     assert reverse.encode(["abc"])[0].tolist() == plain.encode(["abc"])[0].tolist()[::-1]
 
 
-def test_encoding_when_tokenizer_is_slow_then_its_call_is_used(byte_tokenizer) -> None:
+def test_encode_when_tokenizer_is_slow_then_its_call_is_used(byte_tokenizer) -> None:
     class Slow:
         is_fast = False
 
@@ -224,18 +228,18 @@ def test_encoding_when_tokenizer_is_slow_then_its_call_is_used(byte_tokenizer) -
     assert [ids.tolist() for ids in Encoder(Slow()).encode(["ab", "ä"])] == [[97, 98], [195, 164]]
 
 
-def test_encoding_when_id_is_beyond_the_vocabulary_then_refused(byte_tokenizer, monkeypatch) -> None:
+def test_encode_when_an_id_is_not_below_the_vocabulary_size_then_error(byte_tokenizer, monkeypatch) -> None:
     encoder = Encoder(byte_tokenizer)
     encoder.vocabulary_size = 10
     with pytest.raises(UserError, match="has 10 tokens"):
         encoder.encode(["hello"])
 
 
-def test_vocabulary_size_when_it_has_holes_then_beyond_the_largest_id(byte_tokenizer) -> None:
+def test_vocabulary_size_when_ids_have_gaps_then_larger_than_every_id(byte_tokenizer) -> None:
     assert vocabulary_size(byte_tokenizer) == 257
 
 
-def test_encoding_threads_when_numbered_then_environment_says_so_meanwhile(monkeypatch) -> None:
+def test_encoding_threads_when_given_a_number_then_environment_has_it_during_the_block(monkeypatch) -> None:
     monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     with encoding_threads(3):

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded by name, characters, trained; what their ids stand for."""
+"""Tokenizers: loaded by name, one token a character, trained."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, GPT2Config
 
 from llm.config.errors import UserError
 from llm.config.options import ModelOptions, TokenizerOptions
-from llm.tokenization.load import END_OF_TEXT, byte_level_bpe, character_tokenizer, load_tokenizer
-from llm.tokenization.vocabulary import token_byte_counts, tokenizer_hash
+from llm.tokenization.load import END_OF_TEXT, byte_level_bpe, load_tokenizer
+from llm.tokenization.vocabulary import tokenizer_hash
 
 ODD = "a  b\n\n\tc\r\nd é ß 😀 日本 ' , . 'tis  \n"
 
@@ -38,13 +38,13 @@ def _ids(tokenizer, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["char", "train:bpe"])
-def test_trained_tokenizer_when_text_is_odd_then_round_trips(name: str, tmp_path: Path) -> None:
+def test_load_tokenizer_when_text_is_unusual_then_round_trips(name: str, tmp_path: Path) -> None:
     tokenizer = _load(tmp_path, ODD * 3, tokenizer_name=name)
     assert tokenizer.decode(_ids(tokenizer, ODD)) == ODD
 
 
 @pytest.mark.parametrize("name", ["char", "train:bpe"])
-def test_trained_tokenizer_when_saved_beside_a_config_then_loads_the_same(name: str, tmp_path: Path) -> None:
+def test_load_tokenizer_when_saved_with_a_config_then_loads_the_same(name: str, tmp_path: Path) -> None:
     tokenizer = _load(tmp_path / "cache", ODD, tokenizer_name=name)
     tokenizer.save_pretrained(tmp_path / "saved")
     GPT2Config().save_pretrained(tmp_path / "saved")
@@ -54,13 +54,13 @@ def test_trained_tokenizer_when_saved_beside_a_config_then_loads_the_same(name: 
     assert loaded.eos_token_id == 0
 
 
-def test_char_when_made_then_ids_are_the_sorted_characters(tmp_path: Path) -> None:
+def test_character_tokenizer_when_made_then_ids_follow_the_sorted_characters(tmp_path: Path) -> None:
     tokenizer = _load(tmp_path, "cab\n", tokenizer_name="char")
     assert tokenizer.get_vocab() == {END_OF_TEXT: 0, "\n": 1, "a": 2, "b": 3, "c": 4}
     assert _ids(tokenizer, "abz") == [2, 3, 0]
 
 
-def test_train_bpe_when_text_is_short_then_says_how_many_tokens(
+def test_train_bpe_when_text_is_short_then_warning_with_number_of_tokens(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = _load(tmp_path, "abab", tokenizer_name="train:bpe", vocab_size=300)
@@ -73,7 +73,7 @@ def test_train_bpe_when_vocab_size_given_then_has_it(tiny_text: Path, tmp_path: 
     assert len(tokenizer) == 280
 
 
-def test_train_bpe_when_trained_twice_then_is_the_same(tiny_text: Path) -> None:
+def test_train_bpe_when_trained_twice_then_the_same(tiny_text: Path) -> None:
     text = tiny_text.read_text()
     first, second = (byte_level_bpe(iter([text]), 300) for _ in range(2))
     assert tokenizer_hash(first) == tokenizer_hash(second)
@@ -142,36 +142,3 @@ def test_folder_when_tokenizer_is_broken_then_refuses_in_one_line(tmp_path: Path
     with pytest.raises(UserError, match="cannot be read") as caught:
         _load(tmp_path / "cache", tokenizer_name=str(tmp_path))
     assert "\n" not in str(caught.value)
-
-
-def test_token_byte_counts_when_byte_level_or_characters_then_sum_to_the_text(byte_tokenizer, tiny_text: Path) -> None:
-    bpe = byte_level_bpe(iter([tiny_text.read_text(), ODD]), 400)
-    for tokenizer in (byte_tokenizer, bpe, character_tokenizer(set(ODD))):
-        counts = token_byte_counts(tokenizer)
-        assert counts.shape == (len(tokenizer),)
-        assert counts[_ids(tokenizer, ODD)].sum() == len(ODD.encode())
-        assert counts[tokenizer.eos_token_id] == 0
-
-
-def test_token_byte_counts_when_sentencepiece_then_counts_spaces_and_bytes() -> None:
-    from tokenizers import Tokenizer, decoders, models, normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {"<s>": 0, "▁the": 1, "é": 2, "<0xF0>": 3, "▁": 4}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
-    tokenizer.add_tokens(["  "])
-    assert token_byte_counts(tokenizer).tolist() == [0, 4, 2, 1, 1, 2]
-
-
-def test_tokenizer_hash_when_truncation_is_on_then_stays(tiny_text: Path) -> None:
-    tokenizer = byte_level_bpe(iter([tiny_text.read_text()]), 300)
-    before = tokenizer_hash(tokenizer)
-    tokenizer("some text", truncation=True, max_length=2)
-    assert tokenizer_hash(tokenizer) == before
-
-
-def test_tokenizer_hash_when_vocabulary_differs_then_differs() -> None:
-    assert tokenizer_hash(character_tokenizer({"a"})) != tokenizer_hash(character_tokenizer({"b"}))

@@ -39,7 +39,7 @@ def _read_column(name: str, table: Any, column: str) -> Iterator[object]:
 
 
 def is_hub_dataset(name: str | None) -> bool:
-    """Return whether a name is that of a dataset of the Hub: neither built in, nor a path on this machine."""
+    """Return whether only the Hub can resolve the name of a dataset; see `names_on_hub`."""
     return bool(names_on_hub([name]))
 
 

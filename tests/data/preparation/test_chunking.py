@@ -1,4 +1,4 @@
-"""Pieces of long documents give the ids of the whole."""
+"""Pieces of long documents give the ids of the whole document."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ LETTERS = str.maketrans("0123456789", "ghijklmnop")
 
 @pytest.fixture
 def small(monkeypatch) -> None:
-    """Long is what has a few thousand characters."""
+    """Documents of a few thousand characters count as long."""
     monkeypatch.setattr(chunking, "LONG_DOCUMENT_CHARS", 4000)
     monkeypatch.setattr(chunking, "PIECE_CHARS", 500)
     monkeypatch.setattr(chunking, "_TRIAL_CHARS", 2000)
     monkeypatch.setattr(chunking, "_TRIAL_PIECE_CHARS", 150)
 
 
-def _in_parts(text: str, size: int) -> list:
+def _in_chunks(text: str, size: int) -> list:
     return [("train", TextChunk(text[start : start + size], ends=False)) for start in range(0, len(text), size)]
 
 
@@ -64,13 +64,13 @@ def _words(seed: int, number: int) -> str:
 
 
 def _trained(text: str, pre_tokenizer: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
-    engine = Tokenizer(models.BPE())
-    engine.pre_tokenizer = pre_tokenizer
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    engine.train_from_iterator(
+    backend.train_from_iterator(
         [text], trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     )
-    return PreTrainedTokenizerFast(tokenizer_object=engine)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def _llama3(text: str) -> PreTrainedTokenizerFast:
@@ -84,35 +84,35 @@ def _gpt2(text: str) -> PreTrainedTokenizerFast:
 
 def _check(text: str, tokenizer: PreTrainedTokenizerFast, fewest: int) -> list[str]:
     encoder = Encoder(tokenizer)
-    found = [piece for batch in batch_pieces(_in_parts(text, 700), encoder) for piece in batch]
-    ids = list(chain(*(ids.tolist() for ids in encoder.encode([piece.text for piece in found]))))
+    pieces = [piece for batch in batch_pieces(_in_chunks(text, 700), encoder) for piece in batch]
+    ids = list(chain(*(ids.tolist() for ids in encoder.encode([piece.text for piece in pieces]))))
     assert ids == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    assert "".join(piece.text for piece in found) == text
-    assert len(found) >= fewest
-    return [piece.text for piece in found]
+    assert "".join(piece.text for piece in pieces) == text
+    assert len(pieces) >= fewest
+    return [piece.text for piece in pieces]
 
 
 @pytest.mark.parametrize("name", ["tinyshakespeare.txt", "wikitext2-valid.txt"])
 @pytest.mark.parametrize("in_one_line", [False, True])
-def test_pieces_when_real_text_then_ids_of_the_whole(name: str, in_one_line: bool, small) -> None:
+def test_batch_pieces_when_text_is_real_then_ids_of_the_whole(name: str, in_one_line: bool, small) -> None:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared/data")
     text = (SHARED / name).read_text()[: 1 << 18]
     gpt2 = AutoTokenizer.from_pretrained(SHARED / "gpt2-tokenizer")
-    found = _check(text.replace("\n", " ") if in_one_line else text, gpt2, fewest=300)
-    assert max(map(len, found)) < 4000
+    pieces = _check(text.replace("\n", " ") if in_one_line else text, gpt2, fewest=300)
+    assert max(map(len, pieces)) < 4000
 
 
 @pytest.mark.parametrize("make", [_gpt2, _llama3])
 @pytest.mark.parametrize("seed", range(4))
-def test_pieces_when_no_line_breaks_then_cut_in_front_of_words(make, seed: int, small) -> None:
+def test_batch_pieces_when_text_has_no_line_breaks_then_pieces_begin_before_words(make, seed: int, small) -> None:
     text = _words(seed, 8000)
-    found = _check(text, make(text), fewest=40)
-    assert all(piece[0] == " " and piece[1].isalpha() for piece in found[1:])
+    pieces = _check(text, make(text), fewest=40)
+    assert all(piece[0] == " " and piece[1].isalpha() for piece in pieces[1:])
 
 
 @pytest.mark.parametrize("make", [_gpt2, _llama3])
-def test_pieces_when_words_have_no_spaces_then_cut_in_front_of_full_stops(make, small) -> None:
+def test_batch_pieces_when_words_have_no_spaces_then_pieces_begin_before_full_stops(make, small) -> None:
     draw = random.Random(0)
     sentences = [
         "".join(draw.choices("\u4f60\u597d\u4e16\u754c\u4eba\u6c11", k=draw.randint(3, 30))) for _ in range(1500)
@@ -121,7 +121,7 @@ def test_pieces_when_words_have_no_spaces_then_cut_in_front_of_full_stops(make, 
     assert all(piece[0] == "\u3002" for piece in _check(text, make(text), fewest=30)[1:])
 
 
-def test_pieces_when_tokens_reach_over_spaces_then_whole(small) -> None:
+def test_batch_pieces_when_tokens_span_spaces_then_document_is_not_divided(small) -> None:
     text = "of the people by the people " * 1500
     _check(text, _trained(text, pre_tokenizers.ByteLevel(False, use_regex=False)), fewest=1)
     plain = _gpt2(text)
@@ -130,44 +130,46 @@ def test_pieces_when_tokens_reach_over_spaces_then_whole(small) -> None:
     assert len(_check(text, plain, fewest=1)) == 1
 
 
-def test_pieces_when_tokens_are_characters_then_cut_anywhere(byte_tokenizer, small) -> None:
+def test_batch_pieces_when_tokens_are_characters_then_divided_anywhere(byte_tokenizer, small) -> None:
     assert len(_check("acgt\u00e9" * 4000, byte_tokenizer, fewest=30)) < 50
 
 
-def test_pieces_when_later_text_has_other_places_then_found_there(small) -> None:
+def test_batch_pieces_when_later_text_has_other_boundaries_then_divided_there(small) -> None:
     text = "some words in a line\n" * 800 + _words(0, 4000)
-    found = _check(text, _gpt2(text), fewest=60)
-    assert max(map(len, found)) < 4000
+    pieces = _check(text, _gpt2(text), fewest=60)
+    assert max(map(len, pieces)) < 4000
 
 
-def test_pieces_when_document_is_cut_then_marks_say_where_it_begins_and_ends(byte_tokenizer, small) -> None:
-    parts = [
-        *_in_parts("some words in a line\n" * 500, 640),
+def test_split_documents_when_document_is_divided_then_first_piece_begins_and_last_piece_ends_it(
+    byte_tokenizer, small
+) -> None:
+    chunks = [
+        *_in_chunks("some words in a line\n" * 500, 640),
         ("train", TextChunk("", ends=True)),
         ("train", TextChunk("b", True)),
     ]
-    found = list(split_documents(parts, Encoder(byte_tokenizer)))
-    assert [piece.begins for piece in found] == [True] + [False] * (len(found) - 2) + [True]
-    assert [piece.ends for piece in found] == [False] * (len(found) - 2) + [True, True]
+    pieces = list(split_documents(chunks, Encoder(byte_tokenizer)))
+    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 2) + [True]
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 2) + [True, True]
 
 
-def test_pieces_when_every_text_gets_a_beginning_then_whole(small) -> None:
+def test_batch_pieces_when_tokenizer_adds_a_prefix_to_every_text_then_document_is_not_divided(small) -> None:
     text = "some words in a line\n" * 500
     tokenizer = _gpt2(text)
-    # As some tokenizers do with every text that is encoded.
+    # Some tokenizers do this with every text that they encode.
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
     assert _check(text, tokenizer, fewest=1) == [text]
 
 
-def test_pieces_when_nothing_can_be_cut_for_long_then_refused_by_name(small, monkeypatch) -> None:
+def test_split_documents_when_long_document_has_no_boundary_then_error_names_it(small, monkeypatch) -> None:
     monkeypatch.setattr(chunking, "LONGEST_PIECE_CHARS", 20_000)
     text = "a" * 50_000
-    parts = [("train", TextChunk("short", ends=True)), *_in_parts(text, 700)]
+    chunks = [("train", TextChunk("short", ends=True)), *_in_chunks(text, 700)]
     with pytest.raises(UserError, match=r"^my\.txt: document 2 has 0 million characters without a place.*break it"):
-        list(split_documents(parts, Encoder(_gpt2("aa ab " * 100)), "my.txt"))
+        list(split_documents(chunks, Encoder(_gpt2("aa ab " * 100)), "my.txt"))
 
 
-# Prints the number of megabytes that tokenizing took beyond what was there before.
+# Prints by how many megabytes tokenizing raises the peak memory.
 TOKENIZE = """
 import resource, sys
 from pathlib import Path
@@ -186,7 +188,7 @@ print((after - before) / (1 << 20 if sys.platform == "darwin" else 1 << 10))
 
 
 @pytest.mark.slow
-def test_tokenize_when_one_line_of_8_megabytes_then_ids_of_its_words_in_little_memory(tmp_path: Path) -> None:
+def test_load_or_tokenize_when_one_line_has_8_megabytes_then_ids_of_its_words_in_little_memory(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     words = [f" {draw.bytes(int(draw.integers(1, 6))).hex().translate(LETTERS)}" for _ in range(500)]
     tokenizer = _gpt2("".join(words))
@@ -204,10 +206,10 @@ def test_tokenize_when_one_line_of_8_megabytes_then_ids_of_its_words_in_little_m
     assert np.array_equal(np.fromfile(path, "<u2"), expected)
 
 
-def test_cut_when_space_surrounds_newlines_then_not_there() -> None:
+def test_split_text_when_spaces_surround_newlines_then_not_divided_there() -> None:
     text = "one two\nthree \nfour\n\nfive\n six<|x|>\nseven.\neight\n <|x|>"
-    behind_words, before_spaces = map(re.compile, chunking._BETWEEN_LINES)
-    assert chunking.split_text(text, 1, behind_words) == [
+    before_words, before_spaces = map(re.compile, chunking._BETWEEN_LINES)
+    assert chunking.split_text(text, 1, before_words) == [
         "one two\n",
         "three \nfour\n\nfive\n six<|x|>\nseven.\n",
         "eight\n <|x|>",
@@ -217,19 +219,19 @@ def test_cut_when_space_surrounds_newlines_then_not_there() -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("kind", ["a token over lines", "characters and a token", "merges over lines"])
-def test_pieces_when_a_token_lies_over_a_place_that_the_trial_did_not_show_then_the_ids_are_the_wholes(
+@pytest.mark.parametrize("kind", ["token across lines", "characters and a token", "merges across lines"])
+def test_split_documents_when_a_token_spans_boundaries_only_after_the_trial_then_ids_of_the_whole(
     kind: str,
 ) -> None:
     plain = "some words in a line, and\nmore of them\n" * 400
-    if kind == "a token over lines":
+    if kind == "token across lines":
         tokenizer = _gpt2(plain)
         tokenizer.add_tokens(["\nHuman:"])
         rare = "a line.\nHuman: speaks\n"
     elif kind == "characters and a token":
         letters = sorted(set(plain))
-        engine = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine)
+        backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
         tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
         rare = "<|endoftext|>" * 8
     else:
@@ -237,7 +239,7 @@ def test_pieces_when_a_token_lies_over_a_place_that_the_trial_did_not_show_then_
         rare = "words.\nQueen\n"
     text = plain[:8000] + (plain[:300] + rare) * 60
     encoder = Encoder(tokenizer)
-    found = [piece.text for piece in split_documents(_in_parts(text, 1000), encoder)]
-    assert "".join(found) == text
-    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert np.array_equal(np.concatenate(encoder.encode(found)), whole)
+    pieces = [piece.text for piece in split_documents(_in_chunks(text, 1000), encoder)]
+    assert "".join(pieces) == text
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert np.array_equal(np.concatenate(encoder.encode(pieces)), expected)

@@ -1,4 +1,4 @@
-"""Which text a run reads."""
+"""The text of a run, from the options."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from llm.data.sources.corpus import Corpus, open_corpus
 
 
 def _texts(corpus: Corpus) -> dict[str, str]:
-    found = {"train": "", "validation": ""}
-    for split, part in corpus.chunks(Counter()):
-        found[split] += part.text + "|" * part.ends
-    return found
+    texts = {"train": "", "validation": ""}
+    for split, chunk in corpus.chunks(Counter()):
+        texts[split] += chunk.text + ("|" if chunk.ends else "")
+    return texts
 
 
-def _refusal(**options: object) -> str:
-    with pytest.raises(UserError) as refusal:
+def _error(**options: object) -> str:
+    with pytest.raises(UserError) as caught:
         open_corpus(DataOptions(**options))
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_corpus_when_one_file_then_its_end_is_held_out(text: Path) -> None:
     assert "".join(corpus.texts()) == "0123456789" * 9
 
 
-def test_corpus_when_share_is_zero_then_all_for_training(text: Path) -> None:
+def test_corpus_when_percentage_is_zero_then_all_for_training(text: Path) -> None:
     corpus = open_corpus(DataOptions(train_file=(str(text),), validation_split_percentage=0))
     assert _texts(corpus) == {"train": "0123456789" * 10 + "|", "validation": ""}
 
@@ -59,7 +59,7 @@ def test_corpus_when_validation_file_then_nothing_held_out(text: Path, tmp_path:
     assert _texts(corpus) == {"train": "0123456789" * 10 + "|", "validation": "v|w|"}
 
 
-def test_corpus_when_validation_is_trained_on_then_warned(text: Path, caplog) -> None:
+def test_corpus_when_validation_file_is_a_training_file_then_warning(text: Path, caplog) -> None:
     open_corpus(DataOptions(train_file=(str(text),), validation_file=(str(text),)))
     assert "also training files" in caplog.text
 
@@ -69,7 +69,7 @@ def test_corpus_when_only_validation_file_then_usage_error(text: Path) -> None:
         open_corpus(DataOptions(validation_file=(str(text),)))
 
 
-def test_corpus_when_dataset_and_files_then_dataset_wins_and_says_so(text: Path, caplog) -> None:
+def test_corpus_when_dataset_and_files_are_named_then_dataset_with_warning(text: Path, caplog) -> None:
     corpus = open_corpus(DataOptions(dataset_name="builtin:python", train_file=(str(text),)))
     assert corpus.name == "builtin:python"
     assert "--train_file and --validation_file are not" in caplog.text
@@ -82,20 +82,20 @@ def test_corpus_when_folder_then_its_files(tmp_path: Path) -> None:
     assert _texts(corpus) == {"train": "training|", "validation": "validation|"}
 
 
-def test_corpus_when_name_is_no_text_then_refused_with_the_mend(text: Path) -> None:
-    assert "there is builtin:python" in _refusal(dataset_name="builtin:pyhton")
-    assert "give it as --train_file" in _refusal(dataset_name=str(text))
-    assert "no such folder" in _refusal(dataset_name="./not/here")
+def test_corpus_when_name_is_not_a_text_then_error_names_the_fix(text: Path) -> None:
+    assert "there is builtin:python" in _error(dataset_name="builtin:pyhton")
+    assert "give it as --train_file" in _error(dataset_name=str(text))
+    assert "no such folder" in _error(dataset_name="./not/here")
 
 
-def test_corpus_when_all_rows_are_skipped_then_refused_with_reasons(tmp_path: Path) -> None:
+def test_corpus_when_all_rows_are_skipped_then_error_names_reasons(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n')
     corpus = open_corpus(DataOptions(train_file=(str(tmp_path / "a.jsonl"),)))
     with pytest.raises(UserError, match=r"holds no text \(skipped 2 rows \(empty: 1, null: 1\)\)"):
         list(corpus.chunks(Counter()))
 
 
-def test_fingerprint_when_text_or_its_options_change_then_differs(text: Path) -> None:
+def test_fingerprint_when_text_or_its_options_change_then_changes(text: Path) -> None:
     def fingerprint(**options: object) -> str:
         return open_corpus(DataOptions(train_file=(str(text),), **options)).fingerprint
 

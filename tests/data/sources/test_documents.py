@@ -1,4 +1,4 @@
-"""Rows to documents."""
+"""Rows as documents, and the counts of skipped rows."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from llm.data.sources.documents import Skipped, format_skipped, rows_to_document
 def _documents(rows: list[object]) -> tuple[list[str], Skipped]:
     skipped: Skipped = Counter()
     documents, text = [], ""
-    for part in rows_to_documents(rows, skipped):
-        text += part.text
-        if part.ends:
+    for chunk in rows_to_documents(rows, skipped):
+        text += chunk.text
+        if chunk.ends:
             documents.append(text)
             text = ""
     assert text == ""
     return documents, skipped
 
 
-def test_documents_when_rows_end_in_newlines_then_one_running_text() -> None:
+def test_rows_to_documents_when_rows_end_in_newlines_then_one_document() -> None:
     documents, skipped = _documents(["", " = A = \n", "", "b\n", ""])
     assert documents == [" = A = \nb\n"]
     assert skipped == {"empty": 3}
 
 
-def test_documents_when_plain_rows_follow_then_they_end_the_running_text() -> None:
+def test_rows_to_documents_when_rows_without_newline_follow_then_they_end_the_running_text() -> None:
     documents, _ = _documents(["a\n", "b\n", "c", "d", "e\n"])
     assert documents == ["a\nb\n", "c", "d", "e\n"]
 
 
-def test_documents_when_rows_are_no_text_then_counted_by_reason() -> None:
+def test_rows_to_documents_when_rows_hold_no_text_then_counted_by_reason() -> None:
     documents, skipped = _documents(["a", None, 3, "x\ud800", b"\xff", "", None, "b"])
     assert documents == ["a", "b"]
     assert skipped == {

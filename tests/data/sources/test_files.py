@@ -22,10 +22,10 @@ def _names(files) -> list[str]:
     return [file.path.name for file in files]
 
 
-def _refusal(pattern: str) -> str:
-    with pytest.raises(UserError) as refusal:
+def _error(pattern: str) -> str:
+    with pytest.raises(UserError) as caught:
         resolve_files([pattern], "--train_file")
-    message = str(refusal.value)
+    message = str(caught.value)
     assert "\n" not in message
     return message
 
@@ -36,7 +36,7 @@ def test_resolve_files_when_names_and_globs_overlap_then_each_file_once(tmp_path
     assert _names(files) == ["c.md", "a.txt", "b.txt"]
 
 
-def test_resolve_files_when_name_looks_like_a_glob_then_the_file_itself(tmp_path: Path) -> None:
+def test_resolve_files_when_file_name_looks_like_a_glob_then_that_file(tmp_path: Path) -> None:
     _write(tmp_path, "a[1].txt", "a1.txt")
     assert _names(resolve_files([f"{tmp_path}/a[1].txt"], "--f")) == ["a[1].txt"]
 
@@ -48,49 +48,49 @@ def test_resolve_files_when_glob_crosses_folders_then_all_found(tmp_path: Path) 
 
 def test_resolve_files_when_missing_then_nearest_name(tmp_path: Path) -> None:
     _write(tmp_path, "tinyshakespeare.txt")
-    message = _refusal(f"{tmp_path}/tinyshakespear.txt")
+    message = _error(f"{tmp_path}/tinyshakespear.txt")
     assert "no such file" in message
     assert message.endswith("is tinyshakespeare.txt")
 
 
 def test_resolve_files_when_folder_missing_then_nearest_folder(tmp_path: Path) -> None:
     _write(tmp_path, "corpora/a.txt")
-    assert _refusal(f"{tmp_path}/corpra/a.txt").endswith(f"the nearest name in {tmp_path} is corpora")
+    assert _error(f"{tmp_path}/corpra/a.txt").endswith(f"the nearest name in {tmp_path} is corpora")
 
 
 def test_resolve_files_when_glob_matches_nothing_then_nearest_name(tmp_path: Path) -> None:
     _write(tmp_path, "part-1.txt")
-    message = _refusal(f"{tmp_path}/prt-*.txt")
+    message = _error(f"{tmp_path}/prt-*.txt")
     assert "no file matches" in message
     assert "part-1.txt" in message
 
 
-def test_resolve_files_when_folder_then_told_to_use_a_glob(tmp_path: Path) -> None:
-    assert "is a folder" in _refusal(str(tmp_path))
+def test_resolve_files_when_folder_then_error(tmp_path: Path) -> None:
+    assert "is a folder" in _error(str(tmp_path))
 
 
-def test_resolve_files_when_empty_then_refused(tmp_path: Path) -> None:
+def test_resolve_files_when_empty_then_error(tmp_path: Path) -> None:
     _write(tmp_path, "a.txt", text="")
-    assert "is empty" in _refusal(f"{tmp_path}/a.txt")
+    assert "is empty" in _error(f"{tmp_path}/a.txt")
 
 
-def test_resolve_files_when_glob_has_an_empty_one_then_left_out(tmp_path: Path, caplog) -> None:
+def test_resolve_files_when_glob_matches_an_empty_file_then_left_out_with_warning(tmp_path: Path, caplog) -> None:
     _write(tmp_path, "a.txt", text="")
     _write(tmp_path, "b.txt")
     assert _names(resolve_files([f"{tmp_path}/*.txt"], "--f")) == ["b.txt"]
     assert "left out 1 empty files" in caplog.text
 
 
-def test_resolve_files_when_ending_unknown_then_known_ones_listed(tmp_path: Path) -> None:
+def test_resolve_files_when_ending_is_unknown_then_error_lists_known_endings(tmp_path: Path) -> None:
     _write(tmp_path, "a.docx")
-    message = _refusal(f"{tmp_path}/a.docx")
+    message = _error(f"{tmp_path}/a.docx")
     assert ".txt, .md, .csv, .tsv, .json, .jsonl, .parquet" in message
 
 
-def test_resolve_files_when_not_permitted_then_said(tmp_path: Path, monkeypatch) -> None:
+def test_resolve_files_when_file_is_not_readable_then_error(tmp_path: Path, monkeypatch) -> None:
     _write(tmp_path, "a.txt")
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert "no permission" in _refusal(f"{tmp_path}/a.txt")
+    assert "no permission" in _error(f"{tmp_path}/a.txt")
 
 
 @pytest.mark.parametrize(
@@ -104,11 +104,11 @@ def test_resolve_files_when_not_permitted_then_said(tmp_path: Path, monkeypatch)
         ("txt", None),
     ],
 )
-def test_file_kind_when_named_so_then_kind_and_compression(name: str, kind) -> None:
+def test_file_kind_when_name_has_endings_then_kind_and_compression(name: str, kind) -> None:
     assert file_kind(Path(name)) == kind
 
 
-def test_find_split_files_when_names_tell_splits_then_sorted_by_them(tmp_path: Path) -> None:
+def test_find_split_files_when_names_contain_splits_then_files_by_split(tmp_path: Path) -> None:
     _write(tmp_path, "data/train-00000.txt", "data/validation-00000.txt", "test/a.txt", "README.md")
     _write(tmp_path, "latest.txt", ".hidden.txt", ".git/x.txt")
     splits = find_split_files(tmp_path)
@@ -123,7 +123,7 @@ def test_find_split_files_when_no_split_named_then_all_are_for_training(tmp_path
     assert splits["validation"] == ()
 
 
-def test_find_split_files_when_only_validation_named_then_the_rest_trains(tmp_path: Path) -> None:
+def test_find_split_files_when_only_validation_is_named_then_other_files_are_for_training(tmp_path: Path) -> None:
     _write(tmp_path, "dev.txt", "book.txt")
     splits = find_split_files(tmp_path)
     assert (_names(splits["train"]), _names(splits["validation"])) == (["book.txt"], ["dev.txt"])
@@ -134,7 +134,7 @@ def test_find_split_files_when_parent_is_called_train_then_it_does_not_count(tmp
     assert _names(find_split_files(tmp_path / "train")["validation"]) == ["dev.txt"]
 
 
-def test_find_split_files_when_nothing_known_then_refused(tmp_path: Path) -> None:
+def test_find_split_files_when_no_file_has_a_known_ending_then_error(tmp_path: Path) -> None:
     _write(tmp_path, "a.png")
     with pytest.raises(UserError, match="holds no training text"):
         find_split_files(tmp_path)

@@ -1,4 +1,4 @@
-"""Datasets of the Hub, without the Hub."""
+"""Datasets of the Hub and saved datasets, without the Hub."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _table(*texts: object, column: str = "text") -> datasets.Dataset:
 
 
 def _texts(corpus: Corpus, split: str) -> str:
-    parts = corpus.chunks(Counter())
-    return "".join(part.text + "|" * part.ends for side, part in parts if side == split)
+    chunks = corpus.chunks(Counter())
+    return "".join(chunk.text + ("|" if chunk.ends else "") for name, chunk in chunks if name == split)
 
 
 def _open(splits: dict, **options: object) -> Corpus:
@@ -34,7 +34,7 @@ def test_corpus_when_dataset_has_validation_then_it_is_used() -> None:
     assert _texts(corpus, "validation") == "c|"
 
 
-def test_corpus_when_dataset_has_none_then_its_end_is_held_out() -> None:
+def test_corpus_when_dataset_has_no_validation_then_its_end_is_held_out() -> None:
     corpus = _open({"train": _table(*"abcdefghij")}, validation_split_percentage=20)
     assert _texts(corpus, "train") == "a|b|c|d|e|f|g|h|"
     assert _texts(corpus, "validation") == "i|j|"
@@ -45,19 +45,19 @@ def test_corpus_when_rows_are_lines_then_one_document() -> None:
     assert _texts(corpus, "train") == " = A = \nb\n|"
 
 
-def test_corpus_when_dataset_lacks_the_column_then_columns_listed() -> None:
+def test_corpus_when_dataset_lacks_the_column_then_error_lists_columns() -> None:
     splits = {"train": _table("a", column="body")}
     with pytest.raises(UserError, match="some/set: no column 'text'; its columns are body, n;"):
         _open(splits)
     assert _texts(_open(splits, text_column="body", validation_split_percentage=0), "train") == "a|"
 
 
-def test_corpus_when_dataset_has_no_train_split_then_splits_listed() -> None:
+def test_corpus_when_dataset_has_no_train_split_then_error_lists_splits() -> None:
     with pytest.raises(UserError, match="no split called train; it has test"):
         _open({"test": _table("a")})
 
 
-def test_corpus_when_dataset_changes_then_fingerprint_does() -> None:
+def test_corpus_when_dataset_changes_then_fingerprint_changes() -> None:
     one, other = _table("a", "b"), _table("a", "c")
     assert _open({"train": one}).fingerprint == _open({"train": one}).fingerprint
     assert _open({"train": one}).fingerprint != _open({"train": other}).fingerprint
@@ -75,40 +75,40 @@ def test_corpus_when_folder_was_saved_to_disk_then_loaded(tmp_path: Path, with_s
     assert _texts(corpus, "validation") == ("c|" if with_splits else "b|")
 
 
-def test_corpus_when_saved_folder_is_damaged_then_refused(tmp_path: Path) -> None:
+def test_corpus_when_saved_folder_is_damaged_then_error(tmp_path: Path) -> None:
     _table("a").save_to_disk(tmp_path / "set")
     next((tmp_path / "set").glob("*.arrow")).write_bytes(b"")
-    with pytest.raises(UserError, match="cannot be loaded") as refusal:
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
         open_corpus(DataOptions(dataset_name=str(tmp_path / "set")))
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(caught.value)
 
 
-def _refusal(monkeypatch, error: Exception, configuration: str | None = None) -> str:
+def _error(monkeypatch, error: Exception, configuration: str | None = None) -> str:
     def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as caught:
         load_hub("some/set", configuration)
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-def test_load_hub_when_not_found_then_cause_and_mend(monkeypatch) -> None:
-    message = _refusal(monkeypatch, DatasetNotFoundError("Dataset 'some/set' doesn't exist."))
+def test_load_hub_when_dataset_does_not_exist_then_error_names_cause_and_fix(monkeypatch) -> None:
+    message = _error(monkeypatch, DatasetNotFoundError("Dataset 'some/set' doesn't exist."))
     assert message.startswith("--dataset_name some/set: cannot be loaded (Dataset 'some/set'")
     assert "check the spelling" in message
 
 
-def test_load_hub_when_unreachable_then_told_to_connect(monkeypatch) -> None:
-    message = _refusal(monkeypatch, ConnectionError("Couldn't reach the Hub"))
+def test_load_hub_when_hub_is_unreachable_then_error_names_the_fix(monkeypatch) -> None:
+    message = _error(monkeypatch, ConnectionError("Couldn't reach the Hub"))
     assert "connect this machine" in message
 
 
-def test_load_hub_when_generation_fails_then_its_real_cause(monkeypatch) -> None:
+def test_load_hub_when_generation_fails_then_error_names_the_root_cause(monkeypatch) -> None:
     error = DatasetGenerationError("An error occurred while generating the dataset")
     error.__cause__ = ValueError("JSON parse error in row 3\nmore")
-    assert "(JSON parse error in row 3)" in _refusal(monkeypatch, error)
+    assert "(JSON parse error in row 3)" in _error(monkeypatch, error)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_load_hub_when_generation_fails_then_its_real_cause(monkeypatch) -> None
         "Couldn't find cache for s for config 'x'\nAvailable configs in the cache: ['a', 'b']",
     ],
 )
-def test_load_hub_when_configuration_is_unknown_then_known_ones(monkeypatch, message: str) -> None:
-    given = _refusal(monkeypatch, ValueError(message), "x")
-    assert given == "--dataset_config_name x: some/set has no such configuration; it has a, b"
-    assert _refusal(monkeypatch, ValueError(message)).endswith("--dataset_config_name: a, b")
+def test_load_hub_when_configuration_is_unknown_then_error_lists_configurations(monkeypatch, message: str) -> None:
+    text = _error(monkeypatch, ValueError(message), "x")
+    assert text == "--dataset_config_name x: some/set has no such configuration; it has a, b"
+    assert _error(monkeypatch, ValueError(message)).endswith("--dataset_config_name: a, b")

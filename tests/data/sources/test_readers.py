@@ -1,12 +1,9 @@
-"""Every format, whole and broken."""
+"""Files of every format, valid and broken."""
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import json
-import lzma
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from llm.config.errors import UserError
-from llm.data.sources import text_decoding as decoding
+from llm.data.sources import text_decoding
 from llm.data.sources.files import resolve_files
 from llm.data.sources.readers import FileSource, read_rows
 
@@ -28,100 +25,31 @@ def _source(path: Path, column: str | None = None, keep: bool = True) -> FileSou
 
 def _documents(source: FileSource) -> list[str]:
     documents, text = [], ""
-    for part in source(Counter()):
-        text += part.text
-        if part.ends:
+    for chunk in source(Counter()):
+        text += chunk.text
+        if chunk.ends:
             documents.append(text)
             text = ""
     assert text == ""
     return documents
 
 
-def _refusal(path: Path, column: str | None = None) -> str:
-    with pytest.raises(UserError) as refusal:
+def _error(path: Path, column: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
         _documents(_source(path, column))
-    message = str(refusal.value)
+    message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
     return message
 
 
-def _packed(data: bytes, compression: str) -> bytes:
-    if compression == "zst":
-        return pyarrow.compress(data, codec="zstd", asbytes=True)
-    return {"gz": gzip, "bz2": bz2, "xz": lzma}[compression].compress(data)
-
-
-def test_txt_when_read_then_line_ends_stay_and_mark_goes(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n\x85three\r")
-    with pytest.raises(UserError, match=r"byte 13\b"):
-        _documents(_source(path))
-    path.write_bytes("\ufeffone\r\ntwo\n\nthree\r".encode())
-    assert _documents(_source(path)) == ["one\r\ntwo\n\nthree\r"]
-
-
-def test_txt_when_linebreaks_dropped_then_only_they_go(tmp_path: Path) -> None:
+def test_txt_when_line_breaks_are_dropped_then_other_white_space_stays(tmp_path: Path) -> None:
     path = tmp_path / "a.md"
     path.write_bytes("one\r\ntwo \u2028\nthree".encode())
     assert _documents(_source(path, keep=False)) == ["onetwo \u2028three"]
 
 
-def test_txt_when_several_chunks_cut_characters_then_whole(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(decoding, "CHUNK_BYTES", 3)
-    path = tmp_path / "a.txt"
-    path.write_text("".join(TEXTS))
-    assert _documents(_source(path)) == ["".join(TEXTS)]
-
-
-@pytest.mark.parametrize("compression", ["gz", "bz2", "xz", "zst"])
-def test_txt_when_compressed_then_same_text(tmp_path: Path, compression: str) -> None:
-    path = tmp_path / f"a.txt.{compression}"
-    path.write_bytes(_packed("".join(TEXTS).encode(), compression))
-    assert _documents(_source(path)) == ["".join(TEXTS)]
-
-
-@pytest.mark.parametrize("compression", ["gz", "bz2", "xz", "zst"])
-def test_txt_when_compression_cut_short_then_refused(tmp_path: Path, compression: str) -> None:
-    path = tmp_path / f"a.txt.{compression}"
-    path.write_bytes(_packed(bytes(range(1, 127)) * 99, compression)[:-9])
-    assert f"broken .{compression}" in _refusal(path)
-
-
-@pytest.mark.parametrize("compression", ["gz", "bz2", "xz", "zst"])
-def test_txt_when_not_compressed_at_all_then_refused(tmp_path: Path, compression: str) -> None:
-    path = tmp_path / f"a.txt.{compression}"
-    path.write_text("plain text")
-    assert f"broken .{compression}" in _refusal(path)
-
-
-def test_txt_when_compressed_nothing_then_empty(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt.gz"
-    path.write_bytes(gzip.compress(b""))
-    assert "is empty" in _refusal(path)
-
-
-def test_txt_when_not_utf8_then_byte_offset(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(decoding, "CHUNK_BYTES", 4)
-    path = tmp_path / "a.txt"
-    path.write_bytes("äöü".encode() + b"caf\xe9 au lait")
-    assert "not UTF-8 (byte 9)" in _refusal(path)
-
-
-def test_txt_when_ends_inside_a_character_then_byte_offset(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes("ab€".encode()[:-1])
-    assert "not UTF-8 (byte 2)" in _refusal(path)
-
-
-def test_txt_when_binary_then_offset_of_nul(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(decoding, "CHUNK_BYTES", 4)
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"abcdefg\0h")
-    assert "NUL byte at byte 7" in _refusal(path)
-
-
-def test_csv_when_read_then_rows_of_the_text_column(tmp_path: Path) -> None:
+def test_csv_when_read_then_values_of_the_text_column(tmp_path: Path) -> None:
     for ending, separator in [("csv", ","), ("tsv", "\t")]:
         path = tmp_path / f"a.{ending}"
         with path.open("w", newline="") as file:
@@ -129,7 +57,7 @@ def test_csv_when_read_then_rows_of_the_text_column(tmp_path: Path) -> None:
         assert _documents(_source(path)) == TEXTS
 
 
-def test_csv_when_rows_are_short_or_blank_then_null_or_no_row(tmp_path: Path) -> None:
+def test_csv_when_row_is_short_then_none_and_when_blank_then_skipped(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("\ufeffid,text\n1,a\n\n2\n3,b\n")
     assert list(read_rows(*resolve_files([str(path)], "--f"), "text")) == ["a", None, "b"]
@@ -138,9 +66,9 @@ def test_csv_when_rows_are_short_or_blank_then_null_or_no_row(tmp_path: Path) ->
 def test_csv_when_no_text_column_then_columns_listed(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("id,body\n1,a\n")
-    assert "no column 'text'; its columns are id, body; choose one with --text_column" in _refusal(path)
+    assert "no column 'text'; its columns are id, body; choose one with --text_column" in _error(path)
     assert _documents(_source(path, "body")) == ["a"]
-    assert "no column 'bdy'" in _refusal(path, "bdy")
+    assert "no column 'bdy'" in _error(path, "bdy")
 
 
 def test_csv_when_cell_is_wide_then_read(tmp_path: Path) -> None:
@@ -149,15 +77,15 @@ def test_csv_when_cell_is_wide_then_read(tmp_path: Path) -> None:
     assert _documents(_source(path)) == ["w" * 200_000]
 
 
-def test_csv_when_quote_never_closes_then_refused_with_line(tmp_path: Path) -> None:
+def test_csv_when_quote_is_not_closed_then_error_names_line(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('text\n"fine"\n"open\nmore\n')
-    assert "broken CSV at line 4" in _refusal(path)
+    assert "broken CSV at line 4" in _error(path)
 
 
 @pytest.mark.parametrize("form", ["lines", "array", "flat array", "data", "indented data", "jsonl"])
-def test_json_when_in_any_form_then_same_rows(tmp_path: Path, form: str, monkeypatch) -> None:
-    monkeypatch.setattr(decoding, "CHUNK_BYTES", 5)
+def test_json_when_objects_are_in_any_layout_then_same_rows(tmp_path: Path, form: str, monkeypatch) -> None:
+    monkeypatch.setattr(text_decoding, "CHUNK_BYTES", 5)
     objects = [{"text": text, "n": 1} for text in TEXTS]
     as_lines = "\n".join(json.dumps(item, ensure_ascii=False) for item in objects) + "\n\n"
     path = tmp_path / ("a.jsonl" if form == "jsonl" else "a.json")
@@ -174,10 +102,10 @@ def test_json_when_in_any_form_then_same_rows(tmp_path: Path, form: str, monkeyp
     assert _documents(_source(path)) == TEXTS
 
 
-def test_json_when_array_is_empty_then_no_rows(tmp_path: Path) -> None:
+def test_json_when_array_is_empty_then_error(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(" [ ] ")
-    assert "holds no rows" in _refusal(path)
+    assert "holds no rows" in _error(path)
 
 
 @pytest.mark.parametrize(
@@ -194,31 +122,31 @@ def test_json_when_array_is_empty_then_no_rows(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("chunk_bytes", [3, 1000])
-def test_json_when_broken_then_line(
+def test_json_when_broken_then_error_names_line(
     tmp_path: Path, monkeypatch, name: str, text: str, line: int, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(decoding, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(text_decoding, "CHUNK_BYTES", chunk_bytes)
     path = tmp_path / name
     path.write_text(text)
-    assert f"broken JSON at line {line} " in _refusal(path)
+    assert f"broken JSON at line {line} " in _error(path)
 
 
-def test_json_when_rows_are_no_objects_then_refused(tmp_path: Path) -> None:
+def test_json_when_items_are_not_objects_then_error_names_item(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('["a", "b"]')
-    assert "item 1 is a str" in _refusal(path)
+    assert "item 1 is a str" in _error(path)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n"b"\n')
-    assert "line 2 is a str" in _refusal(path)
+    assert "line 2 is a str" in _error(path)
 
 
 def test_json_when_no_text_column_then_columns_of_the_rows_listed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": "x"}\n{"b": "y"}\n')
-    assert "its columns are a, b;" in _refusal(path)
+    assert "its columns are a, b;" in _error(path)
 
 
-def test_json_when_some_rows_lack_the_column_then_they_are_null(tmp_path: Path) -> None:
+def test_json_when_some_rows_lack_the_column_then_none_for_these(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": "x"}\n{"text": "y"}\n')
     assert list(read_rows(*resolve_files([str(path)], "--f"), "text")) == [None, "y"]
@@ -237,26 +165,26 @@ def test_parquet_when_read_then_rows(tmp_path: Path) -> None:
 def test_parquet_when_no_text_column_then_columns_listed(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     _write_parquet(path, {"id": [1], "body": ["a"]})
-    assert "its columns are id, body;" in _refusal(path)
+    assert "its columns are id, body;" in _error(path)
 
 
-def test_parquet_when_broken_or_empty_then_refused(tmp_path: Path) -> None:
+def test_parquet_when_broken_or_empty_then_error(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     _write_parquet(path, {"text": TEXTS})
     path.write_bytes(path.read_bytes()[:-20])
-    assert "broken Parquet" in _refusal(path)
+    assert "broken Parquet" in _error(path)
     _write_parquet(path, {"text": pyarrow.array([], pyarrow.string())})
-    assert "holds no rows" in _refusal(path)
+    assert "holds no rows" in _error(path)
 
 
-def test_parquet_when_a_cell_is_not_utf8_then_it_comes_as_bytes(tmp_path: Path) -> None:
+def test_parquet_when_a_cell_is_not_utf8_then_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     cells = pyarrow.array([b"fine", b"\xff", None]).view(pyarrow.string())
     _write_parquet(path, {"text": cells})
     assert list(read_rows(*resolve_files([str(path)], "--f"), "text")) == ["fine", b"\xff", None]
 
 
-def test_files_when_formats_are_mixed_then_all_in_order(tmp_path: Path) -> None:
+def test_file_source_when_formats_are_mixed_then_all_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "b.jsonl").write_text('{"text": "second"}\n')
     _write_parquet(tmp_path / "c.parquet", {"text": ["third"]})
