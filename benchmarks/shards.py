@@ -67,8 +67,8 @@ def write_shards(folder: Path) -> None:
     from llm.data.sources.documents import Piece
 
     draw = np.random.default_rng(0)
-    form = ShardSpec(VOCABULARY_SIZE, "benchmark", NUM_TOKENS // NUM_SHARDS, None, eos_in_single_text=True)
-    writers = {split: SplitWriter(folder, split, form) for split in SPLITS}
+    spec = ShardSpec(VOCABULARY_SIZE, "benchmark", NUM_TOKENS // NUM_SHARDS, None, eos_in_single_text=True)
+    writers = {split: SplitWriter(folder, split, spec) for split in SPLITS}
     for _ in range(NUM_TOKENS // _PIECE_TOKENS):
         ids = draw.integers(VOCABULARY_SIZE, size=_PIECE_TOKENS, dtype=np.uint32)
         for document in np.split(ids, _PIECE_TOKENS // _DOCUMENT_TOKENS):
@@ -81,7 +81,7 @@ def write_shards(folder: Path) -> None:
         "version": VERSION,
         "name": "random",
         "data_hash": "benchmark",
-        "tokenizer_hash": form.tokenizer_hash,
+        "tokenizer_hash": spec.tokenizer_hash,
         "vocabulary_size": VOCABULARY_SIZE,
         "splits": {split: writer.facts for split, writer in writers.items()},
         "skipped": {},

@@ -23,7 +23,7 @@ from llm.config.reader import read_options
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llm.data.shards.format import Streams
+    from llm.data.shards.format import TokenizedText
     from llm.data.sources.corpus import Corpus
     from llm.files.lock import Lock
 
@@ -287,7 +287,7 @@ def _beginning(texts: Iterator[str]) -> Iterator[str]:
             return
 
 
-def _print_summary(folder: Path, streams: Streams) -> None:
+def _print_summary(folder: Path, streams: TokenizedText) -> None:
     from llm.data.sources.documents import format_skipped
 
     for name, stream in (("train", streams.train), ("validation", streams.validation)):

@@ -21,12 +21,12 @@ from llm.config.weighted_dirs import parse_weighted_dirs
 from llm.data.batches.blocks import Blocks, cut_blocks
 from llm.data.batches.ledger import Ledger, ledger, ledger_line, mixture_lines
 from llm.data.batches.loader import Batch, BlockSource
-from llm.data.batches.mixture import mixed
+from llm.data.batches.mixture import mix
 from llm.data.preparation.cache import load_or_tokenize
 from llm.data.preparation.progress_bar import text_progress_bar
 from llm.data.shards.document_starts import StartsAfterEos
 from llm.data.shards.external_formats import is_token_file, open_external_folder, open_files
-from llm.data.shards.format import OtherTokenizerError, Stream, Streams, is_folder_of_shards, open_folder
+from llm.data.shards.format import SplitTokens, TokenizedText, TokenizerMismatchError, is_folder_of_shards, open_folder
 from llm.data.sources.corpus import open_corpus
 from llm.data.sources.files import resolve_folder
 from llm.distributed.world import World
@@ -158,35 +158,35 @@ class PreparedDataset(TokenizedDataset):
         name: name of the text in logs and in the model card.
         tokenizer: the tokenizer of the ids.
         tokenizer_hash: hash of the tokenizer's behaviour.
-        streams: the ids of both splits.
+        text: the ids of both splits.
     """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     tokenizer_hash: str
-    streams: Streams
+    text: TokenizedText
 
     def identity(self) -> dict[str, str]:
         """Return the hashes of the text and of the tokenizer."""
-        return {"data_hash": self.streams.data_hash, "tokenizer_hash": self.tokenizer_hash}
+        return {"data_hash": self.text.data_hash, "tokenizer_hash": self.tokenizer_hash}
 
     def blocks(self, block_size: int, *, document_mask: bool) -> tuple[BlockSource, Blocks | None]:
         """Cut both splits into blocks; see `TokenizedDataset.blocks`."""
-        return cut_blocks(self.streams, block_size, document_mask=document_mask)
+        return cut_blocks(self.text, block_size, document_mask=document_mask)
 
     def bytes_of_ids(self) -> tuple[torch.Tensor | None, float]:
-        """Count the bytes of the ids on the validation text; see `bytes_of_ids`."""
-        return bytes_of_ids(self.tokenizer, self.streams.validation)
+        """Count the bytes of the ids on the validation text; int32 [vocabulary] or None, see `bytes_of_ids`."""
+        return bytes_of_ids(self.tokenizer, self.text.validation)
 
     def ledger(self, block_size: int) -> Ledger:
         """Count the tokens of both splits."""
-        return ledger(self.streams, block_size)
+        return ledger(self.text, block_size)
 
     def opening_lines(self, blocks: BlockSource, *, num_samples: int, document_mask: bool) -> list[str]:
         """Return the ledger, and for a mixture one line a source."""
         return [
             ledger_line(self.ledger(blocks.block_size), document_mask=document_mask),
-            *mixture_lines(self.streams, blocks, num_samples),
+            *mixture_lines(self.text, blocks, num_samples),
         ]
 
     def num_unreached_tokens(self, blocks: BlockSource, num_samples: int) -> int:
@@ -194,7 +194,9 @@ class PreparedDataset(TokenizedDataset):
         return blocks.num_unread(num_samples) * blocks.block_size
 
 
-def bytes_of_ids(tokenizer: PreTrainedTokenizerBase, validation: Stream | None) -> tuple[torch.Tensor | None, float]:
+def bytes_of_ids(
+    tokenizer: PreTrainedTokenizerBase, validation: SplitTokens | None
+) -> tuple[torch.Tensor | None, float]:
     """Return the bytes of text that each id stands for, checked on the validation text.
 
     Args:
@@ -256,7 +258,7 @@ def prepare_dataset(options: Options, world: World) -> PreparedDataset:
     )
     identity = tokenizer_hash(tokenizer)
     with text_progress_bar() as on_progress:
-        streams = load_or_tokenize(
+        text = load_or_tokenize(
             corpus,
             tokenizer,
             tokenizer_hash=identity,
@@ -265,7 +267,7 @@ def prepare_dataset(options: Options, world: World) -> PreparedDataset:
             eos_in_single_text=not is_character_level(tokenizer),
             on_progress=on_progress,
         )
-    return PreparedDataset(corpus.name, tokenizer, identity, streams)
+    return PreparedDataset(corpus.name, tokenizer, identity, text)
 
 
 def _open_tokens(options: Options) -> PreparedDataset:
@@ -281,23 +283,23 @@ def _open_tokens(options: Options) -> PreparedDataset:
         files = data.train_file or ()
         if not all(map(is_token_file, (*files, *(data.validation_file or ())))):
             raise UserError("--train_file, --validation_file: token files and text are mixed; give one kind")
-        streams = reader.checked(open_files(files, data.validation_file, percentage, reader.size, reader.identity))
+        text = reader.checked(open_files(files, data.validation_file, percentage, reader.size, reader.identity))
     else:
         texts = reader.folders(folders, percentage)
         # The weight of a single folder has no effect.
         weights = [entry.weight for entry in weighted]
-        streams = texts[0] if len(texts) == 1 else mixed([entry.name for entry in weighted], weights, texts)
+        text = texts[0] if len(texts) == 1 else mix([entry.name for entry in weighted], weights, texts)
     if data.validation_dir is not None:
         other = reader.folder(resolve_folder(data.validation_dir, "--validation_dir"), 0)
-        streams = replace(streams, validation=other.validation or other.train, data_hash=_joint_hash(streams, other))
-    validation = streams.validation
+        text = replace(text, validation=other.validation or other.train, data_hash=_joint_hash(text, other))
+    validation = text.validation
     log.info(
         "tokens of %s: %s for training, %s for validation",
-        streams.name,
-        f"{len(streams.train.tokens):,}",
+        text.name,
+        f"{len(text.train.tokens):,}",
         f"{len(validation.tokens) if validation else 0:,}",
     )
-    return PreparedDataset(streams.name, tokenizer, reader.identity, streams)
+    return PreparedDataset(text.name, tokenizer, reader.identity, text)
 
 
 @dataclass(frozen=True)
@@ -316,71 +318,71 @@ class _TokenReader:
     size: int
     document_mask: bool
 
-    def folder(self, folder: Path, percentage: float) -> Streams:
+    def folder(self, folder: Path, percentage: float) -> TokenizedText:
         """Open a folder of token shards, or of another program's tokens, of which `percentage` is held out."""
         if is_folder_of_shards(folder):
             return self.checked(open_folder(folder, tokenizer_hash=self.identity))
         return self.checked(open_external_folder(folder, percentage, self.size))
 
-    def folders(self, folders: Sequence[Path], percentage: float) -> list[Streams]:
+    def folders(self, folders: Sequence[Path], percentage: float) -> list[TokenizedText]:
         """Open folders that are to be mixed.
 
         Raises:
-            OtherTokenizerError: they are not of one tokenizer.
+            TokenizerMismatchError: they are not of one tokenizer.
         """
-        texts: list[Streams] = []
+        texts: list[TokenizedText] = []
         for folder in folders:
             try:
                 texts.append(self.folder(folder, percentage))
-            except OtherTokenizerError as error:
+            except TokenizerMismatchError as error:
                 if not texts:
                     raise
-                raise OtherTokenizerError(
+                raise TokenizerMismatchError(
                     f"--train_dir {folder}: not of the tokenizer of {folders[0]};"
                     " folders that are mixed must be made with the same --tokenizer_name"
                 ) from error
         return texts
 
-    def checked(self, streams: Streams) -> Streams:
+    def checked(self, text: TokenizedText) -> TokenizedText:
         """Return the text, with document starts if they are needed.
 
         Raises:
-            OtherTokenizerError: it was made for another vocabulary.
+            TokenizerMismatchError: it was made for another vocabulary.
         """
-        if streams.vocabulary_size != self.size:
-            raise OtherTokenizerError(
-                f"{streams.dir}: made for {streams.vocabulary_size} tokens, the tokenizer has {self.size};"
+        if text.vocabulary_size != self.size:
+            raise TokenizerMismatchError(
+                f"{text.dir}: made for {text.vocabulary_size} tokens, the tokenizer has {self.size};"
                 " leave --tokenizer_name out to use the one beside the shards"
             )
-        _check_ids(streams.train, self.size)
-        return self._with_starts(streams) if self.document_mask else streams
+        _check_ids(text.train, self.size)
+        return self._with_starts(text) if self.document_mask else text
 
-    def _with_starts(self, streams: Streams) -> Streams:
-        splits = [streams.train] if streams.validation is None else [streams.train, streams.validation]
+    def _with_starts(self, text: TokenizedText) -> TokenizedText:
+        splits = [text.train] if text.validation is None else [text.train, text.validation]
         if all(split.starts is not None for split in splits):
-            return streams
+            return text
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise UserError(
-                f"--document_mask: {streams.name} does not say where documents start, and the tokenizer has no"
+                f"--document_mask: {text.name} does not say where documents start, and the tokenizer has no"
                 " end-of-text token to find them by; leave the option out, or make shards with llm.prepare"
             )
-        log.info("document mask: in %s a document ends with %s", streams.name, self.tokenizer.eos_token)
+        log.info("document mask: in %s a document ends with %s", text.name, self.tokenizer.eos_token)
         train, *held_out = [
             replace(split, starts=split.starts or StartsAfterEos(split.tokens, eos)) for split in splits
         ]
-        return replace(streams, train=train, validation=held_out[0] if held_out else None)
+        return replace(text, train=train, validation=held_out[0] if held_out else None)
 
 
-def _joint_hash(streams: Streams, validation: Streams) -> str:
-    return blake2b(f"{streams.data_hash} {validation.data_hash}".encode(), digest_size=16).hexdigest()
+def _joint_hash(text: TokenizedText, validation: TokenizedText) -> str:
+    return blake2b(f"{text.data_hash} {validation.data_hash}".encode(), digest_size=16).hexdigest()
 
 
-def _check_ids(stream: Stream, size: int) -> None:
+def _check_ids(stream: SplitTokens, size: int) -> None:
     """Check the first ids, where another vocabulary mostly shows; the rest is checked when its block is read."""
     head = stream.tokens[:_CHUNK_TOKENS]
     if len(head) and int(head.max()) >= size:
-        raise OtherTokenizerError(
+        raise TokenizerMismatchError(
             f"the tokens hold id {head.max()}, but the tokenizer has {size} tokens:"
             " name the one they were made with as --tokenizer_name"
         )

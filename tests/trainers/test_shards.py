@@ -65,7 +65,7 @@ def test_train_when_something_about_the_shards_is_wrong_then_one_line(
     np.full(500, 999, np.uint16).tofile(tmp_path / "high.bin")
     np.zeros(500, np.uint16).tofile(tmp_path / "low.bin")
     tokenizer = ["--tokenizer_name", other / "tokenizer"]
-    for given, code, message in (
+    for arguments, code, message in (
         (["--train_dir", shards, *tokenizer], 1, "made with another tokenizer"),
         (["--train_dir", shards, "--validation_dir", other], 1, "made with another tokenizer"),
         (["--train_dir", tmp_path / "shrads"], 1, "nearest name in"),
@@ -75,9 +75,9 @@ def test_train_when_something_about_the_shards_is_wrong_then_one_line(
         (["--train_file", tmp_path / "low.bin", tiny_text], 1, "mixed; give one kind"),
         (["--train_file", tmp_path / "low.bin", "--tokenizer_name", "char"], 1, "tokens are given, not text"),
     ):
-        outcome = train(*given, *words)
-        assert outcome.code == code, given
+        outcome = train(*arguments, *words)
+        assert outcome.code == code, arguments
         assert message in outcome.err
         assert outcome.err.count("error: ") == 1
     (shards / "manifest.json").unlink()
-    assert "are not finished" in train("--train_dir", shards, *words).err
+    assert "the shards are unfinished" in train("--train_dir", shards, *words).err

@@ -13,7 +13,7 @@ from llm.data.batches.mixture import Mixture
 from llm.data.batches.row import Row
 from llm.data.batches.shuffle import shuffled_index
 from llm.data.shards.document_starts import Starts
-from llm.data.shards.format import Stream, Streams
+from llm.data.shards.format import SplitTokens, TokenizedText
 from llm.data.shards.memmap import Tokens
 
 log = logging.getLogger(__name__)
@@ -117,42 +117,40 @@ class Blocks:
 
 
 def cut_blocks(
-    streams: Streams, block_size: int, *, document_mask: bool = False
+    text: TokenizedText, block_size: int, *, document_mask: bool = False
 ) -> tuple[Blocks | Mixture, Blocks | None]:
     """Return the training blocks, and the validation blocks or None if that text does not fill one block.
 
     Args:
-        streams: the text.
+        text: the text.
         block_size: tokens predicted in a block.
-        document_mask: whether rows carry positions inside documents; the streams must know the document starts.
+        document_mask: whether rows carry positions inside documents; the text must know the document starts.
 
     Raises:
         UserError: the training text, or one source of a mixture, does not fill one block.
     """
-    texts = {f"--train_dir {source.name}": source.text for source in streams.sources} or {
-        "the training text": streams.train
-    }
-    cuts = [_cut(text, block_size, streams.vocabulary_size, document_mask) for text in texts.values()]
-    for name, text in texts.items():
-        if len(text.tokens) <= block_size:
+    splits = {f"--train_dir {source.name}": source.text for source in text.sources} or {"the training text": text.train}
+    cuts = [_cut(split, block_size, text.vocabulary_size, document_mask) for split in splits.values()]
+    for name, split in splits.items():
+        if len(split.tokens) <= block_size:
             raise UserError(
-                f"{name} has {len(text.tokens)} tokens, and a block of"
+                f"{name} has {len(split.tokens)} tokens, and a block of"
                 f" --block_size {block_size} needs {block_size + 1}: give more text or a smaller block"
             )
-    train = Mixture(cuts, [source.weight for source in streams.sources]) if streams.sources else cuts[0]
-    return train, cut_validation(streams, block_size, document_mask=document_mask)
+    train = Mixture(cuts, [source.weight for source in text.sources]) if text.sources else cuts[0]
+    return train, cut_validation(text, block_size, document_mask=document_mask)
 
 
-def cut_validation(streams: Streams, block_size: int, *, document_mask: bool = False) -> Blocks | None:
+def cut_validation(text: TokenizedText, block_size: int, *, document_mask: bool = False) -> Blocks | None:
     """Return the validation blocks, None if there is no such text or it does not fill one block (a warning)."""
-    if streams.validation is None:
+    if text.validation is None:
         return None
-    validation = _cut(streams.validation, block_size, streams.vocabulary_size, document_mask)
+    validation = _cut(text.validation, block_size, text.vocabulary_size, document_mask)
     if len(validation) == 0:
         log.warning(
             "no validation: its text has %d tokens, and a block of --block_size %d needs %d (a smaller block or a "
             "larger --validation_split_percentage gives one)",
-            len(streams.validation.tokens),
+            len(text.validation.tokens),
             block_size,
             block_size + 1,
         )
@@ -160,7 +158,7 @@ def cut_validation(streams: Streams, block_size: int, *, document_mask: bool = F
     return validation
 
 
-def _cut(text: Stream, block_size: int, vocabulary_size: int, document_mask: bool) -> Blocks:
-    starts = text.starts if document_mask else None
+def _cut(split: SplitTokens, block_size: int, vocabulary_size: int, document_mask: bool) -> Blocks:
+    starts = split.starts if document_mask else None
     assert starts is not None or not document_mask
-    return Blocks(text.tokens, block_size, vocabulary_size=vocabulary_size, starts=starts)
+    return Blocks(split.tokens, block_size, vocabulary_size=vocabulary_size, starts=starts)

@@ -9,7 +9,7 @@ import numpy as np
 from llm.data.batches.blocks import Blocks
 from llm.data.batches.loader import BlockSource
 from llm.data.batches.mixture import Mixture
-from llm.data.shards.format import Streams
+from llm.data.shards.format import TokenizedText
 
 # The number of masked targets is unknown here: it would take reading the starts of all documents.
 DOCUMENT_MASK_NOTE = "; document mask: the first token of a document is read, but never predicted"
@@ -38,11 +38,11 @@ class Ledger:
         return self.train_tokens + self.dropped_train + held_out
 
 
-def ledger(streams: Streams, block_size: int) -> Ledger:
+def ledger(text: TokenizedText, block_size: int) -> Ledger:
     """Count the tokens of a text for a block size; of a mixture, each source drops its own remainder."""
-    train_splits = [source.text for source in streams.sources] or [streams.train]
+    train_splits = [source.text for source in text.sources] or [text.train]
     train = [Blocks(split.tokens, block_size) for split in train_splits]
-    held_out = streams.validation.tokens if streams.validation is not None else np.zeros(0)
+    held_out = text.validation.tokens if text.validation is not None else np.zeros(0)
     validation = Blocks(held_out, block_size)
     return Ledger(
         train_tokens=sum(blocks.num_tokens for blocks in train),
@@ -62,11 +62,11 @@ def ledger_line(ledger: Ledger, *, document_mask: bool = False) -> str:
     )
 
 
-def mixture_lines(streams: Streams, blocks: BlockSource, num_samples: int) -> list[str]:
+def mixture_lines(text: TokenizedText, blocks: BlockSource, num_samples: int) -> list[str]:
     """Return a line a source such as `mixture: data/a | 70.00% | 1,003,854 tokens | read 1.43 times`.
 
     Args:
-        streams: the text.
+        text: the text.
         blocks: its training blocks; the list is empty unless they are a `Mixture`.
         num_samples: blocks that the whole run reads.
     """
@@ -74,5 +74,5 @@ def mixture_lines(streams: Streams, blocks: BlockSource, num_samples: int) -> li
         return []
     return [
         f"mixture: {source.name} | {float(share):.2%} | {len(source.text.tokens):,} tokens | read {epochs:.2f} times"
-        for source, share, epochs in zip(streams.sources, blocks.shares, blocks.num_epochs(num_samples), strict=True)
+        for source, share, epochs in zip(text.sources, blocks.shares, blocks.num_epochs(num_samples), strict=True)
     ]

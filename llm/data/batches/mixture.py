@@ -18,7 +18,7 @@ from typing import Protocol
 from llm.data.batches.row import Row
 from llm.data.batches.shuffle import seed_of_source
 from llm.data.shards.document_starts import ConcatenatedStarts, SlicedStarts
-from llm.data.shards.format import Source, Stream, Streams
+from llm.data.shards.format import MixtureSource, SplitTokens, TokenizedText
 from llm.data.shards.memmap import Tokens
 
 
@@ -144,7 +144,7 @@ def _huffman_tree(shares: Sequence[Fraction]) -> _Fork | int:
     return heap[0][2]
 
 
-def mixed(names: Sequence[str], weights: Sequence[Fraction | None], texts: Sequence[Streams]) -> Streams:
+def mix(names: Sequence[str], weights: Sequence[Fraction | None], texts: Sequence[TokenizedText]) -> TokenizedText:
     """Return several texts of one tokenizer as one text; their validation texts are concatenated.
 
     Args:
@@ -158,8 +158,10 @@ def mixed(names: Sequence[str], weights: Sequence[Fraction | None], texts: Seque
     for text, weight in zip(texts, weights, strict=True):
         digest.update(f"{text.data_hash} {weight}\n".encode())
         skipped.update(text.skipped)
-    sources = [Source(name, weight, text.train) for name, weight, text in zip(names, weights, texts, strict=True)]
-    return Streams(
+    sources = [
+        MixtureSource(name, weight, text.train) for name, weight, text in zip(names, weights, texts, strict=True)
+    ]
+    return TokenizedText(
         train=_concatenated([text.train for text in texts]),
         validation=_concatenated(held_out) if held_out else None,
         skipped=skipped,
@@ -171,11 +173,11 @@ def mixed(names: Sequence[str], weights: Sequence[Fraction | None], texts: Seque
     )
 
 
-def _concatenated(streams: Sequence[Stream]) -> Stream:
+def _concatenated(streams: Sequence[SplitTokens]) -> SplitTokens:
     """Concatenate streams; a fact that is unknown of one of them is unknown of the result."""
     starts = [SlicedStarts(stream.starts, 0, len(stream.tokens)) for stream in streams if stream.starts is not None]
-    return Stream(
-        Tokens.joined([stream.tokens for stream in streams if isinstance(stream.tokens, Tokens)]),
+    return SplitTokens(
+        Tokens.concatenated([stream.tokens for stream in streams if isinstance(stream.tokens, Tokens)]),
         _sum_if_known([stream.num_documents for stream in streams]),
         _sum_if_known([stream.num_bytes for stream in streams]),
         ConcatenatedStarts(starts) if len(starts) == len(streams) else None,

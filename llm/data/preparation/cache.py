@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from llm.config.errors import UserError
 from llm.config.options import DataOptions
 from llm.data.preparation.tokenize import SHARD_SIZE, ProgressCallback, write_shards
-from llm.data.shards.format import VERSION, ShardError, Streams, open_folder
+from llm.data.shards.format import VERSION, ShardError, TokenizedText, open_folder
 from llm.data.sources.corpus import Corpus
 from llm.files.atomic import sync_folder, sync_tree
 from llm.tokenization.encoder import encoding_threads
@@ -41,7 +41,7 @@ def load_or_tokenize(
     cache_dir: Path,
     eos_in_single_text: bool = True,
     on_progress: ProgressCallback | None = None,
-) -> Streams:
+) -> TokenizedText:
     """Return the tokens of a text from the cache, or tokenize the text into the cache first.
 
     The tokenizer's end-of-text token follows each document, if the tokenizer has one. A document that is divided
@@ -108,7 +108,7 @@ def _cache_folder(corpus: Corpus, tokenizer_hash: str, eos_in_single_text: bool,
     return cache_dir / "tokens" / blake2b(key.encode(), digest_size=16).hexdigest()
 
 
-def _open_if_complete(folder: Path) -> Streams | None:
+def _open_if_complete(folder: Path) -> TokenizedText | None:
     """Open the tokens in a folder; None if the folder does not exist or is damaged (with a warning)."""
     if not folder.exists():
         return None

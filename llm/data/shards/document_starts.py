@@ -1,4 +1,4 @@
-"""Where documents start in a stream: what keeps attention and loss inside a document."""
+"""Document starts in a sequence of tokens: with them attention and loss stay inside a document."""
 
 from __future__ import annotations
 
@@ -15,70 +15,78 @@ from llm.data.shards.memmap import FileSequence, TokenFile, Tokens
 
 
 class Starts(Protocol):
-    """The document starts of a stream. Pickled, it carries names and not content."""
+    """The document starts of a sequence of tokens. A pickled object carries names, not content."""
 
     def between(self, start: int, stop: int) -> NDArray[np.int64]:
-        """The tokens from `start` to in front of `stop` with which a document begins, ascending."""
+        """Return the indices in [start, stop) of tokens that begin a document: int64 [number of them], ascending."""
 
 
 class MarkedSegment(Protocol):
-    """Tokens whose document starts lie in a file."""
+    """A segment of tokens whose document starts lie in a file."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in it."""
+        """Number of tokens in the segment."""
 
     @property
     def starts(self) -> TokenFile:
-        """Ascending integers, counted from its first token."""
+        """The file of its document starts: ascending integers, counted from the segment's first token."""
 
 
 class StartsInFiles:
-    """Starts that lie in files beside the ids, found by bisection."""
+    """Document starts that lie in files beside the ids, found by bisection."""
 
-    def __init__(self, stretches: Sequence[MarkedSegment]) -> None:
-        """Those of stretches that stand one behind the other; nothing is read."""
-        self._row = FileSequence(
-            [stretch.starts for stretch in stretches], [stretch.num_tokens for stretch in stretches]
+    def __init__(self, segments: Sequence[MarkedSegment]) -> None:
+        """Take the starts of segments that follow one another; nothing is read yet."""
+        self._files = FileSequence(
+            [segment.starts for segment in segments], [segment.num_tokens for segment in segments]
         )
 
     def between(self, start: int, stop: int) -> NDArray[np.int64]:
-        """As `Starts.between`."""
-        found = []
-        for starts, first, end, begin in self._row.over(start, stop):
-            # Of the same type: numpy would copy the whole file into one that holds both.
+        """Return the document starts in [start, stop), int64 [number of them], ascending."""
+        pieces = []
+        for starts, first, end, offset in self._files.slices(start, stop):
+            # The bounds have the type of the file: with another type NumPy would copy the whole file.
             low, high = np.searchsorted(starts, np.array([first, end], starts.dtype))
-            found.append(starts[low:high].astype(np.int64) + begin)
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+            pieces.append(starts[low:high].astype(np.int64) + offset)
+        return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
 
 class StartsAfterEos:
-    """Starts of a stream that holds no others: a document begins behind each end-of-text token.
+    """Document starts of tokens without a file of starts: a document begins after each end-of-text token.
 
-    So it is in the streams of this package, and in nanoGPT's. llm.c, modded-nanogpt and build-nanogpt put the
-    token in front of each document; counted as the end of the one before it, as here, the token itself is
-    still predicted, and a model sees documents as it does with ours.
+    The shards of this package and those of nanoGPT have the end-of-text token at the end of a document. llm.c,
+    modded-nanogpt and build-nanogpt put it at the beginning. Here it counts as the end of the document before it, so
+    that the token itself is still predicted, and a model sees the same documents as with the shards of this package.
     """
 
     def __init__(self, tokens: NDArray[Any] | Tokens, token: int) -> None:
-        """Looks for `token` in a stream, whenever asked."""
-        self._tokens, self._token = tokens, token
+        """Take the tokens; nothing is read yet.
+
+        Args:
+            tokens: integers [number of tokens].
+            token: id of the end-of-text token.
+        """
+        self._tokens = tokens
+        self._token = token
 
     def between(self, start: int, stop: int) -> NDArray[np.int64]:
-        """As `Starts.between`."""
+        """Return the document starts in [start, stop), int64 [number of them], ascending."""
         first = max(start - 1, 0)
-        found = np.flatnonzero(self._tokens[first : max(stop - 1, first)] == self._token) + first + 1
-        return np.concatenate([np.zeros(int(start == 0 < stop), np.int64), found])
+        starts = np.flatnonzero(self._tokens[first : max(stop - 1, first)] == self._token) + first + 1
+        if start == 0 < stop:
+            return np.concatenate([np.zeros(1, np.int64), starts])
+        return starts
 
 
 @dataclass(frozen=True)
 class SlicedStarts:
-    """Of a stretch of a stream.
+    """The document starts of a range of tokens.
 
     Attributes:
-        starts: of the whole stream.
-        first: its first token that belongs to the part.
-        num_tokens: tokens of the part.
+        starts: the document starts of all tokens.
+        first: index of the first token of the range.
+        num_tokens: number of tokens of the range.
     """
 
     starts: Starts
@@ -87,27 +95,27 @@ class SlicedStarts:
 
 
 class ConcatenatedStarts:
-    """Starts of parts of streams, one behind the other.
+    """Document starts of ranges of tokens that are concatenated.
 
-    A part begins a document, whatever it begins with: what was in front of it is not there.
+    The first token of each range begins a document, whatever it is: the tokens before it are not there.
     """
 
-    def __init__(self, parts: Sequence[SlicedStarts]) -> None:
-        """Joins parts in their order."""
-        self._parts = tuple(parts)
-        self._ends = list(accumulate(part.num_tokens for part in self._parts))
+    def __init__(self, ranges: Sequence[SlicedStarts]) -> None:
+        """Concatenate ranges in their order."""
+        self._ranges = tuple(ranges)
+        self._ends = list(accumulate(part.num_tokens for part in self._ranges))
 
     def between(self, start: int, stop: int) -> NDArray[np.int64]:
-        """As `Starts.between`."""
-        found = [np.zeros(0, np.int64)]
-        for number in range(bisect_right(self._ends, start), len(self._parts)):
-            part = self._parts[number]
+        """Return the document starts in [start, stop), int64 [number of them], ascending."""
+        pieces = [np.zeros(0, np.int64)]
+        for number in range(bisect_right(self._ends, start), len(self._ranges)):
+            part = self._ranges[number]
             begin = self._ends[number] - part.num_tokens
             if stop <= begin:
                 break
             low, high = max(start - begin, 0), min(stop - begin, part.num_tokens)
             if low == 0 < high:
-                found.append(np.array([begin]))
+                pieces.append(np.array([begin]))
                 low = 1
-            found.append(part.starts.between(part.first + low, part.first + high) - part.first + begin)
-        return np.concatenate(found)
+            pieces.append(part.starts.between(part.first + low, part.first + high) - part.first + begin)
+        return np.concatenate(pieces)

@@ -1,12 +1,12 @@
-"""The one format of tokenized text: a folder of shards, each whole or not there.
+"""The format of tokenized text: a folder of shards, each of which is complete or does not exist.
 
     train_00000.bin      ids and nothing else, little-endian uint16 or uint32 as the vocabulary needs
-    train_00000.starts   where documents start in it: little-endian uint64, ascending
-    train_00000.json     its sidecar, written last: without it the shard does not exist
+    train_00000.starts   indices of the tokens that begin a document: little-endian uint64, ascending
+    train_00000.json     the sidecar, written last: without it the shard does not exist
     validation_00000.*
-    manifest.json        of the whole text, written when all shards are there
+    manifest.json        facts about the whole text, written when all shards exist
 
-Opening reads sidecars and sizes, never ids, so that it takes as long for any text. `verify` reads all.
+Opening reads sidecars and file sizes, never ids, so that it takes the same time for any text. `verify` reads all ids.
 """
 
 from __future__ import annotations
@@ -41,37 +41,37 @@ _CHUNK_BYTES = 1 << 24
 
 
 class ShardError(UserError):
-    """A shard, or a folder of them, is not what it should be."""
+    """A shard, or a folder of shards, is damaged or unsuitable."""
 
 
 class TruncatedShardError(ShardError):
-    """A file is missing, or has another size than its sidecar says."""
+    """A file is missing, or its size differs from what its sidecar or header states."""
 
 
-class ForeignShardError(ShardError):
-    """Not a shard of this package."""
+class UnknownFormatError(ShardError):
+    """A file or folder is in no format that this package reads."""
 
 
-class OtherVersionError(ShardError):
-    """Written by another version of the format."""
+class VersionMismatchError(ShardError):
+    """A shard or manifest was written in another version of the format."""
 
 
-class OtherTokenizerError(ShardError):
-    """Ids of another tokenizer, or of another vocabulary size."""
+class TokenizerMismatchError(ShardError):
+    """The ids are those of another tokenizer, or of another vocabulary size."""
 
 
-class UnfinishedError(ShardError):
-    """The folder's text is not all there yet."""
+class UnfinishedShardsError(ShardError):
+    """The manifest of a folder is missing: not all shards of its text are written."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where in a split's text a shard begins or ends: what makes the next shard continue exactly.
+    """The position in a split's text where a shard begins or ends, from which the next shard continues exactly.
 
     Attributes:
         document: number of the document, from 0.
         piece: number of the piece that is encoded at once (a document, or a part of a long one).
-        token: token inside the piece, the end-of-text tokens around it included.
+        token: index of the token inside the piece, counting the end-of-text tokens around it.
     """
 
     document: int
@@ -81,21 +81,21 @@ class ResumePoint:
 
 @dataclass(frozen=True)
 class Shard:
-    """What the sidecar says.
+    """The facts in the sidecar of one shard.
 
     Attributes:
         path: the file of ids.
         dtype: `uint16` or `uint32`.
-        num_tokens: ids in the file.
-        num_documents: documents that start in it.
-        tokenizer_hash: of the tokenizer's behaviour.
+        num_tokens: number of ids in the file.
+        num_documents: number of documents that start in the shard.
+        tokenizer_hash: hash of the tokenizer's behaviour.
         vocabulary_size: every id is below it.
         min_id: smallest id.
         max_id: largest id.
-        token_hash: BLAKE2b of the file of ids.
-        starts_hash: BLAKE2b of the file of starts.
-        begins: where in the text it begins.
-        ends: where the next one continues.
+        token_hash: BLAKE2b hash of the file of ids, 16 bytes in hexadecimal.
+        starts_hash: BLAKE2b hash of the file of document starts, 16 bytes in hexadecimal.
+        begins: where in the text the shard begins.
+        ends: where in the text the next shard continues.
     """
 
     path: Path
@@ -113,31 +113,31 @@ class Shard:
 
     @property
     def tokens(self) -> TokenFile:
-        """The ids, not yet mapped."""
+        """The file of ids, uint16 or uint32 [num_tokens], not yet mapped."""
         return TokenFile(self.path, DTYPES[self.dtype], self.num_tokens)
 
     @property
     def starts(self) -> TokenFile:
-        """Where documents start, counted from the shard's first token, not yet mapped."""
+        """The file of document starts, uint64 [num_documents], counted from the shard's first token, not yet mapped."""
         return TokenFile(starts_path(self.path), STARTS_DTYPE, self.num_documents)
 
     def write_sidecar(self) -> None:
-        """Makes the shard exist."""
+        """Write the sidecar, with which the shard begins to exist."""
         facts = {"magic": MAGIC, "version": VERSION} | asdict(self)
         del facts["path"]
         write_text(self.path.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
-class Stream:
+class SplitTokens:
     """The tokens of one split.
 
     Attributes:
         tokens: integers [number of tokens], of which slices are read.
-        num_documents: documents, a piece of a document that was cut in two counting as one; None if
-            the files do not say.
-        num_bytes: bytes of the text in UTF-8; None if the files do not say.
-        starts: where documents start; None if the files do not say.
+        num_documents: number of documents; each side of a document that was split in two counts as one. None if
+            unknown.
+        num_bytes: bytes of the text in UTF-8; None if unknown.
+        starts: the document starts; None if unknown.
     """
 
     tokens: NDArray[Any] | Tokens
@@ -147,62 +147,69 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Source:
-    """One of several texts that are mixed: `weight` is its share of the blocks, None for as many as it has."""
+class MixtureSource:
+    """One of the texts of a mixture.
+
+    Attributes:
+        name: name of the text in messages.
+        weight: weight of the text, relative to the other weights; None: the number of its blocks.
+        text: the training tokens of the text.
+    """
 
     name: str
     weight: Fraction | None
-    text: Stream
+    text: SplitTokens
 
 
 @dataclass(frozen=True)
-class Streams:
-    """A tokenized text.
+class TokenizedText:
+    """The tokens of a text, in two splits.
 
     Attributes:
-        train: the tokens to train on; of a mixture, those of all sources one behind the other.
-        validation: the tokens held out, None if there are none.
-        skipped: rows that were no text, by reason.
+        train: the tokens to train on; of a mixture, those of all sources concatenated.
+        validation: the held-out tokens, None if there are none.
+        skipped: number of rows that were no text, by reason.
         data_hash: hash of the text of both splits.
         vocabulary_size: every id is below it.
         dir: the folder of the files.
-        name: what people call the text.
-        sources: of a mixture; empty where there is one text.
+        name: name of the text in messages.
+        sources: the texts of a mixture; empty if there is one text.
     """
 
-    train: Stream
-    validation: Stream | None
+    train: SplitTokens
+    validation: SplitTokens | None
     skipped: Mapping[str, int]
     data_hash: str
     vocabulary_size: int
     dir: Path
     name: str = ""
-    sources: tuple[Source, ...] = ()
+    sources: tuple[MixtureSource, ...] = ()
 
 
 def shard_path(folder: Path, split: Split, number: int) -> Path:
-    """The file of ids of a shard."""
+    """Return the path of a shard's file of ids, such as FOLDER/train_00000.bin."""
     return folder / f"{split}_{number:05d}.bin"
 
 
 def starts_path(path: Path) -> Path:
-    """The file of document starts beside a file of ids."""
+    """Return the path of the file of document starts beside a file of ids."""
     return path.with_suffix(".starts")
 
 
 def open_shard(path: Path, *, tokenizer_hash: str | None = None, vocabulary_size: int | None = None) -> Shard:
-    """Reads a shard's sidecar and compares the sizes of its files.
+    """Read a shard's sidecar and compare it with the sizes of the shard's files.
 
     Args:
         path: the file of ids.
-        tokenizer_hash: of the tokenizer that it must be of; any when None.
-        vocabulary_size: what it must be; any when None.
+        tokenizer_hash: hash of the tokenizer that the shard must be made with; None: any.
+        vocabulary_size: vocabulary size that the shard must have; None: any.
 
     Raises:
-        TruncatedShardError: a file is missing or has another size.
-        ForeignShardError: there is no sidecar of this format.
-        OtherVersionError: it is of another version.
-        OtherTokenizerError: it is of another tokenizer or vocabulary size.
+        TruncatedShardError: a file is missing, or its size is not the one that the sidecar states.
+        UnknownFormatError: the sidecar is not one of this package.
+        VersionMismatchError: the sidecar is of another version of the format.
+        TokenizerMismatchError: the shard was made with another tokenizer or vocabulary size.
+        UnfinishedShardsError: there is no sidecar.
     """
     facts = read_json(path.with_suffix(".json"), MAGIC)
     try:
@@ -213,29 +220,33 @@ def open_shard(path: Path, *, tokenizer_hash: str | None = None, vocabulary_size
             starts_path(path): shard.num_documents * np.dtype(STARTS_DTYPE).itemsize,
         }
     except (TypeError, KeyError) as error:
-        raise ForeignShardError(f"{path}: its sidecar lacks or adds something ({error}); prepare it again") from None
-    for file, due in sizes.items():
+        raise UnknownFormatError(
+            f"{path}: its sidecar lacks a key or has an unknown one ({error}); prepare it again"
+        ) from None
+    for file, expected in sizes.items():
         size = file.stat().st_size if file.is_file() else None
-        if size != due:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise TruncatedShardError(f"{file}: {found}, {due} bytes are due; copy it again, or prepare it again")
+        if size != expected:
+            state = "is missing" if size is None else f"has {size} bytes"
+            raise TruncatedShardError(
+                f"{file}: {state}, {expected} bytes are expected; copy it again, or prepare it again"
+            )
     if tokenizer_hash is not None and shard.tokenizer_hash != tokenizer_hash:
-        raise OtherTokenizerError(
+        raise TokenizerMismatchError(
             f"{path}: made with another tokenizer ({shard.tokenizer_hash[:12]}, not {tokenizer_hash[:12]});"
             " leave --tokenizer_name out to use the one beside the shards, or prepare them again"
         )
     if vocabulary_size is not None and shard.vocabulary_size != vocabulary_size:
-        raise OtherTokenizerError(
+        raise TokenizerMismatchError(
             f"{path}: made for {shard.vocabulary_size} tokens, not {vocabulary_size}; prepare it again"
         )
     return shard
 
 
 def finished_shards(folder: Path, split: Split, *, tokenizer_hash: str | None = None) -> list[Shard]:
-    """The shards of a split from number 0 on, up to the first that was not finished.
+    """Return the shards of a split from number 0 on, up to the first without a sidecar.
 
     Raises:
-        ShardError: one has a sidecar and is not what that says.
+        ShardError: the files of a shard do not agree with its sidecar.
     """
     shards: list[Shard] = []
     while (path := shard_path(folder, split, len(shards))).with_suffix(".json").is_file():
@@ -244,24 +255,24 @@ def finished_shards(folder: Path, split: Split, *, tokenizer_hash: str | None = 
 
 
 def is_folder_of_shards(folder: Path) -> bool:
-    """Whether a folder holds shards of this package, finished or not."""
+    """Return whether a folder holds shards of this package, finished or not."""
     return (folder / MANIFEST).is_file() or any(shard_path(folder, split, 0).is_file() for split in SPLITS)
 
 
-def open_folder(folder: Path, *, tokenizer_hash: str | None = None) -> Streams:
-    """The text of a folder of shards; takes the same time whatever its length.
+def open_folder(folder: Path, *, tokenizer_hash: str | None = None) -> TokenizedText:
+    """Open a folder of shards, in a time that does not depend on the length of the text.
 
     Args:
-        folder: what `llm.prepare` or the cache wrote.
-        tokenizer_hash: of the tokenizer that it must be of; any when None.
+        folder: a folder that `llm.prepare` or the token cache wrote.
+        tokenizer_hash: hash of the tokenizer that the shards must be made with; None: any.
 
     Raises:
-        UnfinishedError: the text is not all there.
-        ShardError: something is not what it should be; the kinds are those of `open_shard`.
+        UnfinishedShardsError: there is no manifest: not all shards are written.
+        ShardError: a shard or the manifest is damaged or unsuitable; see `open_shard`.
     """
     manifest = read_json(folder / MANIFEST, FOLDER_MAGIC)
     try:
-        streams: dict[str, Stream] = {}
+        splits: dict[str, SplitTokens] = {}
         for split in SPLITS:
             facts = manifest["splits"][split]
             shards = [
@@ -274,11 +285,14 @@ def open_folder(folder: Path, *, tokenizer_hash: str | None = None) -> Streams:
             ]
             tokens = Tokens([shard.tokens for shard in shards])
             if len(tokens) != facts["num_tokens"]:
-                raise TruncatedShardError(f"{folder}: {len(tokens)} tokens of {split}, {facts['num_tokens']} are due")
-            streams[split] = Stream(tokens, facts["num_documents"], facts["num_bytes"], StartsInFiles(shards))
-        validation = streams["validation"]
-        return Streams(
-            streams["train"],
+                raise TruncatedShardError(
+                    f"{folder}: {len(tokens)} tokens of {split}, {facts['num_tokens']} are expected;"
+                    " prepare the text again"
+                )
+            splits[split] = SplitTokens(tokens, facts["num_documents"], facts["num_bytes"], StartsInFiles(shards))
+        validation = splits["validation"]
+        return TokenizedText(
+            splits["train"],
             validation if len(validation.tokens) else None,
             manifest["skipped"],
             manifest["data_hash"],
@@ -287,39 +301,49 @@ def open_folder(folder: Path, *, tokenizer_hash: str | None = None) -> Streams:
             manifest["name"],
         )
     except (TypeError, KeyError, AttributeError) as error:
-        raise ForeignShardError(f"{folder / MANIFEST}: lacks something ({error}); prepare the text again") from None
+        raise UnknownFormatError(
+            f"{folder / MANIFEST}: lacks a key or has a wrong value ({error}); prepare the text again"
+        ) from None
 
 
 def read_json(path: Path, magic: str) -> dict[str, Any]:
-    """The facts of a sidecar or a manifest, without magic and version.
+    """Read a sidecar or a manifest; return its facts without magic and version.
+
+    Args:
+        path: the JSON file.
+        magic: the value that its key `magic` must have.
 
     Raises:
-        UnfinishedError: there is none.
-        ForeignShardError: it is something else.
-        OtherVersionError: it is of another version.
+        UnfinishedShardsError: the file does not exist.
+        UnknownFormatError: the file is something else.
+        VersionMismatchError: the file is of another version of the format.
     """
     try:
         facts = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UnfinishedError(
-            f"{path}: is missing, so that the shards are not finished or not ours;"
+        raise UnfinishedShardsError(
+            f"{path}: is missing, so the shards are unfinished or were not made by llm.prepare;"
             " run the same `python -m llm.prepare` again, which continues"
         ) from None
     except (OSError, ValueError) as error:
-        raise ForeignShardError(f"{path}: cannot be read ({error}); prepare the text again") from None
+        raise UnknownFormatError(f"{path}: cannot be read ({error}); prepare the text again") from None
     if not isinstance(facts, dict) or facts.pop("magic", None) != magic:
-        raise ForeignShardError(f"{path}: is no file of token shards; name a folder that llm.prepare wrote")
+        raise UnknownFormatError(
+            f"{path}: is no file of token shards (wrong magic); name a folder that llm.prepare wrote"
+        )
     version = facts.pop("version", None)
     if version != VERSION:
-        raise OtherVersionError(f"{path}: has version {version}, this program reads {VERSION}; prepare the text again")
+        raise VersionMismatchError(
+            f"{path}: has format version {version}, this program reads {VERSION}; prepare the text again"
+        )
     return facts
 
 
 def verify(folder: Path) -> Iterator[tuple[Shard, str | None]]:
-    """Reads every shard of a finished folder: what is wrong with each, None if nothing is.
+    """Read every shard of a finished folder; yield each with a description of its damage, None if it is intact.
 
     Raises:
-        ShardError: what `open_folder` finds already.
+        ShardError: `open_folder` refuses the folder.
     """
     open_folder(folder)
     for split in SPLITS:

@@ -1,4 +1,4 @@
-"""Many files of token ids as one stream: mapped when first read, sliced across their borders."""
+"""Many files of token ids as one sequence: memory-mapped when first read, sliced across file borders."""
 
 from __future__ import annotations
 
@@ -8,57 +8,63 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-# A read maps 64 KiB with many kernels, with others a whole folio of the page cache, up to 2 MiB: so many reads
-# map 64 MiB at most.
+# Many kernels map 64 KiB a read; others map a whole folio of the page cache, up to 2 MiB. 32 reads therefore map
+# 64 MiB at most.
 _READS_BEFORE_RELEASE = 32
 
 
 class MappedTokens:
-    """The ids of one file.
+    """The ids of one file in memory.
 
     Attributes:
-        ids: integers [number of tokens], in the file's own type; a view, not a copy.
+        ids: integers [number of tokens], in the file's type; a view, not a copy.
     """
 
     def __init__(self, ids: NDArray[Any], memory: mmap.mmap | None = None) -> None:
+        """Hold a view.
+
+        Args:
+            ids: integers [number of tokens].
+            memory: the mapped file that `ids` is a view of; None if something else owns the memory.
+        """
         self.ids = ids
         self._memory = memory
 
-    def part(self, start: int, stop: int) -> MappedTokens:
-        """A stretch of it; still a view."""
+    def sliced(self, start: int, stop: int) -> MappedTokens:
+        """Return the ids [start, stop), still as a view."""
         return MappedTokens(self.ids[start:stop], self._memory)
 
     def release(self) -> None:
-        """Takes the pages out of this process; they stay in the system's cache, and views stay valid."""
+        """Unmap the pages from this process; they stay in the system's page cache, and views stay valid."""
         if self._memory is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED)
 
 
 class TokenSegment(Protocol):
-    """Something that holds a number of tokens, known before it is opened."""
+    """A source of ids whose length is known before it is opened."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in it."""
+        """Number of ids in the segment."""
 
     def map(self) -> MappedTokens:
-        """Opens it."""
+        """Open it and return its ids."""
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Plain ids in a file, behind a header of so many bytes.
+    """Plain ids in a file, after a header.
 
     Attributes:
         path: the file.
-        dtype: numpy's name of the type, with the byte order, such as `<u2`.
-        num_tokens: ids in it.
-        header_bytes: bytes in front of the first id.
+        dtype: NumPy's name of the type with its byte order, such as `<u2`.
+        num_tokens: number of ids in the file.
+        header_bytes: bytes before the first id.
     """
 
     path: Path
@@ -67,7 +73,7 @@ class TokenFile:
     header_bytes: int = 0
 
     def map(self) -> MappedTokens:
-        """Maps the file; an empty one cannot be mapped and needs not."""
+        """Map the file; an empty file, which cannot be mapped, gives an empty array."""
         if not self.num_tokens:
             return MappedTokens(np.zeros(0, self.dtype))
         with self.path.open("rb") as file:
@@ -78,55 +84,69 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class SlicedSegment:
-    """Some of the tokens of a stretch.
+    """A range of the ids of a segment.
 
     Attributes:
-        stretch: the whole.
-        first: its first token that belongs to the part.
-        num_tokens: tokens of the part.
+        segment: the segment.
+        first: index of the first id of the range in the segment.
+        num_tokens: number of ids of the range.
     """
 
-    stretch: TokenSegment
+    segment: TokenSegment
     first: int
     num_tokens: int
 
     def map(self) -> MappedTokens:
-        """Opens the whole, and shows the part."""
-        return self.stretch.map().part(self.first, self.first + self.num_tokens)
+        """Open the segment and return the range."""
+        return self.segment.map().sliced(self.first, self.first + self.num_tokens)
+
+
+class FileSlice(NamedTuple):
+    """The part of a range of a `FileSequence` that lies in one file.
+
+    Attributes:
+        content: the whole content of the file, an array [number of its entries].
+        start: index in `content` where the range starts.
+        stop: index in `content` where the range ends, exclusive.
+        offset: position in the sequence of the first entry of the file.
+    """
+
+    content: NDArray[Any]
+    start: int
+    stop: int
+    offset: int
 
 
 class FileSequence:
-    """Files that stand one behind the other, each mapped when it is first read.
+    """Files one after the other, each mapped when it is first read.
 
-    Pickled, it carries names and not content.
+    A pickled sequence carries names, not content.
+
+    Attributes:
+        ends: position in the sequence at which each file ends, exclusive.
     """
 
     def __init__(self, files: Sequence[TokenSegment], lengths: Sequence[int]) -> None:
-        """Puts files in a row.
+        """Put files in a sequence; nothing is read yet.
 
         Args:
-            files: what is mapped.
-            lengths: how many places of the row each of them takes.
+            files: the segments that are mapped.
+            lengths: number of positions that each of them covers.
         """
         self._files = tuple(files)
         self.ends = list(accumulate(lengths))
         self._mapped: dict[int, MappedTokens] = {}
         self._num_reads = 0
 
-    def over(self, start: int, stop: int) -> Iterator[tuple[NDArray[Any], int, int, int]]:
-        """What lies at the places from `start` to in front of `stop`.
-
-        Yields:
-            Of each file that has some of these places: its content, the first and the end of them counted
-            from its own beginning, and the place of that beginning.
-        """
+    def slices(self, start: int, stop: int) -> Iterator[FileSlice]:
+        """Yield, for each file that covers some of the positions [start, stop), its part of them."""
         self._count_read()
         number = bisect_right(self.ends, start)
         while start < stop:
             end = self.ends[number]
             begin = self.ends[number - 1] if number else 0
             if start < end:
-                yield self._open(number).ids, start - begin, min(stop, end) - begin, begin
+                yield FileSlice(self._open(number).ids, start - begin, min(stop, end) - begin, begin)
                 start = end
             number += 1
 
@@ -137,10 +157,10 @@ class FileSequence:
         return mapped
 
     def _count_read(self) -> None:
-        """Keeps what is resident small, however much of the files has been read."""
+        """Release the pages from time to time, so that resident memory stays small however much has been read."""
         self._num_reads += 1
         if self._num_reads % _READS_BEFORE_RELEASE == 0:
-            for mapped in [*self._mapped.values()]:  # another thread may map one more meanwhile
+            for mapped in [*self._mapped.values()]:  # a copy: another thread may map one more file meanwhile
                 mapped.release()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,54 +168,54 @@ class FileSequence:
 
 
 class Tokens:
-    """A stream of ids that lies in stretches, one behind the other.
+    """Ids that lie in segments one after the other.
 
-    Only slices without a step are read. A slice inside one stretch is a view; one over a border is a
-    copy of the slice. Pickled, it carries names and not content.
+    Only slices without a step can be read. A slice inside one segment is a view; a slice across a border is a copy.
+    A pickled object carries names, not content.
     """
 
-    def __init__(self, stretches: Sequence[TokenSegment], start: int = 0, stop: int | None = None) -> None:
-        """Joins stretches.
+    def __init__(self, segments: Sequence[TokenSegment], start: int = 0, stop: int | None = None) -> None:
+        """Join segments; nothing is read yet.
 
         Args:
-            stretches: the parts in order.
-            start: the first token of theirs that belongs to the stream.
-            stop: the first one behind the stream; None for their end.
+            segments: the segments in order.
+            start: index, among the ids of all segments, of the first id that belongs to the tokens.
+            stop: index after the last such id; None: the end of the segments.
         """
-        self._stretches = tuple(stretches)
-        self._row = FileSequence(self._stretches, [stretch.num_tokens for stretch in self._stretches])
-        total = self._row.ends[-1] if self._stretches else 0
+        self._segments = tuple(segments)
+        self._files = FileSequence(self._segments, [segment.num_tokens for segment in self._segments])
+        total = self._files.ends[-1] if self._segments else 0
         self._start, self._stop, _ = slice(start, stop).indices(total)
-        # Asked for with every slice.
+        # Stored, since every slice needs it.
         self._length = max(self._stop - self._start, 0)
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, wanted: slice) -> NDArray[Any]:
-        """The ids of a slice, in the files' type."""
-        start, stop, step = wanted.indices(self._length)
+    def __getitem__(self, index: slice) -> NDArray[Any]:
+        """Return the ids of a slice, integers [length of the slice] in the type of the files."""
+        start, stop, step = index.indices(self._length)
         if step != 1:
-            raise ValueError("a stream of tokens is read without a step")
-        found = self._row.over(self._start + start, self._start + stop)
-        pieces = [ids[first:end] for ids, first, end, _ in found]
+            raise ValueError("tokens are read without a step")
+        slices = self._files.slices(self._start + start, self._start + stop)
+        pieces = [piece.content[piece.start : piece.stop] for piece in slices]
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
 
-    def part(self, start: int, stop: int | None = None) -> Tokens:
-        """The stream of a slice; nothing is read."""
+    def sliced(self, start: int, stop: int | None = None) -> Tokens:
+        """Return the ids [start, stop) as `Tokens`; nothing is read."""
         first, last, _ = slice(start, stop).indices(len(self))
-        return Tokens(self._stretches, self._start + first, self._start + last)
+        return Tokens(self._segments, self._start + first, self._start + last)
 
     @classmethod
-    def joined(cls, streams: Sequence[Tokens]) -> Tokens:
-        """Streams one behind the other; nothing is read."""
-        return cls([part for stream in streams for part in stream._parts()])
+    def concatenated(cls, sequences: Sequence[Tokens]) -> Tokens:
+        """Return several sequences of ids as one; nothing is read."""
+        return cls([segment for tokens in sequences for segment in tokens._sliced_segments()])
 
-    def _parts(self) -> Iterator[TokenSegment]:
-        for stretch, end in zip(self._stretches, self._row.ends, strict=True):
-            begin = end - stretch.num_tokens
+    def _sliced_segments(self) -> Iterator[TokenSegment]:
+        for segment, end in zip(self._segments, self._files.ends, strict=True):
+            begin = end - segment.num_tokens
             first, last = max(begin, self._start), min(end, self._stop)
             if first < last:
-                yield SlicedSegment(stretch, first - begin, last - first)
+                yield SlicedSegment(segment, first - begin, last - first)

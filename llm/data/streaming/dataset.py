@@ -22,7 +22,7 @@ from llm.data.batches.ledger import DOCUMENT_MASK_NOTE, Ledger, ledger
 from llm.data.batches.loader import Batch, BlockSource
 from llm.data.dataset import StopSignal, TokenizedDataset, bytes_of_ids, prepare_dataset
 from llm.data.shards.external_formats import is_token_file
-from llm.data.shards.format import MANIFEST, Stream, Streams, open_folder
+from llm.data.shards.format import MANIFEST, SplitTokens, TokenizedText, open_folder
 from llm.data.sources.documents import format_skipped
 from llm.data.sources.hub_streaming import is_hub_dataset, latest_revision
 from llm.data.streaming.reader import GrowingBlocks, GrowingTokens
@@ -50,7 +50,7 @@ class StreamingDataset(TokenizedDataset):
     Attributes:
         name: name of the text in logs and in the model card.
         tokenizer: the tokenizer of the ids.
-        streams: the ids of both splits; the training tokens are a `GrowingTokens`.
+        text: the ids of both splits; the training tokens are a `GrowingTokens`.
         job: the description of the shards that are written.
         writer: the process that writes; None on ranks other than 0.
         world: the processes that read.
@@ -59,7 +59,7 @@ class StreamingDataset(TokenizedDataset):
 
     name: str
     tokenizer: PreTrainedTokenizerBase
-    streams: Streams
+    text: TokenizedText
     job: StreamJob
     writer: StreamWriter | None
     world: World
@@ -67,25 +67,25 @@ class StreamingDataset(TokenizedDataset):
 
     def identity(self) -> dict[str, str]:
         """Return the hashes of the text and of the tokenizer, and the commit of a Hub dataset."""
-        hashes = {"data_hash": self.streams.data_hash, "tokenizer_hash": self.job.tokenizer_hash}
+        hashes = {"data_hash": self.text.data_hash, "tokenizer_hash": self.job.tokenizer_hash}
         revision = self.job.text.revision
         pinned = {} if revision is None else {"revision": f"{self.job.text.options.dataset_name}@{revision}"}
         return hashes | pinned
 
     def blocks(self, block_size: int, *, document_mask: bool) -> tuple[GrowingBlocks, Blocks | None]:
         """Return the training blocks, which are still arriving, and the validation blocks, which are complete."""
-        validation = cut_validation(self.streams, block_size, document_mask=document_mask)
+        validation = cut_validation(self.text, block_size, document_mask=document_mask)
         return self._blocks(block_size, document_mask=document_mask), validation
 
     def bytes_of_ids(self) -> tuple[torch.Tensor | None, float]:
         """Count the bytes of the ids on the validation text; int32 [vocabulary] or None, see `bytes_of_ids`."""
-        return bytes_of_ids(self.tokenizer, self.streams.validation)
+        return bytes_of_ids(self.tokenizer, self.text.validation)
 
     def ledger(self, block_size: int) -> Ledger:
         """Count the tokens that have arrived so far."""
         tokens = self._tokens()
         tokens.look()
-        return ledger(replace(self.streams, train=Stream(tokens, None, None)), block_size)
+        return ledger(replace(self.text, train=SplitTokens(tokens, None, None)), block_size)
 
     def opening_lines(self, blocks: BlockSource, *, num_samples: int, document_mask: bool) -> list[str]:
         """Return the ledger of the held-out text, and the number of blocks that are shuffled together."""
@@ -206,7 +206,7 @@ class StreamingDataset(TokenizedDataset):
         return _growing_tokens(self.job)
 
     def _blocks(self, block_size: int, *, document_mask: bool = False) -> GrowingBlocks:
-        size = self.streams.vocabulary_size
+        size = self.text.vocabulary_size
         return GrowingBlocks(self._tokens(), block_size, vocabulary_size=size, document_mask=document_mask)
 
 
@@ -236,8 +236,8 @@ def open_dataset(options: Options, world: World, revision: str | None, stop: Sto
             raise Stopped(stop.reason or "another rank")
         validation = world.main_first("the held-out text", lambda: _held_out(job))
         _log_opening(job, validation)
-        streams = Streams(
-            Stream(_growing_tokens(job), None, None),
+        text = TokenizedText(
+            SplitTokens(_growing_tokens(job), None, None),
             validation,
             skipped={},
             data_hash=job.identity,
@@ -245,7 +245,7 @@ def open_dataset(options: Options, world: World, revision: str | None, stop: Sto
             dir=job.folder.path,
             name=job.text.name,
         )
-        yield StreamingDataset(job.text.name, job.tokenizer, streams, job, writer, world, failures=[])
+        yield StreamingDataset(job.text.name, job.tokenizer, text, job, writer, world, failures=[])
 
 
 def _growing_tokens(job: StreamJob) -> GrowingTokens:
@@ -321,7 +321,7 @@ def _poll_split(job: StreamJob, writer: StreamWriter | None) -> bool | None:
     return None
 
 
-def _held_out(job: StreamJob) -> Stream | None:
+def _held_out(job: StreamJob) -> SplitTokens | None:
     if not job.folder.is_settled:
         raise UserError(
             f"--streaming: {job.folder.path}, which rank 0 writes, does not exist on this node: set HF_HOME to a folder"
@@ -330,7 +330,7 @@ def _held_out(job: StreamJob) -> Stream | None:
     return job.folder.held_out()
 
 
-def _log_opening(job: StreamJob, validation: Stream | None) -> None:
+def _log_opening(job: StreamJob, validation: SplitTokens | None) -> None:
     revision = job.text.revision
     log.info("stream: %s%s, shards in %s", job.text.name, f" at {revision[:12]}" if revision else "", job.folder.path)
     if validation is None:

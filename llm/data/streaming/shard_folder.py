@@ -14,7 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm.data.shards.format import MANIFEST, Stream, open_folder, shard_path
+from llm.data.shards.format import MANIFEST, SplitTokens, open_folder, shard_path
 from llm.data.sources.validation_split import SplitPoint
 from llm.files.atomic import write_text
 
@@ -45,7 +45,7 @@ class StreamFolder:
         """Whether it is known what is held out, and its tokens are there."""
         return self._settled.is_file()
 
-    def held_out(self) -> Stream | None:
+    def held_out(self) -> SplitTokens | None:
         """The tokens of what is held out, once that is settled; None where nothing is.
 
         Raises:

@@ -10,16 +10,16 @@ import pytest
 
 from llm.config.errors import UserError
 from llm.data.batches.blocks import Blocks, cut_blocks
-from llm.data.shards.format import Stream, Streams
+from llm.data.shards.format import SplitTokens, TokenizedText
 from llm.data.shards.memmap import TokenFile, Tokens
 
 
-def _streams(num_train: int, num_validation: int | None) -> Streams:
-    def stream(number: int) -> Stream:
-        return Stream(np.arange(number, dtype=np.uint16), 1, number)
+def _streams(num_train: int, num_validation: int | None) -> TokenizedText:
+    def stream(number: int) -> SplitTokens:
+        return SplitTokens(np.arange(number, dtype=np.uint16), 1, number)
 
     validation = None if num_validation is None else stream(num_validation)
-    return Streams(stream(num_train), validation, {}, "hash", 60_000, Path())
+    return TokenizedText(stream(num_train), validation, {}, "hash", 60_000, Path())
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 8, 9, 10, 16, 17, 100])

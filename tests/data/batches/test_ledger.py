@@ -9,17 +9,17 @@ import numpy as np
 
 from llm.data.batches.blocks import cut_blocks
 from llm.data.batches.ledger import Ledger, ledger, ledger_line, mixture_lines
-from llm.data.batches.mixture import mixed
-from llm.data.shards.format import Stream, Streams
+from llm.data.batches.mixture import mix
+from llm.data.shards.format import SplitTokens, TokenizedText
 
 
-def _stream(num_tokens: int) -> Stream:
-    return Stream(np.arange(num_tokens, dtype=np.uint16), 1, num_tokens)
+def _stream(num_tokens: int) -> SplitTokens:
+    return SplitTokens(np.arange(num_tokens, dtype=np.uint16), 1, num_tokens)
 
 
-def _streams(num_train: int, num_validation: int | None) -> Streams:
+def _streams(num_train: int, num_validation: int | None) -> TokenizedText:
     validation = None if num_validation is None else _stream(num_validation)
-    return Streams(_stream(num_train), validation, {}, "hash", 60_000, Path())
+    return TokenizedText(_stream(num_train), validation, {}, "hash", 60_000, Path())
 
 
 def test_ledger_when_any_sizes_then_tokens_add_up() -> None:
@@ -31,7 +31,7 @@ def test_ledger_when_any_sizes_then_tokens_add_up() -> None:
 
 
 def test_ledger_when_texts_are_mixed_then_each_drops_its_own_remainder() -> None:
-    streams = mixed(["a", "b"], [None, None], [_streams(20, 10), _streams(30, None)])
+    streams = mix(["a", "b"], [None, None], [_streams(20, 10), _streams(30, None)])
     counts = ledger(streams, 8)
     assert (counts.train_tokens, counts.dropped_train) == (17 + 25, 3 + 5)
 
@@ -48,7 +48,7 @@ def test_ledger_line_when_documents_are_kept_apart_then_says_that_some_are_not_p
 
 
 def test_mixture_lines_when_two_texts_are_mixed_then_shares_sizes_and_epochs() -> None:
-    streams = mixed(["data/a", "data/b"], [Fraction(3), Fraction(1)], [_streams(81, None), _streams(41, None)])
+    streams = mix(["data/a", "data/b"], [Fraction(3), Fraction(1)], [_streams(81, None), _streams(41, None)])
     blocks, _ = cut_blocks(streams, 8)
     assert mixture_lines(streams, blocks, 20) == [
         "mixture: data/a | 75.00% | 81 tokens | read 1.50 times",

@@ -13,9 +13,9 @@ import pytest
 from llm.config.errors import UserError
 from llm.data.batches.blocks import Blocks, cut_blocks
 from llm.data.batches.ledger import ledger
-from llm.data.batches.mixture import Mixture, mixed
+from llm.data.batches.mixture import Mixture, mix
 from llm.data.shards.document_starts import ConcatenatedStarts, StartsAfterEos
-from llm.data.shards.format import Stream, Streams
+from llm.data.shards.format import SplitTokens, TokenizedText
 from llm.data.shards.memmap import TokenFile, Tokens
 
 BLOCK = 4
@@ -112,21 +112,21 @@ def test_mixture_when_dealt_then_as_it_ever_was() -> None:
     assert [int(mixture.block(sample, 7).ids[0]) for sample in range(6)] == [10364, 368, 20392, 0, 10388, 132]
 
 
-def _streams(tmp_path: Path, name: str, num_tokens: int, held_out: int, *, num_bytes: int | None = 5) -> Streams:
+def _streams(tmp_path: Path, name: str, num_tokens: int, held_out: int, *, num_bytes: int | None = 5) -> TokenizedText:
     np.arange(num_tokens + held_out).astype("<u2").tofile(tmp_path / name)
     tokens = Tokens([TokenFile(tmp_path / name, "<u2", num_tokens + held_out)])
 
-    def stream(start: int, stop: int) -> Stream:
-        part = tokens.part(start, stop)
-        return Stream(part, 3, num_bytes, StartsAfterEos(part, 6) if num_bytes else None)
+    def stream(start: int, stop: int) -> SplitTokens:
+        part = tokens.sliced(start, stop)
+        return SplitTokens(part, 3, num_bytes, StartsAfterEos(part, 6) if num_bytes else None)
 
     validation = stream(num_tokens, num_tokens + held_out) if held_out else None
-    return Streams(stream(0, num_tokens), validation, {"empty": 2}, f"hash of {name}", 60_000, tmp_path, name)
+    return TokenizedText(stream(0, num_tokens), validation, {"empty": 2}, f"hash of {name}", 60_000, tmp_path, name)
 
 
 def test_mixed_when_texts_then_sums_and_one_validation_behind_the_other(tmp_path: Path) -> None:
     one, two = _streams(tmp_path, "a", 42, 10), _streams(tmp_path, "b", 21, 20)
-    streams = mixed(["A", "B"], [Fraction(1, 4), Fraction(3, 4)], [one, two])
+    streams = mix(["A", "B"], [Fraction(1, 4), Fraction(3, 4)], [one, two])
     assert streams.validation is not None
     assert streams.validation.tokens[:].tolist() == [*range(42, 52), *range(21, 41)]
     assert (streams.validation.num_documents, streams.validation.num_bytes) == (6, 10)
@@ -139,25 +139,25 @@ def test_mixed_when_texts_then_sums_and_one_validation_behind_the_other(tmp_path
     assert validation is not None and len(validation) == 3
     book = ledger(streams, 8)
     assert (book.train_tokens, book.dropped_train, book.total) == (41 + 17, 1 + 4, 42 + 21 + 30)
-    unknown = mixed(["A", "B"], [None, None], [one, _streams(tmp_path, "c", 21, 20, num_bytes=None)])
+    unknown = mix(["A", "B"], [None, None], [one, _streams(tmp_path, "c", 21, 20, num_bytes=None)])
     assert unknown.validation is not None
     assert unknown.validation.num_bytes is unknown.validation.starts is None
-    assert mixed(["A"], [None], [_streams(tmp_path, "d", 9, 0)]).validation is None
+    assert mix(["A"], [None], [_streams(tmp_path, "d", 9, 0)]).validation is None
 
 
 def test_mixed_when_anything_that_orders_it_differs_then_another_hash(tmp_path: Path) -> None:
     one, two = _streams(tmp_path, "a", 42, 10), _streams(tmp_path, "b", 21, 20)
     half = Fraction(1, 2)
     hashes = {
-        mixed(["A", "B"], weights, texts).data_hash
+        mix(["A", "B"], weights, texts).data_hash
         for weights in ([half, half], [None, None], [Fraction(1, 3), Fraction(2, 3)])
         for texts in ([one, two], [two, one])
     }
     assert len(hashes) == 6
-    assert mixed(["C", "D"], [half, half], [one, two]).data_hash in hashes
+    assert mix(["C", "D"], [half, half], [one, two]).data_hash in hashes
 
 
 def test_cut_blocks_when_a_source_has_no_block_then_it_is_named(tmp_path: Path) -> None:
-    streams = mixed(["A", "some/B"], [None, None], [_streams(tmp_path, "a", 42, 10), _streams(tmp_path, "b", 8, 0)])
+    streams = mix(["A", "some/B"], [None, None], [_streams(tmp_path, "a", 42, 10), _streams(tmp_path, "b", 8, 0)])
     with pytest.raises(UserError, match="--train_dir some/B has 8 tokens, and a block of --block_size 8 needs 9"):
         cut_blocks(streams, 8)

@@ -14,7 +14,7 @@ from llm.config.errors import UserError
 from llm.config.options import DataOptions
 from llm.data.preparation import cache
 from llm.data.preparation.cache import load_or_tokenize
-from llm.data.shards.format import Streams
+from llm.data.shards.format import TokenizedText
 from llm.data.sources.corpus import open_corpus
 from llm.tokenization.encoder import Encoder
 
@@ -32,7 +32,7 @@ def rows(tmp_path: Path) -> Path:
 def cached(tmp_path: Path, byte_tokenizer):
     """Tokenizes files with the byte tokenizer into the cache, or opens them there."""
 
-    def cached(*files: Path, tokenizer=byte_tokenizer, eos_in_single_text=True, **options) -> Streams:
+    def cached(*files: Path, tokenizer=byte_tokenizer, eos_in_single_text=True, **options) -> TokenizedText:
         data = DataOptions(train_file=tuple(map(str, files)), **options)
         return load_or_tokenize(
             open_corpus(data),

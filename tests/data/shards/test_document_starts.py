@@ -82,8 +82,8 @@ def test_joined_starts_when_parts_are_cut_anywhere_then_each_begins_a_document(s
             expected += [place, *(place + start - first for start in STARTS if first < start < stop)]
         place += stop - first
     _check(ConcatenatedStarts(parts), expected, place)
-    streams = [Tokens([shard.tokens for shard in shards]).part(first, stop) for first, stop in cuts]
-    joined = Tokens.joined(streams)
+    streams = [Tokens([shard.tokens for shard in shards]).sliced(first, stop) for first, stop in cuts]
+    joined = Tokens.concatenated(streams)
     assert joined[:].tolist() == np.concatenate([_ids()[first:stop] for first, stop in cuts]).tolist()
     assert pickle.loads(pickle.dumps(joined))[25:60].tolist() == joined[:].tolist()[25:60]
     assert len(joined) == place

@@ -11,7 +11,7 @@ import pytest
 
 from llm.config.errors import UserError
 from llm.data.shards.external_formats import open_external_folder, open_file, open_files
-from llm.data.shards.format import ForeignShardError, TruncatedShardError
+from llm.data.shards.format import TruncatedShardError, UnknownFormatError
 
 IDS = np.random.default_rng(0).integers(0, 50_000, 5_000)
 
@@ -90,10 +90,10 @@ def test_open_folder_when_saved_with_input_ids_then_rows_joined(tmp_path: Path, 
 def test_open_file_when_damaged_or_unknown_then_named(tmp_path: Path) -> None:
     write_llm_c(tmp_path / "short.bin", IDS)
     (tmp_path / "short.bin").write_bytes((tmp_path / "short.bin").read_bytes()[:-2])
-    with pytest.raises(TruncatedShardError, match=r"short\.bin: has 11022 bytes, 11024 bytes are due"):
+    with pytest.raises(TruncatedShardError, match=r"short\.bin: has 11022 bytes, 11024 bytes are expected"):
         open_file(tmp_path / "short.bin")
     write_llm_c(tmp_path / "new.bin", IDS, version=2)
-    with pytest.raises(ForeignShardError, match="version 2 of llm"):
+    with pytest.raises(UnknownFormatError, match="version 2 of llm"):
         open_file(tmp_path / "new.bin")
     (tmp_path / "odd.bin").write_bytes(b"123")
     with pytest.raises(TruncatedShardError, match="no uint16"):
@@ -102,7 +102,7 @@ def test_open_file_when_damaged_or_unknown_then_named(tmp_path: Path) -> None:
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-2])
     np.save(tmp_path / "float.npy", np.zeros(3))
     for name in ("cut.npy", "float.npy"):
-        with pytest.raises(ForeignShardError, match=name):
+        with pytest.raises(UnknownFormatError, match=name):
             open_file(tmp_path / name)
 
 
@@ -111,7 +111,7 @@ def test_open_folder_when_it_holds_no_tokens_then_refused(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="holds no token shards"):
         open_external_folder(tmp_path, 5, 100)
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "text")
-    with pytest.raises(ForeignShardError, match="no column input_ids; its columns are text"):
+    with pytest.raises(UnknownFormatError, match="no column input_ids; its columns are text"):
         open_external_folder(tmp_path / "text", 5, 100)
 
 

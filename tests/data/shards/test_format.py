@@ -14,12 +14,12 @@ import pytest
 
 from llm.config.errors import UserError
 from llm.data.shards.format import (
-    ForeignShardError,
-    OtherTokenizerError,
-    OtherVersionError,
     Shard,
+    TokenizerMismatchError,
     TruncatedShardError,
-    UnfinishedError,
+    UnfinishedShardsError,
+    UnknownFormatError,
+    VersionMismatchError,
     finished_shards,
     open_folder,
     open_shard,
@@ -164,16 +164,16 @@ def test_open_folder_when_whole_then_its_streams_and_verify_finds_nothing(folder
         ("train_00001.bin", lambda data: data[:-2], TruncatedShardError),
         ("train_00001.bin", None, TruncatedShardError),
         ("train_00001.starts", lambda data: data + b"12345678", TruncatedShardError),
-        ("train_00001.json", None, UnfinishedError),
-        ("train_00001.json", lambda data: b"{}", ForeignShardError),
-        ("train_00001.json", lambda data: b"\xff\x00", ForeignShardError),
-        ("train_00001.json", lambda data: data.replace(b"num_tokens", b"tokens"), ForeignShardError),
-        ("train_00001.json", lambda data: data.replace(b'"version": 1', b'"version": 2'), OtherVersionError),
-        ("train_00001.json", lambda data: data.replace(b'"hash"', b'"hush"'), OtherTokenizerError),
-        ("train_00001.json", lambda data: data.replace(b": 257", b": 258"), OtherTokenizerError),
-        ("manifest.json", None, UnfinishedError),
-        ("manifest.json", lambda data: data.replace(b'"version": 1', b'"version": 0'), OtherVersionError),
-        ("manifest.json", lambda data: data.replace(b"splits", b"spluts"), ForeignShardError),
+        ("train_00001.json", None, UnfinishedShardsError),
+        ("train_00001.json", lambda data: b"{}", UnknownFormatError),
+        ("train_00001.json", lambda data: b"\xff\x00", UnknownFormatError),
+        ("train_00001.json", lambda data: data.replace(b"num_tokens", b"tokens"), UnknownFormatError),
+        ("train_00001.json", lambda data: data.replace(b'"version": 1', b'"version": 2'), VersionMismatchError),
+        ("train_00001.json", lambda data: data.replace(b'"hash"', b'"hush"'), TokenizerMismatchError),
+        ("train_00001.json", lambda data: data.replace(b": 257", b": 258"), TokenizerMismatchError),
+        ("manifest.json", None, UnfinishedShardsError),
+        ("manifest.json", lambda data: data.replace(b'"version": 1', b'"version": 0'), VersionMismatchError),
+        ("manifest.json", lambda data: data.replace(b"splits", b"spluts"), UnknownFormatError),
     ],
 )
 def test_open_folder_when_something_is_wrong_then_named(folder: Path, name: str, change, error) -> None:  # type: ignore[no-untyped-def]
@@ -187,9 +187,9 @@ def test_open_folder_when_something_is_wrong_then_named(folder: Path, name: str,
 
 
 def test_open_shard_when_another_tokenizer_is_asked_for_then_refused(folder: Path) -> None:
-    with pytest.raises(OtherTokenizerError, match="another tokenizer"):
+    with pytest.raises(TokenizerMismatchError, match="another tokenizer"):
         open_shard(folder / "train_00000.bin", tokenizer_hash="other")
-    with pytest.raises(OtherTokenizerError, match="another tokenizer"):
+    with pytest.raises(TokenizerMismatchError, match="another tokenizer"):
         open_folder(folder, tokenizer_hash="other")
 
 
@@ -230,7 +230,7 @@ def test_tokens_when_sliced_then_as_one_array(tmp_path: Path) -> None:
     for start in range(-3, len(whole) + 2):
         for stop in (*range(-3, len(whole) + 2), None):
             assert tokens[start:stop].tolist() == whole[start:stop].tolist()
-            part = tokens.part(start, stop)
+            part = tokens.sliced(start, stop)
             assert part[:].tolist() == whole[start:stop].tolist()
             assert part[1:4].tolist() == whole[start:stop][1:4].tolist()
     with pytest.raises(ValueError, match="without a step"):
