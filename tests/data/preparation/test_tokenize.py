@@ -14,7 +14,7 @@ from llm.config.errors import UserError
 from llm.config.options import DataOptions
 from llm.data.batches.ledger import ledger
 from llm.data.preparation.tokenize import ProgressCallback, TokenizeProgress, write_shards
-from llm.data.shards.format import Streams, open_folder
+from llm.data.shards.format import TokenizedText, open_folder
 from llm.data.shards.memmap import Tokens
 from llm.data.sources.corpus import open_corpus
 
@@ -42,7 +42,7 @@ def tokenize(tmp_path: Path, byte_tokenizer):
         eos_in_single_text: bool = True,
         on_progress: ProgressCallback | None = None,
         **options: object,
-    ) -> Streams:
+    ) -> TokenizedText:
         folder = tmp_path / f"shards_{next(folders)}"
         folder.mkdir()
         write_shards(
