@@ -1,4 +1,4 @@
-# Two commands need nothing but python3 (>= 3.11, with venv and pip) and make: `make demo`, `make test`.
+# `make demo` and `make test` need only python3 (>= 3.11, with venv and pip) and make.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,19 +9,19 @@ JOBS = $(shell $(BIN)/python -c 'import os; print(min(2, os.cpu_count() or 1))')
 .PHONY: help setup demo test test-exhaustive test-faults test-clusters test-clusters-quick check clean
 
 help:
-	@echo "make demo    train a small GPT on this machine's own Python source: about three minutes"
-	@echo "make test    run the tests"
-	@echo "make test-exhaustive  run those that take minutes, too many for every change"
-	@echo "make test-faults  of these, the runs that are killed 200 times"
-	@echo "make test-clusters  tests with a real Slurm, MPICH and Open MPI (Debian's, see .ci/run), as root"
-	@echo "make test-clusters-quick  of these, what takes seconds, and one run that is cut by its walltime"
-	@echo "make check   lint, format, types, import layers"
-	@echo "make setup   install everything into $(VENV) (the others do it when needed)"
-	@echo "make clean   remove what the above left behind, $(VENV) and runs/demo included"
+	@echo "make demo    train a small GPT on the source code of Python's library: about three minutes"
+	@echo "make test    run the tests: about ten minutes on two cores"
+	@echo "make test-exhaustive  run the tests that take minutes, which are too slow for every change"
+	@echo "make test-faults  run only those that kill runs 200 times"
+	@echo "make test-clusters  run the tests with a real Slurm, MPICH and Open MPI (Debian's, see .ci/run), as root"
+	@echo "make test-clusters-quick  run only those that take seconds, and one run that reaches its walltime"
+	@echo "make check   check lint, format, types and import layers"
+	@echo "make setup   install everything into $(VENV) (the other targets do it when needed)"
+	@echo "make clean   remove all files that these targets make, $(VENV) and runs/demo included"
 
 setup: $(STAMP)
 
-# Installed again only when what it was made from has changed.
+# Install again only when one of these files has changed.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("error: Python 3.11 or newer is needed, this is %d.%d; try: make setup PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
 	@echo "Installing into $(VENV); the first time takes a few minutes."
@@ -41,7 +41,7 @@ test-exhaustive: $(STAMP)
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -q -m exhaustive tests/faults
 
-# Each has both cores to itself: there are times in them.
+# One test at a time, because they measure time.
 test-clusters: $(STAMP)
 	$(BIN)/python -m pytest -q -rs -m clusters tests/clusters
 

@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def _kept(options: argparse.Namespace) -> dict[str, Any]:
     if not options.json.exists():
         return new
     kept: dict[str, Any] = json.loads(options.json.read_text())
-    if any(kept.get(key) != new[key] for key in ("example", "updates")):
+    # Comments of the example may have changed since.
+    if tomllib.loads(kept.get("example", "")) != tomllib.loads(example) or kept.get("updates") != new["updates"]:
         sys.exit(f"{options.json} is of other runs; move it away, or name another with --json")
     return kept
 

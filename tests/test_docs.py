@@ -1,4 +1,7 @@
-"""docs/*.md are true: their commands run, with stand-ins for schedulers, other hosts and torchrun."""
+"""Test the pages about clusters in docs/: their commands run, with stand-ins for schedulers, other hosts and torchrun.
+
+`tests/test_readme.py` has the other pages.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from tests.clusters.stand_ins import Recorder, install_torch
 ROOT = Path(__file__).parents[1]
 PAGES = ("polaris", "slurm", "laptop")
 HOSTS = ["n1", "n2"]
-# What only the site itself, or a network, can do.
+# Commands that need the site itself, or a network.
 SITE_ONLY = (
     "module ",
     "conda activate base",
@@ -30,7 +33,7 @@ SITE_ONLY = (
     "python -m pip install -e .",
 )
 
-# Runs the script as the scheduler's job of two hosts. A PBS job begins at home, in a fresh environment.
+# Runs the script as a job of two hosts. A PBS job starts in the home directory, with a fresh environment.
 QSUB = """#!/bin/bash
 while [ $# -gt 1 ]; do
   if [ "$1" = -v ]; then IFS=, read -ra pairs <<< "$2"; fi
@@ -55,7 +58,7 @@ exec env SLURM_JOB_ID=7 SLURM_JOB_NODELIST=n[1-2] SLURM_SUBMIT_DIR="$PWD" "${{pa
 
 
 def lines(page: str) -> list[str]:
-    """The commands of the page's fenced blocks."""
+    """Return the commands in the fenced blocks of a page."""
     text = (ROOT / "docs" / f"{page}.md").read_text()
     blocks = re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert text.count("```") == 2 * len(blocks)
@@ -64,7 +67,7 @@ def lines(page: str) -> list[str]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A reader's folder: the templates, the examples, a run of their own, and an environment in .venv."""
+    """Return a reader's folder: the templates, the examples, the options of a run, and an environment in .venv."""
     folder = tmp_path / "project"
     folder.mkdir()
     for name in ("jobs", "examples"):
@@ -79,7 +82,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recorder(tmp_path: Path, project: Path) -> Recorder:
-    """Stand-ins for all that is not here."""
+    """Return stand-ins for all programs that this machine lacks."""
     recorder = Recorder(tmp_path / "bin")
     recorder.folder.mkdir()
     recorder.install("PALS", HOSTS)
@@ -94,7 +97,8 @@ def recorder(tmp_path: Path, project: Path) -> Recorder:
     return recorder
 
 
-def typed(line: str, folder: Path, recorder: Recorder) -> subprocess.CompletedProcess[str]:
+def run_line(line: str, folder: Path, recorder: Recorder) -> subprocess.CompletedProcess[str]:
+    """Run a line in bash, with the stand-ins in PATH."""
     environment = {"PATH": f"{recorder.folder}:/usr/bin:/bin", "HOME": str(folder.parent)}
     return subprocess.run(
         ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -102,14 +106,14 @@ def typed(line: str, folder: Path, recorder: Recorder) -> subprocess.CompletedPr
 
 
 def check_interactive(words: Sequence[str]) -> None:
-    """What asks for an allocation has no job to run; its words are those of the site's scripts."""
+    """Check a command that requests an allocation: its arguments are those of the site's scripts."""
     if words[0] == "qsub":
-        asked = {words[number + 1] for number, word in enumerate(words) if word == "-l"}
+        resources = {words[number + 1] for number, word in enumerate(words) if word == "-l"}
         polaris = read_site("polaris", "pbs").pbs
         assert polaris is not None
         assert f"-q {polaris.queue}" in " ".join(words)
         directives = {line.replace("{nodes}", "2").removeprefix("-l ") for line in polaris.directives}
-        assert asked == (directives - {"place=scatter"}) | {"walltime=1:00:00"}
+        assert resources == (directives - {"place=scatter"}) | {"walltime=1:00:00"}
     else:
         assert words == ["salloc", "--nodes=2", "--time=1:00:00"]
 
@@ -118,14 +122,14 @@ COMMANDS = [(page, line) for page in PAGES for line in lines(page) if not line.s
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda text: text[:50])
-def test_command_when_typed_then_starts_what_the_page_says(
+def test_command_when_run_then_starts_what_the_page_says(
     page: str, line: str, project: Path, recorder: Recorder
 ) -> None:
     words = shlex.split(line)
     if words[:2] == ["qsub", "-I"] or words[0] == "salloc":
         check_interactive(words)
         return
-    done = typed(line, project, recorder)
+    done = run_line(line, project, recorder)
     assert done.returncode in (0, 75), done.stdout + done.stderr
     if words[:3] == ["python", "-m", "llm.launch"] and words[3] in ("pbs", "slurm"):
         assert done.stdout.startswith("#!/bin/bash")
@@ -143,7 +147,7 @@ def test_command_when_typed_then_starts_what_the_page_says(
         assert record["folder"] == str(project)
 
 
-def test_pages_when_read_then_hold_commands_and_name_what_is_there() -> None:
+def test_pages_when_read_then_have_commands_and_name_existing_files() -> None:
     assert {page for page, _ in COMMANDS} == set(PAGES)
     assert len(COMMANDS) >= 15
     for page in PAGES:
@@ -157,7 +161,7 @@ def test_pages_when_read_then_hold_commands_and_name_what_is_there() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_two_nodes_when_pretended_by_two_terminals_then_train_as_one_process_does(
+def test_two_nodes_when_simulated_in_two_terminals_then_train_as_one_process_does(
     tiny_text: Path, tiny_gpt2_dir: Path, tmp_path: Path
 ) -> None:
     from safetensors.numpy import load_file
@@ -169,21 +173,21 @@ def test_two_nodes_when_pretended_by_two_terminals_then_train_as_one_process_doe
         'mixed_precision = "no"\nuse_cpu = true\n[optimizer]\nadam_epsilon = 1e-6\n'
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    both = [line for line in lines("laptop") if "--rank" in line]
-    assert len(both) == 2
+    commands = [line for line in lines("laptop") if "--rank" in line]
+    assert len(commands) == 2
     terminals = [
         subprocess.Popen(
             [sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
         )
-        for line in both
+        for line in commands
     ]
     try:
-        said = "".join(terminal.communicate(timeout=200)[0] for terminal in terminals)
+        output = "".join(terminal.communicate(timeout=200)[0] for terminal in terminals)
     finally:
         for terminal in terminals:
             terminal.kill()
-    assert [terminal.returncode for terminal in terminals] == [0, 0], said
-    assert "2 processes" in said
+    assert [terminal.returncode for terminal in terminals] == [0, 0], output
+    assert "2 processes" in output
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
     alone = [sys.executable, "-m", "llm.trainers.gpt", "--config", "my.toml", "--output_dir", "alone"]
     assert subprocess.run(alone, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, check=False).returncode == 0

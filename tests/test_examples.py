@@ -1,4 +1,4 @@
-"""Every file of examples/ is a run: read as it stands, and run, shortened, with stand-ins for what is not here."""
+"""Test that every file of examples/ is a run: it is read unchanged, and run for two steps with stand-ins for its data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.toml"))
 SHORT = "--max_train_steps 2 --max_eval_batches 1 --use_cpu"
 NARROW = "--config_overrides n_layer=1,n_embd=32,n_head=2,n_positions=64 --block_size 32"
 SMALL = "--block_size 32 --per_device_train_batch_size 2"
-# What takes the place of a text, a Hub dataset, an accelerator, or of hours.
+# Options that replace a text, a Hub dataset, an accelerator, or hours.
 STAND_INS = {
     "demo": "",
     "shakespeare_char_cpu": f"--train_file tiny.txt {NARROW}",
@@ -50,7 +50,7 @@ def read(example: Path, words: str = "") -> Options:
 
 @pytest.fixture
 def workplace(tmp_path: Path, tiny_text: Path, tiny_gpt2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A current folder with the stand-ins in it, planted models, and no Hub."""
+    """Yield a current folder with the stand-ins, models in the Hub's cache, and no connection to the Hub."""
     lines = tiny_text.read_text().splitlines()[:600]
     (tmp_path / "tiny.txt").write_text("\n".join(lines))
     for name, ending in (("documents", ""), ("lines", "\n")):  # rows of wikitext are lines of a text
@@ -84,8 +84,8 @@ def test_example_when_read_then_every_key_is_an_option_of_that_value(example: Pa
 
 @every_example
 def test_example_when_its_comment_says_how_many_processes_then_the_batch_divides_among_them(example: Path) -> None:
-    asked = re.search(r"--nproc_per_node (\d+)", example.read_text())
-    num_ranks = int(asked[1]) if asked else 1
+    match = re.search(r"--nproc_per_node (\d+)", example.read_text())
+    num_ranks = int(match[1]) if match else 1
     options = read(example)
     block_size = options.data.block_size or 1024
     blocks = Blocks(np.zeros(1000 * block_size + 1, np.uint16), block_size)
@@ -94,7 +94,7 @@ def test_example_when_its_comment_says_how_many_processes_then_the_batch_divides
 
 
 @every_example
-def test_example_when_run_shortened_then_leaves_a_model_that_loads(
+def test_example_when_run_for_two_steps_then_writes_a_model_that_loads(
     train: Callable[..., Outcome], workplace: Path, example: Path
 ) -> None:
     assert example.stem in STAND_INS, f"{example.name} needs an entry in STAND_INS, which may be empty"
@@ -110,7 +110,7 @@ def test_example_when_run_shortened_then_leaves_a_model_that_loads(
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(folder))
     loaded = read(example).model.model_name_or_path
     assert f"weights: {f'loaded from {loaded}' if loaded else 'random'}" in outcome.out
-    # Whatever no stand-in replaced is as the file says.
+    # Options without a stand-in have the file's values.
     replaced = {word[2:] for word in words.split() if word.startswith("--")} | {"output_dir"}
     written = tomllib.loads((folder / "config.toml").read_text())
     for table, rows in tomllib.loads(example.read_text()).items():

@@ -216,7 +216,7 @@ def prepare_for(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("line", commands(), ids=lambda line: line[:40])
-def test_command_when_typed_as_it_stands_then_works(
+def test_command_when_run_unchanged_then_works(
     line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if not of_this_package(line):
@@ -317,7 +317,7 @@ def test_commands_when_listed_then_are_those_that_a_reader_sees() -> None:
     assert any(line.startswith("accelerate launch ") for line in commands() + inline_commands())
 
 
-def test_folder_when_described_then_every_name_is_of_something_that_a_run_writes(workplace: Path) -> None:
+def test_folder_when_described_then_a_run_writes_every_name(workplace: Path) -> None:
     (block,) = [block for block in blocks() if is_folder(block)]
     block = block.replace("OUTPUT_DIR/", "").replace("step_N", "step_2")
     described = re.sub(r"\(.*?\)", "", block).replace("state, step, reason, exit code", "")
@@ -326,16 +326,16 @@ def test_folder_when_described_then_every_name_is_of_something_that_a_run_writes
     assert len(names) > 10
     for name in [*names, "checkpoints/step_2/manifest.json"]:
         assert list((workplace / "runs" / "demo").glob(name.rstrip("/"))), name
-    whole = {path.name for path in (workplace / "runs" / "demo").iterdir()}
-    assert not [name for name in whole if not any(Path(name).match(shown.split("/")[0]) for shown in names)]
+    files = {path.name for path in (workplace / "runs" / "demo").iterdir()}
+    assert not [name for name in files if not any(Path(name).match(shown.split("/")[0]) for shown in names)]
 
 
-def test_ledger_when_shown_then_is_a_line_that_a_run_prints_and_adds_up() -> None:
+def test_ledger_when_shown_then_is_a_line_that_a_run_logs_and_adds_up() -> None:
     (block,) = [block for block in blocks() if is_output(block)]
     train_tokens, held_out, dropped, total = (int(n.replace(",", "")) for n in re.findall(r"[\d,]+", block))
-    counted = Ledger(train_tokens, held_out, dropped, 0)
-    assert block.strip() == ledger_line(counted)
-    assert counted.total == total
+    counts = Ledger(train_tokens, held_out, dropped, 0)
+    assert block.strip() == ledger_line(counts)
+    assert counts.total == total
 
 
 def test_flags_when_mentioned_then_are_options() -> None:
