@@ -1,4 +1,4 @@
-"""Test that every file of examples/ is a run: it is read unchanged, and run for two steps with stand-ins for its data."""
+"""Test that every file of examples/ is a run: it is read unchanged, and run for two steps with stand-ins."""
 
 from __future__ import annotations
 
