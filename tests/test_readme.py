@@ -368,7 +368,9 @@ def test_paths_when_named_in_any_page_then_exist() -> None:
     }
     assert ("README.md", "CONTRIBUTING.md") in paths
     assert len(paths) > 60
-    assert sorted((page, path) for page, path in paths if not list(ROOT.glob(path.rstrip("/")))) == []
+    # NAME stands for the name of a new file.
+    missing = {(page, path) for page, path in paths if "NAME" not in path and not list(ROOT.glob(path.rstrip("/")))}
+    assert missing == set()
 
 
 def test_links_when_followed_then_lead_to_a_file_or_a_heading() -> None:
