@@ -150,7 +150,8 @@ def batch_pieces(
         length += len(piece.text)
         if length >= BATCH_CHARS:
             yield batch
-            batch, length = [], 0
+            batch = []
+            length = 0
     if batch:
         yield batch
 

@@ -11,7 +11,7 @@ from llm.config.errors import UserError
 from llm.files.atomic import write_text
 
 JOB_FILE = "prepare.json"
-# Raise it when the same text is cut into other pieces: a shard stores the number of the piece where it ends.
+# Increase it when the same text is divided into other pieces: a shard stores the number of the piece where it ends.
 _VERSION = 3
 _DESCRIPTIONS = {"fingerprint": "content of the text", "version": "version of this program"}
 # Names of temporary files and folders that only llm.prepare gives.
