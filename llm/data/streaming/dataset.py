@@ -84,7 +84,7 @@ class StreamingDataset(TokenizedDataset):
     def ledger(self, block_size: int) -> Ledger:
         """Count the tokens that have arrived so far."""
         tokens = self._tokens()
-        tokens.look()
+        tokens.refresh()
         return ledger(replace(self.text, train=SplitTokens(tokens, None, None)), block_size)
 
     def opening_lines(self, blocks: BlockSource, *, num_samples: int, document_mask: bool) -> list[str]:
@@ -173,7 +173,7 @@ class StreamingDataset(TokenizedDataset):
 
     def _poll(self, watched: GrowingBlocks, sample: int, num_samples: int) -> int | None:
         """Return the number of readable samples if `sample` is one of them; for rank 0."""
-        num_ready = watched.look()
+        num_ready = watched.refresh()
         if num_ready > sample:
             return num_ready
         assert self.writer is not None
@@ -186,14 +186,14 @@ class StreamingDataset(TokenizedDataset):
 
     def _request_shards(self, watched: GrowingBlocks, sample: int, num_samples: int) -> None:
         """Let the writer continue up to `_SHARDS_AHEAD` shards ahead of `sample`, but not past the end of the run."""
-        if self.writer is None or watched.is_whole:
+        if self.writer is None or watched.is_complete:
             return
         of_run = watched.num_shards(num_samples - 1)
-        self.job.folder.want(min(watched.num_shards(sample) + _SHARDS_AHEAD, of_run))
+        self.job.folder.request(min(watched.num_shards(sample) + _SHARDS_AHEAD, of_run))
 
     def _log_epoch(self, watched: GrowingBlocks, step: int, global_batch: int) -> None:
         """Log the beginning of each epoch after the first."""
-        if not watched.is_whole:
+        if not watched.is_complete:
             return
         num_blocks = len(watched)
         epoch = ((step + 1) * global_batch - 1) // num_blocks
@@ -280,7 +280,7 @@ def _pinned_revision(options: DataOptions, revision: str | None) -> str | None:
 def _tokenizer(options: Options, text: TextStream, cache_dir: Path) -> PreTrainedTokenizerBase:
     def beginning() -> Iterator[str]:
         num_chars = 0
-        for chunk in text.rest(text.find_head())(Counter()):
+        for chunk in text.train(text.find_split_point())(Counter()):
             yield chunk.text
             num_chars += len(chunk.text)
             if num_chars >= _TOKENIZER_CHARS:
@@ -304,7 +304,7 @@ def _start_writer(job: StreamJob, stack: ExitStack, *, clear: bool) -> StreamWri
         if clear:
             with locked(folder.lock):
                 folder.clear()
-        folder.want(1)
+        folder.request(1)
     except OSError as error:
         raise cannot_be_written(folder.path, error) from error
     writer = StreamWriter(job)
@@ -314,7 +314,7 @@ def _start_writer(job: StreamJob, stack: ExitStack, *, clear: bool) -> StreamWri
 
 def _poll_split(job: StreamJob, writer: StreamWriter | None) -> bool | None:
     """Return True once the held-out text is written, else None; for rank 0."""
-    if job.folder.is_settled:
+    if job.folder.has_split:
         return True
     assert writer is not None
     writer.check()
@@ -322,7 +322,7 @@ def _poll_split(job: StreamJob, writer: StreamWriter | None) -> bool | None:
 
 
 def _held_out(job: StreamJob) -> SplitTokens | None:
-    if not job.folder.is_settled:
+    if not job.folder.has_split:
         raise UserError(
             f"--streaming: {job.folder.path}, which rank 0 writes, does not exist on this node: set HF_HOME to a folder"
             " that all nodes share"
@@ -336,7 +336,7 @@ def _log_opening(job: StreamJob, validation: SplitTokens | None) -> None:
     if validation is None:
         log.info("held out for validation: nothing (--validation_split_percentage, --validation_file)")
         return
-    has_validation_split = job.folder.cut() is None
+    has_validation_split = job.folder.split_point() is None
     log.info(
         "held out for validation: %s, %.3g MB in %s documents",
         "the validation split of the text" if has_validation_split else "the head of the stream",

@@ -1,9 +1,9 @@
-"""The folder of a stream's shards, and what lies in it.
+"""The folder of a stream's shards, and the files in it.
 
-STREAM/.lock          of the one process that writes, whatever the number of runs that read
-STREAM/wanted         how many training shards some run has asked for; the writer stays there
-STREAM/held_out.json  what of the text is held out, written when the folder beside it is whole
-STREAM/validation/    shards of what is held out
+STREAM/.lock          held by the one process that writes, whatever the number of runs that read
+STREAM/wanted         number of training shards that some run has requested; the writer pauses there
+STREAM/held_out.json  the split point, written when the folder of held-out shards is complete
+STREAM/validation/    shards of the held-out text
 STREAM/train/         shards of the rest, in the order of arrival
 """
 
@@ -21,13 +21,17 @@ from llm.files.atomic import write_text
 
 @dataclass(frozen=True)
 class StreamFolder:
-    """The shards of one stream, as one tokenizer makes them."""
+    """The shards of one stream made with one tokenizer.
+
+    Attributes:
+        path: the folder.
+    """
 
     path: Path
 
     @property
     def lock(self) -> Path:
-        """Held by the process that writes."""
+        """The lock file, held by the process that writes."""
         return self.path / ".lock"
 
     @property
@@ -41,54 +45,63 @@ class StreamFolder:
         return self.path / "validation"
 
     @property
-    def is_settled(self) -> bool:
-        """Whether it is known what is held out, and its tokens are there."""
-        return self._settled.is_file()
+    def has_split(self) -> bool:
+        """Whether the split point is known and all held-out tokens are written."""
+        return self._split_file.is_file()
 
     def held_out(self) -> SplitTokens | None:
-        """The tokens of what is held out, once that is settled; None where nothing is.
+        """Open the held-out tokens once the folder `has_split`; None if nothing is held out.
 
         Raises:
-            ShardError: they are not what they should be.
+            ShardError: the shards are damaged.
         """
-        facts = json.loads(self._settled.read_text())
+        facts = json.loads(self._split_file.read_text())
         return open_folder(self.validation).train if facts["has_text"] else None
 
-    def settle(self, cut: SplitPoint | None, has_text: bool) -> None:
-        """Writes down what is held out."""
-        place = None if cut is None else cut._asdict()
-        write_text(self._settled, json.dumps({"has_text": has_text, "cut": place}, indent=1) + "\n")
+    def commit_split(self, split_point: SplitPoint | None, *, has_text: bool) -> None:
+        """Record the split, after which the folder `has_split`.
 
-    def cut(self) -> SplitPoint | None:
-        """Where training begins, once that is settled."""
-        place = json.loads(self._settled.read_text())["cut"]
-        return None if place is None else SplitPoint(**place)
+        Args:
+            split_point: where the training text begins; None: at the beginning of the stream.
+            has_text: whether any text is held out.
+        """
+        facts = {"has_text": has_text, "cut": None if split_point is None else split_point._asdict()}
+        write_text(self._split_file, json.dumps(facts, indent=1) + "\n")
 
-    def wanted(self) -> int:
-        """Training shards that some run has asked for."""
+    def split_point(self) -> SplitPoint | None:
+        """Return where the training text begins, once the folder `has_split`; None: at the beginning."""
+        facts = json.loads(self._split_file.read_text())["cut"]
+        return None if facts is None else SplitPoint(**facts)
+
+    def num_requested(self) -> int:
+        """Return the number of training shards that some run has requested."""
         try:
-            return int((self.path / "wanted").read_text())
+            return int(self._request_file.read_text())
         except (OSError, ValueError):
             return 0
 
-    def want(self, num_shards: int) -> None:
-        """Asks for so many training shards; whoever asked for more is not forgotten."""
-        if self.wanted() < num_shards:
-            write_text(self.path / "wanted", f"{num_shards}\n")
+    def request(self, num_shards: int) -> None:
+        """Request the first `num_shards` training shards; a larger request of another run stays."""
+        if self.num_requested() < num_shards:
+            write_text(self._request_file, f"{num_shards}\n")
 
     def has_requested(self) -> bool:
-        """Whether all training shards are there that were asked for, or all there are."""
-        last = shard_path(self.train, "train", self.wanted() - 1)
+        """Return whether all requested training shards exist, or all shards of the stream."""
+        last = shard_path(self.train, "train", self.num_requested() - 1)
         return last.with_suffix(".json").is_file() or (self.train / MANIFEST).is_file()
 
     def clear(self) -> None:
-        """Removes all shards; the lock must be held."""
-        self._settled.unlink(missing_ok=True)
-        (self.path / "wanted").unlink(missing_ok=True)
+        """Remove all shards; the caller must hold the lock."""
+        self._split_file.unlink(missing_ok=True)
+        self._request_file.unlink(missing_ok=True)
         for folder in (self.validation, self.train):
             if folder.exists():
                 shutil.rmtree(folder)
 
     @property
-    def _settled(self) -> Path:
+    def _split_file(self) -> Path:
         return self.path / "held_out.json"
+
+    @property
+    def _request_file(self) -> Path:
+        return self.path / "wanted"

@@ -1,4 +1,4 @@
-"""A text that is trained on as it arrives: which one, what of it is held out, and what is left to train on."""
+"""The text of a stream: which text it is, which part of it is held out, and which part is left for training."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from llm.data.sources.documents import Skipped, TextChunk, TextSource, utf8_leng
 from llm.data.sources.hub_streaming import open_streaming_corpus
 from llm.data.sources.validation_split import SplitPoint, find_head_split_point, split_at
 
-# Bytes of text. The held-out share is one of the first so many, about two shards' worth, since the length of a
-# stream is not known; of a validation split of its own, so many are taken.
+# Bytes of text. The length of a stream is unknown, so the held-out percentage is one of this many bytes, about two
+# shards' worth. Of a validation split, this many bytes are taken.
 HEAD_BYTES = 32 << 20
 
-# Raised when the same stream begins to give another text, or another head.
+# Raise it when the same stream begins to give another text, or another head.
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class TextStream:
-    """A text by its names, so that any process can open it, and nothing of it is read before.
+    """A text by name: any process can open it, and nothing is read before that.
 
     Attributes:
-        options: what the text is.
-        revision: the commit of a dataset of the Hub; None for other texts.
-        head_bytes: how much of the beginning the held-out share is one of.
+        options: the options that select the text.
+        revision: the commit of a Hub dataset; None for other texts.
+        head_bytes: number of bytes at the beginning of the text of which a percentage is held out.
     """
 
     options: DataOptions
@@ -39,7 +39,7 @@ class TextStream:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Name of the text in logs and in the model card."""
         if self.revision is None:
             return self.corpus.name
         name, configuration = str(self.options.dataset_name), self.options.dataset_config_name
@@ -47,7 +47,7 @@ class TextStream:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash that changes when the text, or what is held out of it, may have; the Hub is not asked."""
+        """Hash of everything that the text and its held-out part depend on; computed without a request to the Hub."""
         options = self.options
         facts = [
             _FORMAT,
@@ -61,40 +61,40 @@ class TextStream:
 
     @cached_property
     def corpus(self) -> Corpus:
-        """Its sources; of a dataset of the Hub, as a stream.
+        """The sources of the text; those of a Hub dataset are read while they arrive.
 
         Raises:
-            UserError: it cannot be found, or reached.
+            UserError: the text does not exist or cannot be reached.
         """
         if self.revision is None:
             return open_corpus(self.options)
         return open_streaming_corpus(self.options, self.revision)
 
-    def find_head(self) -> SplitPoint | None:
-        """Behind which documents training begins; None where none of the text itself is held out.
+    def find_split_point(self) -> SplitPoint | None:
+        """Read the head of the text and return where training begins; None if nothing of this text is held out.
 
         Raises:
-            UserError: the text cannot be read, or holds nothing.
+            UserError: the text cannot be read, or is empty.
         """
         if self.corpus.validation is not None or self.options.validation_split_percentage == 0:
             return None
         skipped: Skipped = Counter()
-        cut = find_head_split_point(
+        split_point = find_head_split_point(
             self.corpus.train(skipped), self.options.validation_split_percentage, self.head_bytes
         )
-        if cut is None:
+        if split_point is None:
             raise no_text_error(self.name, skipped)
-        return cut
+        return split_point
 
-    def held_out(self, cut: SplitPoint | None) -> TextSource | None:
-        """The text for validation: its own, up to `head_bytes`, else what lies in front of the cut."""
+    def validation(self, split_point: SplitPoint | None) -> TextSource | None:
+        """Return the text for validation: the first `head_bytes` of its own split, else the text before the point."""
         if self.corpus.validation is not None:
             return _Beginning(self.corpus.validation, self.head_bytes)
-        return None if cut is None else _Side(self.corpus.train, cut, held_out=True)
+        return None if split_point is None else _Side(self.corpus.train, split_point, is_head=True)
 
-    def rest(self, cut: SplitPoint | None) -> TextSource:
-        """The text to train on: what lies behind the cut."""
-        return self.corpus.train if cut is None else _Side(self.corpus.train, cut, held_out=False)
+    def train(self, split_point: SplitPoint | None) -> TextSource:
+        """Return the text to train on: everything after the point; None: the whole training split."""
+        return self.corpus.train if split_point is None else _Side(self.corpus.train, split_point, is_head=False)
 
     def __getstate__(self) -> dict[str, object]:
         """Names only: open streams stay in their process."""
@@ -103,32 +103,32 @@ class TextStream:
 
 @dataclass(frozen=True)
 class _Side:
-    """What lies on one side of a cut; the held-out side is the one in front of it."""
+    """The text before a split point (the head), or after it."""
 
     source: TextSource
-    cut: SplitPoint
-    held_out: bool
+    split_point: SplitPoint
+    is_head: bool
 
     def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
-        for split, part in split_at(self.source(skipped), self.cut):
-            is_head = split == "train"
-            if is_head == self.held_out:
-                yield part
-            elif self.held_out:
+        for split, chunk in split_at(self.source(skipped), self.split_point):
+            # `split_at` calls the text before the point "train".
+            if (split == "train") == self.is_head:
+                yield chunk
+            elif self.is_head:
                 return
 
 
 @dataclass(frozen=True)
 class _Beginning:
-    """The first bytes of a text, and the rest of the part in which they end."""
+    """The first bytes of a text, and the rest of the chunk in which they end."""
 
     source: TextSource
     num_bytes: int
 
     def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
-        left = self.num_bytes
-        for part in self.source(skipped):
-            yield part
-            left -= utf8_length(part.text)
-            if left <= 0:
+        num_left = self.num_bytes
+        for chunk in self.source(skipped):
+            yield chunk
+            num_left -= utf8_length(chunk.text)
+            if num_left <= 0:
                 return

@@ -1,4 +1,4 @@
-"""The process that writes the shards of a stream behind the training."""
+"""The process that writes the shards of a stream while the run trains."""
 
 from __future__ import annotations
 
@@ -32,33 +32,34 @@ from llm.files.lock import Lock, LockLostError, locked, release_all
 from llm.system.subprocesses import Process
 from llm.tokenization.encoder import encoding_threads
 
-# Tokens. Some 18 MB of text, which arrive in seconds, so that training starts soon; and still 4,096 blocks of
-# 1,024 tokens to shuffle.
+# Tokens. 4,194,304 tokens are some 18 MB of text, which arrive in seconds, so that training starts soon; and they are
+# 4,096 blocks of 1,024 tokens to shuffle.
 SHARD_SIZE = 1 << 22
 
-# Bytes of text between two looks at what is wanted.
-_BYTES_BETWEEN_LOOKS = 1 << 20
-_LOOK_SECONDS = 0.5
+# Bytes of text between two reads of the number of requested shards.
+_BYTES_BETWEEN_POLLS = 1 << 20
+_POLL_SECONDS = 0.5
 _END_SECONDS = 5.0
-# So long after its death a writer that said nothing is taken for killed: what killed it may stop this process too.
-_MOURNING_SECONDS = 2.0
+# Wait this long before reporting a writer that exited without a message as killed: the same signal may be about to
+# reach this process.
+_EXIT_GRACE_SECONDS = 2.0
 
-# How a writer ended: all is written, or the cause in one line and an exit code.
+# The end of a writer: None after writing everything, else the error in one line and an exit code.
 _End: TypeAlias = tuple[str, int] | None
 
 
 @dataclass(frozen=True)
 class StreamJob:
-    """What is written, and where.
+    """The shards to write, and where.
 
     Attributes:
         text: the stream.
-        tokenizer: gives the ids.
-        tokenizer_hash: of its behaviour.
+        tokenizer: the tokenizer that makes the ids.
+        tokenizer_hash: hash of the tokenizer's behaviour.
         eos_in_single_text: whether a split that is one document ends with the end-of-text token, too.
         cache_dir: the folder of all tokenized text.
         shard_size: tokens of a shard.
-        num_workers: processes that tokenize; None for this one.
+        num_workers: processes that tokenize; None: the writer itself.
     """
 
     text: TextStream
@@ -71,46 +72,46 @@ class StreamJob:
 
     @property
     def identity(self) -> str:
-        """A hash of all that the shards depend on, but for the tokenizer."""
+        """Hash of everything that the shards depend on, except the tokenizer."""
         facts = [VERSION, "stream", self.text.fingerprint, self.shard_size, self.eos_in_single_text]
         return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     @property
     def folder(self) -> StreamFolder:
-        """Where the shards lie."""
+        """The folder of the shards, named by a hash of the job and of the tokenizer."""
         facts = f"{self.identity} {self.tokenizer_hash}"
         return StreamFolder(self.cache_dir / f"stream-{blake2b(facts.encode(), digest_size=16).hexdigest()}")
 
     def write(self, check: Callable[[], object]) -> None:
-        """Writes what is not there yet, up to what is wanted, until the stream ends.
+        """Write the shards that do not exist yet, up to the requested number, until the stream ends.
 
         Args:
-            check: called before anything is written; what it raises ends the work.
+            check: called before anything is written; an exception that it raises ends the work.
 
         Raises:
-            UserError: the text cannot be read or holds nothing.
+            UserError: the text cannot be read or is empty.
             OSError: the folder cannot be written.
         """
         folder = self.folder
-        if not folder.is_settled:
-            cut = self.text.find_head()
-            source = self.text.held_out(cut)
+        if not folder.has_split:
+            split_point = self.text.find_split_point()
+            source = self.text.validation(split_point)
             if source is not None:
                 self._write(source, folder.validation, check)
             check()
-            folder.settle(cut, has_text=source is not None)
-        # With all that is wanted there, the text is not even opened: it may be out of reach.
+            folder.commit_split(split_point, has_text=source is not None)
+        # While all requested shards exist, the text is not opened: it may be out of reach.
         while folder.has_requested():
             if (folder.train / MANIFEST).is_file():
                 return
-            time.sleep(_LOOK_SECONDS)
-        self._write(_Paced(self.text.rest(folder.cut()), folder), folder.train, check)
+            time.sleep(_POLL_SECONDS)
+        self._write(_PacedSource(self.text.train(folder.split_point()), folder), folder.train, check)
 
     def _write(self, source: TextSource, folder: Path, check: Callable[[], object]) -> None:
         if (folder / MANIFEST).is_file():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        # One, or text that has arrived would wait with the processes for text that has not.
+        # One process by default: with several, text that has arrived would wait in them for text that has not.
         num_workers = self.num_workers or 1
         with encoding_threads(num_workers):
             write_shards(
@@ -126,92 +127,105 @@ class StreamJob:
 
 
 @dataclass(frozen=True)
-class _Paced:
-    """A text that goes on only as far as shards are wanted."""
+class _PacedSource:
+    """A text that pauses while all requested shards exist."""
 
     source: TextSource
     folder: StreamFolder
 
     def __call__(self, skipped: Skipped) -> Iterator[TextChunk]:
-        unlooked = 0
-        for part in self.source(skipped):
-            unlooked += len(part.text)
-            if unlooked >= _BYTES_BETWEEN_LOOKS:
-                unlooked = 0
+        num_chars = 0
+        for chunk in self.source(skipped):
+            num_chars += len(chunk.text)
+            if num_chars >= _BYTES_BETWEEN_POLLS:
+                num_chars = 0
                 while self.folder.has_requested():
-                    time.sleep(_LOOK_SECONDS)
-            yield part
+                    time.sleep(_POLL_SECONDS)
+            yield chunk
 
 
 class StreamWriter:
-    """The process that writes, as the training process sees it.
+    """The process that writes, as the training process controls it.
 
-    It ends with its parent however that ends, and may be killed at any instant: the next one continues.
+    The process ends with its parent, whatever ends the parent. It may be killed at any instant: the next writer
+    continues its work.
 
-    Raises:
-        UserError: no process can be started.
+    Attributes:
+        folder: the folder of the shards.
     """
 
     def __init__(self, job: StreamJob) -> None:
+        """Start the process.
+
+        Raises:
+            UserError: no process can be started.
+        """
         self.folder = job.folder
-        self._died: float | None = None
-        self._is_done = self._is_closed = False
+        self._exit_seen: float | None = None
+        self._is_done = False
+        self._is_closed = False
         self._error: UserError | None = None
         try:
-            # Pickled by itself, so that a tokenizer that cannot be read there is told like other mistakes.
+            # The job is pickled separately, so that a tokenizer that cannot be unpickled there is reported like
+            # other errors.
             self._process = Process(write_stream, bytes(ForkingPickler.dumps(job)))
         except OSError as error:
             raise UserError(f"--streaming: no process can be started that writes the shards ({error})") from error
 
     def check(self) -> None:
-        """Raises what ended the process; returns if it still writes, or has written all.
+        """Return if the process is writing or has written everything; else raise the error that ended it.
 
         Raises:
-            UserError: with the cause and the mend.
+            UserError: the cause, and what to do.
         """
         if self._error is None and not self._is_done:
-            self._error = self._cause()
+            self._error = self._failure()
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Ends the process; once is enough."""
+        """End the process; further calls have no effect."""
         if self._is_closed:
             return
         self._is_closed = True
         self._process.close_pipe()
-        self._process.terminate()  # it may not be at its pipe yet
+        self._process.terminate()  # it may not be reading its pipe yet
         self._process.wait(_END_SECONDS)
 
-    def _cause(self) -> UserError | None:
-        """What ended the work before its time; None where nothing did, or where it may be too early to say."""
-        code = self._process.exit_code
+    def _failure(self) -> UserError | None:
+        """The error that ended the process early; None if there is none, or if it is too early to report one."""
+        exit_code = self._process.exit_code
         try:
             if self._process.pipe.poll():
-                return self._told(self._process.pipe.recv())
+                return self._reported_failure(self._process.pipe.recv())
         except (EOFError, OSError):
-            pass  # not a word
-        if code is None:
+            pass  # it exited without a message
+        if exit_code is None:
             return None
         now = time.monotonic()
-        self._died = self._died or now
-        if now - self._died < _MOURNING_SECONDS:
+        self._exit_seen = self._exit_seen or now
+        if now - self._exit_seen < _EXIT_GRACE_SECONDS:
             return None
-        message = f"the process that writes the stream's shards was killed (exit code {code})"
+        message = f"the process that writes the stream's shards was killed (exit code {exit_code})"
         return UserError(f"{message}; start again: it continues")
 
-    def _told(self, end: _End) -> UserError | None:
+    def _reported_failure(self, end: _End) -> UserError | None:
         self._is_done = end is None
         if end is None:
             return None
-        message, code = end
+        message, exit_code = end
         error = UserError(message)
-        error.exit_code = code
+        error.exit_code = exit_code
         return error
 
 
 def cannot_be_written(folder: Path, error: OSError) -> UserError:
-    """The refusal of a folder for shards."""
+    """Return the error for a folder of shards that cannot be written.
+
+    Args:
+        folder: the folder.
+        error: the cause.
+    """
     return UserError(
         f"the token cache {folder} cannot be written ({error.strerror or error});"
         " make room, or set HF_HOME to another folder, and start again: it continues"
@@ -219,33 +233,33 @@ def cannot_be_written(folder: Path, error: OSError) -> UserError:
 
 
 def write_stream(pipe: Connection, job: bytes) -> None:
-    """The life of the process; at its end, it tells what ended it.
+    """Write the shards of a job and send how the work ended; the main function of the process.
 
     Args:
         pipe: closes when the parent ends.
         job: the `StreamJob`, pickled.
     """
-    logging.getLogger("llm").addHandler(logging.NullHandler())  # the training process says what matters
+    logging.getLogger("llm").addHandler(logging.NullHandler())  # the training process logs what matters
 
     def leave(*_: int | FrameType | None) -> None:
-        # Unfinished shards have names that nobody reads. Only the lock would keep others waiting.
+        # Unfinished shards have temporary names, which no reader opens. Only the lock would make others wait.
         release_all()
         os._exit(1)
 
-    def watch() -> None:
+    def exit_with_parent() -> None:
         with suppress(EOFError, OSError):
             pipe.recv_bytes()
         leave()
 
     signal.signal(signal.SIGTERM, leave)
-    threading.Thread(target=watch, name="parent", daemon=True).start()
+    threading.Thread(target=exit_with_parent, name="parent", daemon=True).start()
     end = _write(job)
-    with suppress(OSError):  # nobody is left to tell
+    with suppress(OSError):  # the parent has exited
         pipe.send(end)
 
 
 def _write(data: bytes) -> _End:
-    """Writes the job, and catches what ends it before its time."""
+    """Write the job; return the error that ended it early, None after writing everything."""
     try:
         job: StreamJob = ForkingPickler.loads(data)
         _silence_libraries()
@@ -262,26 +276,26 @@ def _write(data: bytes) -> _End:
 
 
 def _write_in_turn(job: StreamJob) -> None:
-    """Writes as soon as nobody else does: meanwhile another run's process writes the same shards."""
+    """Write as soon as no other process does; until then the process of another run writes the same shards."""
     while True:
-        # Who has lost the lock waits like everybody else.
+        # A process that has lost the lock waits for it like any other.
         with suppress(LockLostError), ExitStack() as stack:
-            job.write(_take(job.folder.lock, stack).check)
+            job.write(_wait_for_lock(job.folder.lock, stack).check)
             return
 
 
-def _take(lock: Path, stack: ExitStack) -> Lock:
-    """Holds the lock as soon as nobody else does."""
+def _wait_for_lock(lock: Path, stack: ExitStack) -> Lock:
+    """Take the lock as soon as no other process holds it; `stack` releases it."""
     while True:
         try:
             return stack.enter_context(locked(lock))
         except UserError:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
 
 def _silence_libraries() -> None:
     import datasets
 
     datasets.disable_progress_bars()
-    # What it would say of a broken file is in the one line that the training process raises.
+    # The one line that the training process raises says what the library would log about a broken file.
     datasets.utils.logging.set_verbosity(logging.CRITICAL)

@@ -80,13 +80,13 @@ def test_order_when_a_window_is_read_then_its_shards_suffice_and_all_its_blocks_
 ) -> None:
     for window in range(10):
         blocks = blocks_of(arrive(window + 1))
-        assert blocks.look() == (window + 1) * WINDOW
+        assert blocks.refresh() == (window + 1) * WINDOW
         samples = range(window * WINDOW, (window + 1) * WINDOW)
         assert {blocks.num_shards(sample) for sample in samples} <= {window, window + 1}
         found = numbers([blocks.block(sample, SEED) for sample in samples], whole)
         assert sorted(found) == list(samples)
     blocks = blocks_of(arrive(None))
-    assert blocks.look() == EVERYTHING
+    assert blocks.refresh() == EVERYTHING
     num_blocks = (len(open_folder(whole).train.tokens) - 1) // BLOCK
     assert len(blocks) == num_blocks == 65
     first, second, third = (
@@ -111,17 +111,17 @@ def test_order_when_blocks_are_about_as_long_as_shards_then_enough_shards_are_wa
         assert blocks.window == window
         due = blocks.num_shards(sample)
         blocks = blocks_of(arrive(due), block_size)
-        assert blocks.look() > sample
+        assert blocks.refresh() > sample
         assert len(blocks.block(sample, SEED).ids) == block_size + 1
 
 
 def test_last_shard_when_it_is_short_then_the_end_is_waited_for(arrive: Callable[[int | None], Path]) -> None:
     blocks = blocks_of(arrive(11))
-    assert blocks.look() == 60
-    assert not blocks.is_whole
+    assert blocks.refresh() == 60
+    assert not blocks.is_complete
     arrive(None)
-    assert blocks.look() == EVERYTHING
-    assert blocks.is_whole
+    assert blocks.refresh() == EVERYTHING
+    assert blocks.is_complete
 
 
 def updates(blocks: GrowingBlocks, num_ranks: int, num_workers: int, first_step: int = 0) -> list[list[list[int]]]:
@@ -204,14 +204,14 @@ def test_wait_when_abandoned_then_ends_in_this_process_and_in_workers(arrive: Ca
 
 def test_look_when_the_whole_stream_makes_no_block_then_refused_with_the_mend(whole: Path) -> None:
     with pytest.raises(UserError, match=r"1,?\d* tokens to train on, .* --block_size 5000 needs 5001"):
-        blocks_of(whole, 5000).look()
+        blocks_of(whole, 5000).refresh()
 
 
 def test_look_when_a_shard_is_of_another_tokenizer_or_cut_then_refused(arrive: Callable[[int | None], Path]) -> None:
     folder = arrive(2)
     tokens = GrowingTokens(folder, shard_size=SHARD, tokenizer_hash="other")
     with pytest.raises(UserError, match="another tokenizer"):
-        tokens.look()
+        tokens.refresh()
     (folder / "train_00001.bin").write_bytes(b"12")
     with pytest.raises(UserError, match="has 2 bytes"):
-        blocks_of(folder).look()
+        blocks_of(folder).refresh()

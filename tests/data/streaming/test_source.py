@@ -41,45 +41,45 @@ def stream(*files: Path, head_bytes: int = 2000, **options: object) -> TextStrea
 
 def test_head_when_held_out_then_the_rest_is_what_follows(rows: Path) -> None:
     text = stream(rows, validation_split_percentage=10)
-    cut = text.find_head()
-    assert texts(text.held_out(cut)) == [f"{number:010d}" for number in range(20)]  # 10 % of the first 2,000 bytes
-    assert texts(text.rest(cut)) == [f"{number:010d}" for number in range(20, 1000)]
-    assert text.find_head() == cut
+    cut = text.find_split_point()
+    assert texts(text.validation(cut)) == [f"{number:010d}" for number in range(20)]  # 10 % of the first 2,000 bytes
+    assert texts(text.train(cut)) == [f"{number:010d}" for number in range(20, 1000)]
+    assert text.find_split_point() == cut
 
 
 def test_head_when_the_text_is_short_then_a_share_of_all_of_it(rows: Path) -> None:
     text = stream(rows, head_bytes=1 << 20, validation_split_percentage=10)
-    assert len(texts(text.held_out(text.find_head()))) == 100
+    assert len(texts(text.validation(text.find_split_point()))) == 100
 
 
 def test_head_when_the_text_is_one_document_then_cut_inside(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("0123456789" * 10)
     text = stream(tmp_path / "a.txt", validation_split_percentage=10)
-    cut = text.find_head()
-    assert texts(text.held_out(cut)) == ["0123456789+"]
-    assert texts(text.rest(cut)) == ["0123456789" * 9]
+    cut = text.find_split_point()
+    assert texts(text.validation(cut)) == ["0123456789+"]
+    assert texts(text.train(cut)) == ["0123456789" * 9]
 
 
 def test_head_when_nothing_is_asked_for_then_none(rows: Path) -> None:
     text = stream(rows, validation_split_percentage=0)
-    assert text.find_head() is None
-    assert text.held_out(None) is None
-    assert len(texts(text.rest(None))) == 1000
+    assert text.find_split_point() is None
+    assert text.validation(None) is None
+    assert len(texts(text.train(None))) == 1000
 
 
 def test_held_out_when_the_text_has_its_own_then_its_first_bytes(rows: Path, tmp_path: Path) -> None:
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps({"text": f"own {number:06d}"}) + "\n" for number in range(1000)))
     text = stream(rows, validation_file=(str(own),), head_bytes=105)
-    assert text.find_head() is None
-    assert texts(text.held_out(None)) == [f"own {number:06d}" for number in range(11)]
-    assert len(texts(text.rest(None))) == 1000
+    assert text.find_split_point() is None
+    assert texts(text.validation(None)) == [f"own {number:06d}" for number in range(11)]
+    assert len(texts(text.train(None))) == 1000
 
 
 def test_head_when_there_is_no_text_then_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": null}\n')
     with pytest.raises(UserError, match="holds no text"):
-        stream(tmp_path / "a.jsonl").find_head()
+        stream(tmp_path / "a.jsonl").find_split_point()
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_hub_dataset_when_not_read_then_nothing_is_asked(opened: list[str | None
     assert len({take() for take in prints}) == 5
     assert prints[0]() == prints[0]()
     assert opened == []
-    assert text.find_head() is not None
+    assert text.find_split_point() is not None
     assert opened == ["c1"]
     # Goes to another process by its names; the open stream, which could not, stays.
     assert pickle.loads(pickle.dumps(text)).fingerprint == text.fingerprint

@@ -47,7 +47,7 @@ def expected(rows: Path, byte_tokenizer, tmp_path_factory: pytest.TempPathFactor
     """Every file of the stream, as one uninterrupted attempt leaves it."""
     made = job(byte_tokenizer, tmp_path_factory.mktemp("expected"), rows)
     made.folder.path.mkdir()
-    made.folder.want(EVERYTHING)
+    made.folder.request(EVERYTHING)
     made.write(check=lambda: None)
     return content(made)
 
@@ -73,7 +73,7 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
 
 def begun(made: StreamJob, wanted: int) -> StreamWriter:
     made.folder.path.mkdir(parents=True, exist_ok=True)
-    made.folder.want(wanted)
+    made.folder.request(wanted)
     return StreamWriter(made)
 
 
@@ -98,7 +98,7 @@ def test_writer_when_shards_are_wanted_then_writes_so_many_and_goes_on_when_more
     made = job(byte_tokenizer, tmp_path, rows)
     with closing(begun(made, 3)) as writer:
         until(lambda: num_shards(made) >= 3)
-        assert made.folder.is_settled
+        assert made.folder.has_split
         held_out = made.folder.held_out()
         assert held_out is not None
         assert held_out.num_bytes == 17 * 3000  # 5 % of the first megabyte, in documents of 3,000 bytes
@@ -107,7 +107,7 @@ def test_writer_when_shards_are_wanted_then_writes_so_many_and_goes_on_when_more
         # What is encoded at once, and what lies between two looks, comes in any case.
         assert 3 <= paused <= 3 + (5 << 20) // SHARD + 2
         writer.check()
-        made.folder.want(EVERYTHING)
+        made.folder.request(EVERYTHING)
         until(lambda: (made.folder.train / "manifest.json").exists())
         until(lambda: not made.folder.lock.exists())
         writer.check()
@@ -209,7 +209,7 @@ if "fork" in sys.argv and not os.fork():
     time.sleep(15)
     os._exit(0)
 if "wait" in sys.argv:
-    writer.folder.want(1 << 20)
+    writer.folder.request(1 << 20)
     while not (writer.folder.train / "manifest.json").exists():
         writer.check()
         time.sleep(0.05)
@@ -224,7 +224,7 @@ else:
 def start(made: StreamJob, tmp_path: Path, *words: str) -> subprocess.Popen[str]:
     """A script that makes a writer, prints its number, and waits for its end or its own."""
     made.folder.path.mkdir(exist_ok=True)
-    made.folder.want(1)
+    made.folder.request(1)
     (tmp_path / "job").write_bytes(pickle.dumps(made))
     (tmp_path / "parent.py").write_text(PARENT)
     command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "job"), *words]
@@ -298,7 +298,7 @@ def test_writer_when_its_lock_was_taken_over_then_leaves_the_shards_to_the_other
         made.folder.lock.write_text(other)
         time.sleep(1)
         before = content(made)
-        made.folder.want(EVERYTHING)
+        made.folder.request(EVERYTHING)
         time.sleep(3)
         writer.check()
         assert content(made) == before
