@@ -277,8 +277,8 @@ def arrival(curve: list[Point], loss: float) -> dict[str, float] | None:
 def table(result: Mapping[str, Any]) -> list[str]:
     """Return the lines of a Markdown table of the result."""
     lines = [
-        f"| variant | best options | updates | loss, {result['seeds']} seeds | updates to AdamW's end | CPU to it |"
-        " CPU of an update |",
+        f"| variant | best options | steps | loss, {result['seeds']} seeds | steps to AdamW's end | CPU to it |"
+        " CPU per step |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in result["ways"].items():

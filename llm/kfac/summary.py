@@ -64,7 +64,9 @@ class Report:
     def __str__(self) -> str:
         """Return one line with the totals, then one line for every skipped module."""
         taken = f"K-FAC on {len(self.layers)} of {len(self.layers) + len(self.skipped)} modules with weights"
-        memory = f"{_megabytes(self.factor_bytes)} of factors and {_megabytes(self.inverse_bytes)} of inverses here"
+        memory = (
+            f"{_megabytes(self.factor_bytes)} of factors and {_megabytes(self.inverse_bytes)} of inverses on this rank"
+        )
         lines = [f"{taken}: {memory}, {_megabytes(self.capture_bytes)} more during a factor update"]
         lines += [f"  left to the optimizer: {name or '(model)'}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)

@@ -63,7 +63,7 @@ def test_cost_when_computed_then_is_the_added_work_over_the_models_own() -> None
     # 40 of them, 20 on each rank, are in a factor update.
     assert dataclasses.replace(report, factor_tokens=40).cost(100) == pytest.approx((40 + 30 + 50) / 3000)
     assert str(report).splitlines() == [
-        "K-FAC on 1 of 2 modules with weights: 1.5 MB of factors and 2.0 MB of inverses here, "
+        "K-FAC on 1 of 2 modules with weights: 1.5 MB of factors and 2.0 MB of inverses on this rank, "
         "0.5 MB more during a factor update",
         "  left to the optimizer: (model): its weight is frozen",
     ]

@@ -39,10 +39,10 @@ def test_run_when_kfac_then_learns_and_says_what_it_takes_and_costs(
     assert outcome.code == 0, outcome.err
     losses = [record["loss"] for record in records(tmp_path / "run") if "loss" in record]
     assert losses[-1] < losses[0] - 0.3
-    said = (
-        r"^K-FAC: 8 layers, factors every 2 and bases every 5 updates; \S+B of factors and \S+B of bases here.*computed"
+    first_line = (
+        r"^K-FAC: 8 layers, factors every 2 and bases every 5 updates; \S+B of factors and \S+B of bases.*computed"
     )
-    assert re.search(said, outcome.out, re.M)
+    assert re.search(first_line, outcome.out, re.M)
     assert re.search(r"^K-FAC leaves to the optimizer alone: .*lm_head \(its weight is shared", outcome.out, re.M)
     assert "means them absolutely" not in outcome.out
     # Behind the first period of 10, less than two are left.
@@ -141,7 +141,7 @@ def test_run_when_its_updates_are_made_otherwise_then_ends_alike(
     ("every", "said"),
     [
         ("2", r"K-FAC took \S+ ms an update, \d+% of an update without it \(measured over 24 updates\)"),
-        ("1", r"K-FAC took \S+ ms an update, and its look at the curvature in every backward pass"),
+        ("1", r"K-FAC took \S+ ms an update, and its factor update in every backward pass"),
     ],
 )
 def test_run_when_long_enough_then_says_what_kfac_took(
