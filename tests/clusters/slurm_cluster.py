@@ -152,7 +152,7 @@ class Cluster:
         return self.hosts.run(first, *words, folder=folder, environment=self.environment, timeout=60)
 
     def submit(self, *words: str | Path, folder: Path) -> str:
-        """Submits a job with `sbatch` or `qsub` from a folder; the number of the job."""
+        """Submit a job with `sbatch` or `qsub` from a folder, and return its number."""
         done = self.ask("qsub" if self.kind == "pbs" else "sbatch", *words, folder=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         numbers = re.findall(r"\d+", done.stdout)
@@ -160,12 +160,12 @@ class Cluster:
         return str(numbers[0])
 
     def jobs(self) -> dict[str, str]:
-        """The state of every job that there was, by its number."""
+        """The state of every job, also of those that have ended, by its number."""
         lines = self.ask("squeue", "-h", "-t", "all", "-o", "%i %T").stdout.splitlines()
         return dict(line.split() for line in lines)
 
     def wait(self, seconds: float) -> dict[str, str]:
-        """Waits until no job runs or waits; the states of all."""
+        """Wait until no job is running or queued, and return the states of all."""
         deadline = time.monotonic() + seconds
         while set((jobs := self.jobs()).values()) - set(_ENDED):
             assert time.monotonic() < deadline, f"jobs still there after {seconds:.0f} s: {jobs}"
