@@ -1,7 +1,7 @@
-"""Causal attention, forward and backward, by each kernel: `python -m benchmarks.attention --json OUT`.
+"""Time of causal attention, forward and backward, by kernel: `python -m benchmarks.attention --json OUT`.
 
-Full blocks in the shapes of 4 x 128, 6 x 384 and 12 x 768; CPU seconds, interleaved, medians. What
-`llm.models.attention` chooses on a CPU rests on this table.
+Full blocks in the shapes of 4 x 128, 6 x 384 and 12 x 768; medians of CPU seconds, measured in turn. The choice that
+`llm.models.attention` makes on a CPU is based on this table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llm.models.attention import query_chunked_attention
 from llm.system.allocator import keep_freed_memory
 
 _TOKENS = 4096
-# Heads and their width.
+# Number of heads, and the width of a head.
 _SHAPES = {"4x128": (4, 32), "6x384": (6, 64), "12x768": (12, 64)}
 _BLOCKS = (64, 128, 256, 512, 1024)
 
@@ -32,33 +32,35 @@ Kernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Torch's own kernel."""
+    """Torch's SDPA: query, key, value [batch, heads, block, width] -> [batch, block, heads, width], in one dtype."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout).transpose(1, 2)
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Two products and a softmax over the whole square, as transformers' eager attention."""
+    """Attention of all pairs, like the eager attention of transformers; shapes and dtype as `sdpa`."""
     length = query.shape[2]
     future = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + future
     return (F.dropout(scores.softmax(-1), dropout) @ value).transpose(1, 2)
 
 
-def ours(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Plain products in parts that leave out the future."""
+def chunked(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Attention of llm, in chunks that skip later keys; shapes and dtype as `sdpa`."""
     return query_chunked_attention(query, key, value, dropout, None)
 
 
-def ours_again(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """The same, the weights computed once more instead of kept."""
+def recomputed(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """As `chunked`, with recomputed instead of stored attention weights; shapes and dtype as `sdpa`."""
     output: Tensor = checkpoint(query_chunked_attention, query, key, value, dropout, None, use_reentrant=False)
     return output
 
 
 def main() -> None:
-    """Measures, prints and writes the table."""
+    """Measure, print and write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/attention.json"), help="the result")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmarks/results/attention.json"), help="file of the result"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--rounds", type=int, default=5)
@@ -83,22 +85,22 @@ def main() -> None:
 
 
 def measure(shape: str, block: int, dtype: torch.dtype, dropout: float, rounds: int) -> dict[str, Any]:
-    """One row of the table: milliseconds by kernel."""
-    kernels: dict[str, Kernel] = {"sdpa": sdpa, "eager": eager, "by_rows": ours, "by_rows_again": ours_again}
+    """Return one row of the table: milliseconds by kernel."""
+    kernels: dict[str, Kernel] = {"sdpa": sdpa, "eager": eager, "by_rows": chunked, "by_rows_again": recomputed}
     heads, width = _SHAPES[shape]
     batch = _TOKENS // block
     joined = torch.randn(batch, block, 3 * heads * width, dtype=dtype, requires_grad=True)
-    slope = torch.randn(batch, block, heads, width, dtype=dtype)
+    grad_output = torch.randn(batch, block, heads, width, dtype=dtype)
     seconds: dict[str, list[float]] = {name: [] for name in kernels}
     for _ in range(rounds + 1):
         for name, kernel in kernels.items():
             joined.grad = None
-            begun = time.process_time()
-            parts = joined.split(heads * width, 2)
-            query, key, value = (part.view(batch, block, heads, width).transpose(1, 2) for part in parts)
-            kernel(query, key, value, dropout).backward(slope)
-            seconds[name].append(time.process_time() - begun)
-    medians = {name: round(statistics.median(each[1:]) * 1e3, 1) for name, each in seconds.items()}
+            start = time.process_time()
+            projections = joined.split(heads * width, 2)
+            query, key, value = (p.view(batch, block, heads, width).transpose(1, 2) for p in projections)
+            kernel(query, key, value, dropout).backward(grad_output)
+            seconds[name].append(time.process_time() - start)
+    medians = {name: round(statistics.median(values[1:]) * 1e3, 1) for name, values in seconds.items()}
     return {"shape": shape, "block": block, "dropout": dropout, **medians}
 
 

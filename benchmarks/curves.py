@@ -1,4 +1,4 @@
-"""The picture of a comparison: losses against updates, tokens, and CPU seconds."""
+"""Picture of a comparison: losses over steps, tokens and CPU seconds."""
 
 from __future__ import annotations
 
@@ -11,48 +11,49 @@ from matplotlib.figure import Figure
 
 from benchmarks.recorded import Point
 
-# Of Okabe and Ito, which people with any colour vision tell apart. Source: https://jfly.uni-koeln.de/color/
+# Colours that are distinguishable with any colour vision (Okabe and Ito). Source: https://jfly.uni-koeln.de/color/
 _COLORS = ("#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#555555")
-# Of all losses the lowest and this much are shown, and more where a way ends higher: the first updates are alike.
-_SHOWN = 0.45
-_ABOVE_AN_END = 0.15
+# The vertical axis shows this range above the lowest loss, and at least the second range above the highest final loss.
+# The first steps, which are similar in all variants, are cut off.
+_LOSS_RANGE = 0.45
+_RANGE_ABOVE_FINAL_LOSS = 0.15
 
 
-def draw(ways: Mapping[str, Sequence[Sequence[Point]]], picture: Path) -> None:
-    """Writes a PNG.
+def draw(variants: Mapping[str, Sequence[Sequence[Point]]], output: Path) -> None:
+    """Draw the curves and write them to a file.
 
     Args:
-        ways: by name the curves of its seeds; each way is a line of means within the range of its seeds.
-        picture: file that is written.
+        variants: name to the curves of all seeds; a variant is drawn as the line of means in the range of its seeds.
+        output: PNG file to write.
     """
     figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    by_updates, by_time = figure.subplots(1, 2, sharey=True)
-    lowest = min(point["eval_loss"] for curves in ways.values() for curve in curves for point in curve)
-    highest_end = max(curve[-1]["eval_loss"] for curves in ways.values() for curve in curves)
-    tokens_a_step = 1.0
-    for color, (name, curves) in zip(_COLORS, ways.items(), strict=False):
+    by_steps, by_time = figure.subplots(1, 2, sharey=True)
+    lowest = min(point["eval_loss"] for curves in variants.values() for curve in curves for point in curve)
+    highest_final = max(curve[-1]["eval_loss"] for curves in variants.values() for curve in curves)
+    tokens_per_step = 1.0
+    for color, (name, curves) in zip(_COLORS, variants.items(), strict=False):
         points = list(zip(*curves, strict=True))
-        tokens_a_step = points[0][0]["tokens"] / points[0][0]["step"]
+        tokens_per_step = points[0][0]["tokens"] / points[0][0]["step"]
         losses = [[point["eval_loss"] for point in seeds] for seeds in points]
-        for axes, key in ((by_updates, "step"), (by_time, "cpu_seconds")):
-            places = [statistics.fmean(point[key] for point in seeds) for seeds in points]
+        for axes, key in ((by_steps, "step"), (by_time, "cpu_seconds")):
+            x = [statistics.fmean(point[key] for point in seeds) for seeds in points]
             style = "--" if "short" in name else "-"
-            axes.plot(
-                places, [statistics.fmean(each) for each in losses], style, color=color, label=name, linewidth=1.5
+            axes.plot(x, [statistics.fmean(seeds) for seeds in losses], style, color=color, label=name, linewidth=1.5)
+            axes.fill_between(
+                x, [min(seeds) for seeds in losses], [max(seeds) for seeds in losses], color=color, alpha=0.15
             )
-            axes.fill_between(places, [min(e) for e in losses], [max(e) for e in losses], color=color, alpha=0.15)
-    by_updates.set_ylim(lowest - 0.02, max(lowest + _SHOWN, highest_end + _ABOVE_AN_END))
-    by_updates.set_ylabel("validation loss (nats a token)")
-    by_updates.set_xlabel("updates")
+    by_steps.set_ylim(lowest - 0.02, max(lowest + _LOSS_RANGE, highest_final + _RANGE_ABOVE_FINAL_LOSS))
+    by_steps.set_ylabel("validation loss (nats per token)")
+    by_steps.set_xlabel("steps")
     by_time.set_xlabel("CPU seconds of training")
-    top = by_updates.secondary_xaxis(
-        "top", functions=(lambda x: x * tokens_a_step / 1e3, lambda x: x * 1e3 / tokens_a_step)
+    top = by_steps.secondary_xaxis(
+        "top", functions=(lambda step: step * tokens_per_step / 1e3, lambda tokens: tokens * 1e3 / tokens_per_step)
     )
     top.set_xlabel("thousand tokens")
-    by_updates.legend(frameon=False, fontsize=8)
-    for axes in (by_updates, by_time):
+    by_steps.legend(frameon=False, fontsize=8)
+    for axes in (by_steps, by_time):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)

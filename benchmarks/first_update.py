@@ -1,11 +1,11 @@
-"""From the command to the first update: `python -m benchmarks.first_update --text FILE --json OUT`.
+"""Time from the command to the end of the first step: `python -m benchmarks.first_update --text FILE --json OUT`.
 
-examples/shakespeare_char_cpu.toml on text that was tokenized before, in a new process each time, in turn with one that
-only imports what the first had imported by then.
+Runs examples/shakespeare_char_cpu.toml on text that was tokenized before, each time in a new process, in turn with a
+process that only imports the modules that the first one had imported by then.
 
-run_seconds      from the start of the process to the end of the first update: wall, and CPU of all threads
-import_seconds   the same of the imports alone
-ratio            run by imports, of the medians
+run_seconds      from the start of the process to the end of the first step: wall, and CPU of all threads
+import_seconds   the same for the imports alone
+ratio            run_seconds divided by import_seconds, of the medians
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.machine import describe_machine, num_cores
 
 EXAMPLE = Path("examples/shakespeare_char_cpu.toml")
 
-# Both say how old their process is, the interpreter's own start included.
+# Both programs report the age of their process, which includes the start of the interpreter.
 _AGE = """
 import json, os, sys, time
 def age():
@@ -36,13 +36,13 @@ def age():
 _RUN = (
     _AGE
     + """
-import llm.training.updaters.synchronous as central
-update = central.SynchronousUpdater.update
-def first(*given, **named):
-    update(*given, **named)
+import llm.training.updaters.synchronous as synchronous
+update = synchronous.SynchronousUpdater.update
+def first_update(*args, **kwargs):
+    update(*args, **kwargs)
     print(json.dumps({"age": age(), "modules": [name for name in sys.modules if name != "__main__"]}), flush=True)
     os._exit(0)
-central.SynchronousUpdater.update = first
+synchronous.SynchronousUpdater.update = first_update
 from llm.trainers.gpt import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -54,7 +54,7 @@ import importlib
 for name in json.load(sys.stdin):
     try:
         importlib.import_module(name)
-    except Exception:  # made while running, not imported
+    except Exception:  # created at run time, not importable
         pass
 print(json.dumps({"age": age()}), flush=True)
 os._exit(0)
@@ -63,7 +63,7 @@ os._exit(0)
 
 
 def main() -> None:
-    """Measures, prints and writes the result."""
+    """Measure, print and write the result."""
     options = _parser().parse_args()
     options.text = options.text.resolve()
     if not options.text.is_file():
@@ -71,43 +71,48 @@ def main() -> None:
     ages: dict[str, list[dict[str, float]]] = {"run": [], "import": []}
     with tempfile.TemporaryDirectory() as name:
         environment = {**os.environ, **thread_environment(options.threads, "cpu")}
-        _first(options.text, Path(name) / "warm", environment)  # tokenizes
+        _first_update(options.text, Path(name) / "warm", environment)  # tokenizes the text
         for number in range(options.rounds):
-            found = _first(options.text, Path(name) / str(number), environment)
-            ages["run"].append(found["age"])
-            ages["import"].append(_answer([sys.executable, "-c", _IMPORTS], environment, found["modules"])["age"])
-            print(f"round {number + 1}: " + ", ".join(f"{way} {each[-1]}" for way, each in ages.items()), flush=True)
+            answer = _first_update(options.text, Path(name) / str(number), environment)
+            ages["run"].append(answer["age"])
+            imports = _run_process([sys.executable, "-c", _IMPORTS], environment, answer["modules"])
+            ages["import"].append(imports["age"])
+            print(
+                f"round {number + 1}: " + ", ".join(f"{name} {measured[-1]}" for name, measured in ages.items()),
+                flush=True,
+            )
     result = summary(ages) | {"rounds": ages, "threads": options.threads}
     result["machine"] = describe_machine("torch", "transformers", "accelerate", "datasets", "numpy")
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print("first update by imports: " + ", ".join(f"{clock} {x:.2f}" for clock, x in result["ratio"].items()))
+    ratios = ", ".join(f"{clock} {ratio:.2f}" for clock, ratio in result["ratio"].items())
+    print(f"first step divided by imports: {ratios}")
     print(f"written to {options.json}")
 
 
 def summary(ages: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Medians of both, and their quotient, by each clock."""
+    """Return the medians of the ages of both processes, and their ratio, for each clock."""
     medians = {
-        way: {clock: statistics.median(age[clock] for age in each) for clock in ("wall", "cpu")}
-        for way, each in ages.items()
+        name: {clock: statistics.median(age[clock] for age in measured) for clock in ("wall", "cpu")}
+        for name, measured in ages.items()
     }
     ratio = {clock: medians["run"][clock] / medians["import"][clock] for clock in ("wall", "cpu")}
     return {"run_seconds": medians["run"], "import_seconds": medians["import"], "ratio": ratio}
 
 
-def _first(text: Path, output_dir: Path, environment: dict[str, str]) -> dict[str, Any]:
-    words = ["--config", str(EXAMPLE), "--train_file", str(text), "--output_dir", str(output_dir), "--use_cpu"]
-    return _answer([sys.executable, "-c", _RUN, *words], environment, None)
+def _first_update(text: Path, output_dir: Path, environment: dict[str, str]) -> dict[str, Any]:
+    args = ["--config", str(EXAMPLE), "--train_file", str(text), "--output_dir", str(output_dir), "--use_cpu"]
+    return _run_process([sys.executable, "-c", _RUN, *args], environment, None)
 
 
-def _answer(command: list[str], environment: dict[str, str], given: Any) -> dict[str, Any]:
-    """The last line that a process prints, as JSON."""
-    done = subprocess.run(
-        command, input=json.dumps(given), env=environment, capture_output=True, text=True, check=False
+def _run_process(command: list[str], environment: dict[str, str], value: Any) -> dict[str, Any]:
+    """Run a process with `value` as JSON on stdin; return the last line that it prints, parsed as JSON."""
+    process = subprocess.run(
+        command, input=json.dumps(value), env=environment, capture_output=True, text=True, check=False
     )
-    if done.returncode or not done.stdout.strip():
-        sys.exit(f"a measured process ended with code {done.returncode}:\n{done.stderr[-2000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if process.returncode or not process.stdout.strip():
+        sys.exit(f"a measured process ended with code {process.returncode}:\n{process.stderr[-2000:]}")
+    answer: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
     return answer
 
 
@@ -115,10 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.first_update", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--text", type=Path, required=True, help="what to train on, such as tinyshakespeare")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/first_update.json"), help="the result")
+    parser.add_argument("--text", type=Path, required=True, help="text to train on, such as tinyshakespeare")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmarks/results/first_update.json"), help="file of the result"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=num_cores(), help="of each process (default: all cores)")
+    parser.add_argument("--threads", type=int, default=num_cores(), help="threads of each process (default: all cores)")
     return parser
 
 

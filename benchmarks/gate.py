@@ -1,7 +1,7 @@
-"""Programs that make updates on request, each in a process of its own, so that they can be measured in turn.
+"""Programs that run training steps on request, each in its own process, so that they can be measured in turn.
 
-The measured program runs its own loop and calls its `Gate` after every update; the gate lets it go on when the
-measuring process asks for more. So start-up, caches and memory are each program's own, and rounds cost none of them.
+A measured program runs its own loop and calls its `Gate` after every step. The gate blocks until the measuring process
+requests more steps. Each program keeps its own caches and memory, and starts only once for all rounds.
 """
 
 from __future__ import annotations
@@ -15,136 +15,147 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_LINES_OF_AN_ERROR = 15
+_NUM_ERROR_LINES = 15
 
 
 class Gate:
-    """Stands behind every update of a program. Made before the program says a word: its own output goes to stderr.
+    """Measures the steps of a program and reports them to the measuring process.
 
-    The first answer is given after the first update, unasked.
+    Create the gate before the program prints anything: it redirects the output of the program to stderr. It sends the
+    first report after the first step, without a request.
 
     Attributes:
-        facts: what the first answer says beside that update.
+        facts: values that the next report contains besides those of its steps.
     """
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
-        self._answers = os.fdopen(os.dup(1), "w")
+        self._reports = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        self._left = 1
-        self._wall = self._cpu = 0.0
+        self._num_requested = 1
+        self._reset_clock()
         self.start_clock()
 
-    def passed(self, loss: Any, also: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """One update was made; returns when the next one is wanted.
+    def after_update(self, loss: Any, extra: Callable[[], Mapping[str, Any]] = dict) -> None:
+        """Count a step; after the last requested one, send a report and wait for the next request.
 
         Args:
-            loss: of the update, a number or a tensor; it is read for an answer only.
-            also: what an answer says beside it; not on the clock.
+            loss: loss of the step, a number or a scalar tensor; read only for a report.
+            extra: returns further values of the report; its time is not measured.
 
         Raises:
-            SystemExit: no more are wanted.
+            SystemExit: there are no more requests.
         """
-        self._left -= 1
-        if self._left == 0:
+        self._num_requested -= 1
+        if self._num_requested == 0:
             self.stop_clock()
-            self.answer(loss=float(loss), **also())
+            self.report({"loss": float(loss), **extra()})
 
     def start_clock(self) -> None:
-        """Goes on measuring."""
-        self._began = time.perf_counter(), time.process_time()
+        """Start or continue the measurement of time."""
+        self._wall_start = time.perf_counter()
+        self._cpu_start = time.process_time()
 
     def stop_clock(self) -> None:
-        """What follows is not measured; the device has done all that it was given."""
+        """Wait until the device is idle, then stop the measurement of time."""
         _wait_for_device()
-        self._wall += time.perf_counter() - self._began[0]
-        self._cpu += time.process_time() - self._began[1]
+        self._wall_seconds += time.perf_counter() - self._wall_start
+        self._cpu_seconds += time.process_time() - self._cpu_start
 
     def pause(self, work: Callable[[], object]) -> None:
-        """Does something that is not on the clock."""
+        """Do some work whose time is not measured."""
         self.stop_clock()
         work()
         self.start_clock()
 
-    def answer(self, **found: Any) -> None:
-        """Answers with the clock stopped, waits for the next request, and starts the clock anew.
+    def report(self, values: Mapping[str, Any]) -> None:
+        """Send a report, wait for the next request, then reset and start the clock.
+
+        Call `stop_clock` before, so that the report has the time of the last steps.
 
         Raises:
-            SystemExit: there is none.
+            SystemExit: there are no more requests.
         """
-        clocks = {"wall_seconds": self._wall, "cpu_seconds": self._cpu}
-        self._answers.write(json.dumps({**self.facts, **clocks, **found}) + "\n")
-        self._answers.flush()
+        clocks = {"wall_seconds": self._wall_seconds, "cpu_seconds": self._cpu_seconds}
+        self._reports.write(json.dumps({**self.facts, **clocks, **values}) + "\n")
+        self._reports.flush()
         request = sys.stdin.readline()
         if not request:
             raise SystemExit(0)
         self.facts = {}
-        self._left = int(request)
-        self._wall = self._cpu = 0.0
+        self._num_requested = int(request)
+        self._reset_clock()
         self.start_clock()
+
+    def _reset_clock(self) -> None:
+        self._wall_seconds = 0.0
+        self._cpu_seconds = 0.0
 
 
 class Program:
-    """A process whose program stands at a gate.
+    """A process that runs a program with a gate.
 
     Args:
-        words: module and arguments.
-        environment: on top of this process's own.
-        python: the interpreter.
+        command: name of the module and its arguments.
+        environment: environment variables, added to those of this process.
+        python: path of the Python interpreter.
+
+    Attributes:
+        first_report: the report of the first step.
     """
 
-    def __init__(self, words: Sequence[str], environment: Mapping[str, str], python: str = sys.executable) -> None:
-        self._words = words
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - until it is closed
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], python: str = sys.executable) -> None:
+        self._command = command
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(
-            [python, "-m", *words],
+            [python, "-m", *command],
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._output,
             text=True,
         )
-        self.first = self._answer()
+        self.first_report = self._read_report()
 
-    def ask(self, num_updates: int) -> dict[str, Any]:
-        """Lets it make so many updates; what it answers, with the seconds of all of them.
+    def run_updates(self, num_updates: int) -> dict[str, Any]:
+        """Let the program run steps; return its report, with the seconds of all of them together.
 
         Raises:
-            SystemExit: it failed; its last words are in the message.
+            SystemExit: the program failed; the message has the last lines of its output.
         """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(f"{num_updates}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it ended: there will be no answer
-        return self._answer()
+            pass  # the program ended, so there is no report
+        return self._read_report()
 
     def close(self) -> None:
-        """Lets it end, and waits until it has."""
+        """Let the program end, and wait for its end."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
-        self._said.close()
+        self._output.close()
 
-    def _answer(self) -> dict[str, Any]:
+    def _read_report(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
-            answer: dict[str, Any] = json.loads(line)
-            return answer
+            report: dict[str, Any] = json.loads(line)
+            return report
         code = self._process.wait()
-        self._said.seek(0)
-        last = "".join(self._said.readlines()[-_LINES_OF_AN_ERROR:])
-        sys.exit(f"{' '.join(self._words[:2])} ended with code {code}:\n{last}")
+        self._output.seek(0)
+        last_lines = "".join(self._output.readlines()[-_NUM_ERROR_LINES:])
+        sys.exit(f"{' '.join(self._command[:2])} ended with code {code}:\n{last_lines}")
 
 
 def thread_environment(threads: int, device: str) -> dict[str, str]:
-    """So many threads for every library, no accelerator where the device is the CPU, and no Hub."""
-    threaded = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    """Return environment variables: threads of every library, no accelerator if the device is `cpu`, and no Hub."""
+    thread_counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    return {**threaded, **hidden, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**thread_counts, **hidden, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _wait_for_device() -> None:

@@ -58,16 +58,16 @@ def main() -> None:
         }
         try:
             for program in programs.values():
-                program.ask(_NUM_WARM_UPS)
+                program.run_updates(_NUM_WARM_UPS)
             order = list(programs)
             for number in range(options.rounds):
                 for variant in order:
-                    measured = programs[variant].ask(num_updates)["cpu_seconds"]
+                    measured = programs[variant].run_updates(num_updates)["cpu_seconds"]
                     seconds[variant].append(measured / num_updates)
                 order.append(order.pop(0))
                 last = ", ".join(f"{variant} {rounds[-1] * 1e3:.1f}" for variant, rounds in seconds.items())
                 print(f"round {number + 1}, CPU ms: {last}", flush=True)
-            result = summary(seconds, {variant: program.first for variant, program in programs.items()})
+            result = summary(seconds, {variant: program.first_report for variant, program in programs.items()})
         finally:
             for program in programs.values():
                 program.close()

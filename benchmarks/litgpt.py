@@ -1,6 +1,7 @@
-"""litgpt's pretraining as it is, from weights that were given to all programs, on their blocks.
+"""litgpt's pretraining, unchanged, from the weights and on the blocks that all programs share.
 
-Its models have rotary positions, so that it is measured on a GPT-NeoX, as which it and transformers know Pythia.
+The models of litgpt have rotary positions, so litgpt is measured on a GPT-NeoX: the architecture of Pythia, which both
+litgpt and transformers support.
 """
 
 from __future__ import annotations
@@ -17,33 +18,34 @@ import numpy as np
 from benchmarks.gate import Gate
 from benchmarks.settings import BETAS, LEARNING_RATE, WEIGHT_DECAY, Setting
 
-_ENDLESS = 10**11  # tokens; more than that, and its time that remains leaves the range of a timedelta
+# Tokens that no measurement reaches. With more, litgpt's estimate of the remaining time exceeds a timedelta.
+_ENDLESS = 10**11
 
 
 def has_litgpt(python: str) -> bool:
-    """Whether that interpreter finds it."""
+    """Return whether litgpt is installed for this Python interpreter."""
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('litgpt') is None)"
     return subprocess.run([python, "-c", code], check=False, capture_output=True).returncode == 0
 
 
 def run_litgpt(
-    setting: Setting, gate: Gate, also: Callable[[], Mapping[str, Any]], precision: str | None = None
+    setting: Setting, gate: Gate, extra: Callable[[], Mapping[str, Any]], precision: str | None = None
 ) -> None:
-    """`litgpt pretrain` at its defaults, but for sizes, hyperparameters and what it would save; it always compiles.
+    """Run `litgpt pretrain` with its defaults, except for sizes and hyperparameters, and without saving; it compiles.
 
-    Every weight decays there, and a record of every update is made, as by default.
+    As by default, all weights decay and every step writes a record.
 
     Args:
-        setting: with a GPT-NeoX in it.
-        gate: stands behind every record.
-        also: what an answer says beside the loss.
-        precision: as its option; None: what it chooses, which is bf16 also where a CPU only emulates that.
+        setting: a setting with a GPT-NeoX.
+        gate: called after every record.
+        extra: returns the values of a report besides the loss.
+        precision: value of litgpt's option; None: its own choice, which is bf16 even on a CPU that emulates bf16.
     """
     import torch
     from litgpt import pretrain
     from litgpt.args import EvalArgs, TrainArgs
 
-    pretrain.choose_logger = lambda *_, **__: _records(gate, also)
+    pretrain.choose_logger = lambda *_, **__: _recorder(gate, extra)
     precision = precision or pretrain.get_default_supported_precision(training=True)
     arithmetic = {"32": "fp32", "bf16": "bf16", "16": "fp16"}[precision.split("-")[0]]
     gate.facts |= {"arithmetic": arithmetic, "compiled": True, "threads": torch.get_num_threads()}
@@ -76,24 +78,25 @@ def run_litgpt(
         )
 
 
-def _records(gate: Gate, also: Callable[[], Mapping[str, Any]]) -> Any:
-    """A logger that gets the record of every update, behind which the gate stands."""
+def _recorder(gate: Gate, extra: Callable[[], Mapping[str, Any]]) -> Any:
+    """A logger that calls the gate with the record of every step."""
     from lightning.fabric.loggers.logger import Logger
 
-    class Records(Logger):
-        name, version = "gate", 0
+    class Recorder(Logger):
+        name = "gate"
+        version = 0
 
         def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-            gate.passed(metrics["loss"], also)
+            gate.after_update(metrics["loss"], extra)
 
         def log_hyperparams(self, *_: Any, **__: Any) -> None:
             pass
 
-    return Records()
+    return Recorder()
 
 
 def _blocks(setting: Setting) -> Any:
-    """The setting's blocks as litgpt takes its data; one of zeros to validate, which it does once at the start."""
+    """The blocks of the setting as a data module of litgpt; one block of zeros for the validation at its start."""
     import torch
     from litgpt.data import DataModule
     from torch.utils.data import DataLoader
@@ -113,23 +116,23 @@ def _blocks(setting: Setting) -> Any:
 
 
 def _write_checkpoint(folder: Path, start_dir: Path, block_size: int) -> Any:
-    """The weights as litgpt's own conversion gives them; its configuration of them."""
+    """Write the weights, converted by litgpt's own function; return litgpt's configuration of the model."""
     import torch
     from litgpt import Config
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_gpt_neox
     from safetensors.torch import load_file
 
-    given = json.loads((start_dir / "config.json").read_text())
+    hf_config = json.loads((start_dir / "config.json").read_text())
     config = Config(
         name="benchmark",
         block_size=block_size,
-        n_layer=given["num_hidden_layers"],
-        n_head=given["num_attention_heads"],
-        n_embd=given["hidden_size"],
-        intermediate_size=given["intermediate_size"],
-        vocab_size=given["vocab_size"],
-        padded_vocab_size=given["vocab_size"],
-        rotary_percentage=given["rope_parameters"]["partial_rotary_factor"],
+        n_layer=hf_config["num_hidden_layers"],
+        n_head=hf_config["num_attention_heads"],
+        n_embd=hf_config["hidden_size"],
+        intermediate_size=hf_config["intermediate_size"],
+        vocab_size=hf_config["vocab_size"],
+        padded_vocab_size=hf_config["vocab_size"],
+        rotary_percentage=hf_config["rope_parameters"]["partial_rotary_factor"],
     )
     weights: dict[str, torch.Tensor] = {}
     copy_weights_gpt_neox(config, weights, load_file(start_dir / "model.safetensors"))

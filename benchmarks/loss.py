@@ -1,7 +1,7 @@
-"""Head and cross entropy, whole and by chunks, and torch's own: `python -m benchmarks.loss --json OUT`.
+"""Time and memory of output layer and loss, whole, in chunks and by torch: `python -m benchmarks.loss --json OUT`.
 
-Forward and backward in fp32 by vocabulary: CPU seconds (interleaved, medians), and the peak of memory beside the
-inputs and their gradients. Where `llm.models.loss` begins to cut rests on this table.
+Forward and backward pass in fp32, by vocabulary: medians of CPU seconds, measured in turn, and the peak of memory
+besides the inputs and their gradients. The vocabulary from which `llm.models.loss` uses chunks is based on this table.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from torch.nn import functional as F
 from benchmarks.machine import describe_machine
 from llm.models.loss import chunked_loss, loss_of_logits
 
-# Vocabulary, width, rows.
+# Vocabulary size, width, number of rows.
 _SHAPES = ((65, 128, 768), (65, 384, 4096), (1024, 384, 4096), (4096, 384, 2048), (8192, 384, 2048), (50257, 768, 4096))
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What transformers does: all logits at once."""
+    """Loss from all logits at once, as in transformers: [rows, width], [vocab, width], int64 [rows] -> fp32 scalar."""
     return loss_of_logits(F.linear(hidden, weight), targets)
 
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What is trained with."""
+    """Loss of the trainer, in chunks; shapes and dtypes as `whole`."""
     return chunked_loss(hidden, weight, None, targets)
 
 
 def torch_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Torch's own, with its automatic options."""
+    """Chunked loss of torch with its automatic options; shapes and dtypes as `whole`."""
     options = nn.LinearCrossEntropyOptions()
     loss: Tensor = F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
     return loss
 
 
 def main() -> None:
-    """Measures, prints and writes the table."""
+    """Measure, print and write the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/loss.json"), help="the result")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/loss.json"), help="file of the result")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     rows = []
@@ -65,37 +65,38 @@ def main() -> None:
     options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(vocabulary: int, width: int, num_rows: int, rounds: int) -> dict[str, Any]:
-    """One row of the table."""
+def measure(vocab_size: int, width: int, num_rows: int, rounds: int) -> dict[str, Any]:
+    """Return one row of the table: milliseconds and allocated megabytes of each loss."""
     losses: dict[str, Loss] = {"whole": whole, "chunked": chunked}
     if hasattr(nn, "LinearCrossEntropyOptions"):
         losses["torch"] = torch_chunked
     hidden = torch.randn(num_rows, width, requires_grad=True)
-    weight = (torch.randn(vocabulary, width) * 0.02).requires_grad_()
-    targets = torch.randint(vocabulary, (num_rows,))
+    weight = (torch.randn(vocab_size, width) * 0.02).requires_grad_()
+    targets = torch.randint(vocab_size, (num_rows,))
     seconds: dict[str, list[float]] = {name: [] for name in losses}
-    row: dict[str, Any] = {"vocabulary": vocabulary, "width": width, "rows": num_rows}
-    for turn in range(rounds + 1):
+    row: dict[str, Any] = {"vocabulary": vocab_size, "width": width, "rows": num_rows}
+    for round_number in range(rounds + 1):
         for name, loss in losses.items():
             hidden.grad = weight.grad = None
-            if turn == 0:
+            if round_number == 0:
                 row[f"{name}_allocated_mb"] = allocated(lambda: loss(hidden, weight, targets).backward())  # noqa: B023
                 continue
-            begun = time.process_time()
+            start = time.process_time()
             loss(hidden, weight, targets).backward()
-            seconds[name].append(time.process_time() - begun)
-    return row | {f"{name}_ms": round(statistics.median(each) * 1e3, 2) for name, each in seconds.items()}
+            seconds[name].append(time.process_time() - start)
+    return row | {f"{name}_ms": round(statistics.median(values) * 1e3, 2) for name, values in seconds.items()}
 
 
-def allocated(work: Callable[[], None]) -> float:
-    """Megabytes: the highest sum of what was allocated and not yet freed."""
+def allocated(work: Callable[[], object]) -> float:
+    """Return the peak, in megabytes, of the memory that `work` allocates and has not yet freed."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    highest, now = 0, 0
+    highest = 0
+    current = 0
     for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
-            now += event.nbytes()
-            highest = max(highest, now)
+            current += event.nbytes()
+            highest = max(highest, current)
     return round(highest / 1e6, 1)
 
 

@@ -1,4 +1,4 @@
-"""What a measurement was made on, as it stands in every result."""
+"""Description of the machine of a measurement, part of every result."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# What decides which products a processor makes fast.
+# Instruction sets that decide in which dtypes a processor multiplies fast.
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 
 
 def describe_machine(*packages: str) -> dict[str, Any]:
-    """System, processor, cores, load, and the versions of Python and of the packages that were measured."""
+    """Return system, processor, cores, load, and the versions of Python and of these packages."""
     return {
         "platform": platform.platform(),
-        "processor": _of_cpuinfo("model name") or platform.processor(),
-        "instructions": [name for name in _of_cpuinfo("flags", "Features").split() if name in _INSTRUCTIONS],
+        "processor": _cpuinfo_value("model name") or platform.processor(),
+        "instructions": [name for name in _cpuinfo_value("flags", "Features").split() if name in _INSTRUCTIONS],
         "cores": num_cores(),
         "load": os.getloadavg(),
         "python": platform.python_version(),
@@ -26,11 +26,12 @@ def describe_machine(*packages: str) -> dict[str, Any]:
 
 
 def num_cores() -> int:
-    """That this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _of_cpuinfo(*names: str) -> str:
+def _cpuinfo_value(*names: str) -> str:
+    """Value of the first line of /proc/cpuinfo with one of these names; empty if there is none."""
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         name, _, value = line.partition(":")

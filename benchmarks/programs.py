@@ -1,27 +1,27 @@
 """The measured programs of `benchmarks.throughput`, each in its own process: `python -m benchmarks.programs NAME FILE`.
 
 All start from the weights of one folder, read the same blocks in the same order, and train with AdamW at a constant
-rate, without dropout. FILE holds the `Setting` as JSON.
+rate, without dropout. FILE contains the `Setting` as JSON.
 
-ours             the update as the trainer makes it in a long run, with what it chooses for this machine (`compiled`)
-ours_eager       the same with --torch_compile false, as in a short run
-ours_whole       `python -m llm.trainers.gpt` itself, to which ours is the bare update: its own reading of the ids,
-                 which it shuffles, a record every ten updates, TensorBoard and all; neither evaluation nor checkpoints
-ours_fp32        as ours, with --mixed_precision no
-ours_returning   as ours, but memory that is freed goes back to the system, as in other programs
-ours_kfac        as ours_eager, with --kfac; ours_kfac_inverse, ours_kfac_spread
-nanogpt          nanoGPT's own train.py as it is, at its defaults but for sizes and hyperparameters; a line an
-                 update, which on an accelerator waits for the loss, is one of them (its configurations: one in ten)
-nanogpt_bf16     the same with bf16 autocast, which it leaves unused on a CPU
-nanogpt_compile  as nanogpt, compiled also where its README says --compile=False (a CPU)
-run_clm          transformers' run_clm_no_trainer.py: the step of its loop, from a `datasets` table, with Accelerate
-run_clm_bf16     the same under `accelerate launch --mixed_precision bf16`
-trainer          transformers.Trainer on the same table
-litgpt           litgpt's pretraining at its defaults, compiled as always; of a GPT-NeoX alone
-litgpt_fp32      the same with --precision 32-true: it takes bf16 also where a CPU only emulates that
-gemm             no update, but the rate of this machine's matrix products
+ours               the step of the trainer in a long run, with the trainer's choices for this machine (`compiled`)
+ours_eager         as ours, with --torch_compile false, as in a short run
+ours_full_trainer  `python -m llm.trainers.gpt` itself, while ours is the step alone. It reads and shuffles the ids
+                   itself and writes a record every ten steps, TensorBoard included; no evaluation, no checkpoints
+ours_fp32          as ours, with --mixed_precision no
+ours_returning     as ours, but freed memory is returned to the system, as in the other programs
+ours_kfac          as ours_eager, with --kfac; also ours_kfac_inverse and ours_kfac_spread
+nanogpt            nanoGPT's unchanged train.py, with its defaults except for sizes and hyperparameters. By default it
+                   prints a line per step, which waits for the loss on an accelerator (its configurations: every ten)
+nanogpt_bf16       as nanogpt, with bf16 autocast, which nanoGPT does not use on a CPU
+nanogpt_compile    as nanogpt, compiled also where its README says --compile=False (on a CPU)
+run_clm            the training step of transformers' run_clm_no_trainer.py, from a `datasets` table, with Accelerate
+run_clm_bf16       as run_clm, under `accelerate launch --mixed_precision bf16`
+trainer            transformers.Trainer on the same table
+litgpt             litgpt's pretraining with its defaults, always compiled; for a GPT-NeoX only
+litgpt_fp32        as litgpt, with --precision 32-true: by default it uses bf16 even on a CPU that emulates bf16
+gemm               no step: the rate of matrix products on this machine
 
-Where a run_clm program would predict all but a block's last target, it is given that one too, as the others are.
+run_clm would not predict the last target of a block; it gets that target too, so that all programs predict the same.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from benchmarks.litgpt import run_litgpt
 from benchmarks.settings import BETAS, LEARNING_RATE, WEIGHT_DECAY, Setting
 from llm.data.batches.row import Row
 
-# Updates between two looks at the curvature, and between two refreshes of what follows from it.
+# Steps between factor updates, and between updates of the inverses or eigenbases.
 KFAC_INTERVAL = 10
 
 
 @dataclass
 class StoredBlocks:
-    """The setting's blocks in their order, over and over, as `llm.data.batches.loader.BlockSource`."""
+    """The blocks of the setting in their order, repeated without end: a `BlockSource` of `llm.data.batches.loader`."""
 
     setting: Setting
 
@@ -57,20 +57,20 @@ class StoredBlocks:
 
     @property
     def num_blocks(self) -> int | None:
-        """There is no end."""
+        """None: the blocks repeat without end."""
         return None
 
     def num_unread(self, num_samples: int) -> int:
-        """Nothing is left over of what has no end."""
+        """Return 0, because the blocks repeat without end."""
         return 0
 
     def block(self, sample: int, seed: int) -> Row:
-        """Return a row of ids, int64 [block_size + 1]."""
+        """Return the block of a sample, a row with ids int64 [block_size + 1]; the seed is ignored."""
         return Row(self._blocks[sample % len(self._blocks)])
 
 
-def run_ours(setting: Setting, gate: Gate, *words: str, keeps_memory: bool = True) -> None:
-    """As `llm.training.run` builds it, without what follows an update."""
+def run_ours(setting: Setting, gate: Gate, *extra_args: str, keeps_memory: bool = True) -> None:
+    """Run the updater that `llm.training.run` builds, without the callbacks that follow a step."""
     import torch
 
     from llm.config.options import Options
@@ -86,8 +86,8 @@ def run_ours(setting: Setting, gate: Gate, *words: str, keeps_memory: bool = Tru
     from llm.training.seeding import seed_weights
     from llm.training.updaters.base import NO_VOTES
 
-    given = [*trainer_words(setting), "--max_train_steps", "1000000", *words]
-    options = read_options(Options, given, prog="benchmark", description="")
+    args = [*trainer_args(setting), "--max_train_steps", "1000000", *extra_args]
+    options = read_options(Options, args, prog="benchmark", description="")
     machine = start_compute(options.training)
     if not keeps_memory:
         return_freed_memory()
@@ -119,11 +119,11 @@ def run_ours(setting: Setting, gate: Gate, *words: str, keeps_memory: bool = Tru
         "kfac": next(iter(updater.summary()), None),
     }
     for step, micro_batches in enumerate(batches):
-        gate.passed(updater.update(micro_batches, step, votes=NO_VOTES).loss, _peak)
+        gate.after_update(updater.update(micro_batches, step, votes=NO_VOTES).loss, _peak_memory)
 
 
-def run_ours_whole(setting: Setting, gate: Gate) -> None:
-    """The trainer's command, with one more thing that happens after each update: the gate."""
+def run_ours_full_trainer(setting: Setting, gate: Gate) -> None:
+    """Run the command of the trainer, with the gate as one more callback after each step."""
     import torch
     from accelerate.state import AcceleratorState
 
@@ -133,28 +133,29 @@ def run_ours_whole(setting: Setting, gate: Gate) -> None:
     from llm.training.loop import Callback, run_updates
     from llm.training.triggers import every
 
-    def gated(updater: Any, batches: Any, progress: Any, events: Any, **more: Any) -> bool:
+    def run_gated_updates(updater: Any, batches: Any, state: Any, callbacks: Any, **kwargs: Any) -> bool:
         precision = AcceleratorState().mixed_precision
         gate.facts |= {
             "arithmetic": "fp32" if precision == "no" else precision,
             "threads": torch.get_num_threads(),
             "compiled": is_compiled(updater.model),
         }
-        passed = Callback(every(1), lambda report: gate.passed(report.loss, _peak))
-        return run_updates(updater, batches, progress, [*events, passed], **more)
+        gate_callback = Callback(every(1), lambda report: gate.after_update(report.loss, _peak_memory))
+        return run_updates(updater, batches, state, [*callbacks, gate_callback], **kwargs)
 
-    run.run_updates = gated
+    run.run_updates = run_gated_updates
     with tempfile.TemporaryDirectory() as name:
-        words = [
-            *(*trainer_words(setting), "--train_dir", setting.data_dir, "--tokenizer_name", setting.start_dir),
+        args = [
+            *trainer_args(setting),
+            *("--train_dir", setting.data_dir, "--tokenizer_name", setting.start_dir),
             *("--validation_split_percentage", "0", "--save_minutes", "0", "--max_train_steps", "1000000"),
             *("--output_dir", name),
         ]
-        main(words)
+        main(args)
 
 
-def trainer_words(setting: Setting) -> list[str]:
-    """Our trainer's options for the model and the hyperparameters of all programs."""
+def trainer_args(setting: Setting) -> list[str]:
+    """Return the arguments of the trainer for the model and the hyperparameters of all programs."""
     return [
         *("--model_name_or_path", setting.start_dir, "--block_size", str(setting.block_size)),
         *("--per_device_train_batch_size", str(setting.micro_batch), "--learning_rate", str(LEARNING_RATE)),
@@ -164,30 +165,34 @@ def trainer_words(setting: Setting) -> list[str]:
 
 
 def run_nanogpt(setting: Setting, gate: Gate, *, bf16: bool = False, compiled: bool = False) -> None:
-    """Its train.py, which finds the weights in a checkpoint and draws the blocks in their order."""
+    """Run nanoGPT's train.py, which reads the weights from a checkpoint and draws the blocks in their order."""
     import torch
 
     from benchmarks.nanogpt import endless, run_train_py
 
     assert setting.nanogpt_dir is not None
-    folder, on_cpu = Path(setting.nanogpt_dir), setting.device == "cpu"
-    starts = _starts(setting)
+    folder = Path(setting.nanogpt_dir)
+    on_cpu = setting.device == "cpu"
+    starts = _block_starts(setting)
 
     def draw(*_: object, **__: object) -> Any:
         return torch.tensor([next(starts) for _ in range(setting.micro_batch)])
 
-    def passed(variables: dict[str, Any]) -> None:
-        if gate.facts == {"new": True}:  # the first update
+    is_first_update = True
+
+    def after_update(variables: dict[str, Any]) -> None:
+        nonlocal is_first_update
+        if is_first_update:
+            is_first_update = False
             names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-            takes_autocast = bf16 or not on_cpu
-            arithmetic = names[variables["ptdtype"]] if takes_autocast else "fp32"
+            uses_autocast = bf16 or not on_cpu
+            arithmetic = names[variables["ptdtype"]] if uses_autocast else "fp32"
             compiles = bool(variables["compile"])
             gate.facts = {"arithmetic": arithmetic, "compiled": compiles, "threads": torch.get_num_threads()}
-        gate.passed(variables["loss"], _peak)
+        gate.after_update(variables["loss"], _peak_memory)
 
-    gate.facts = {"new": True}
-    torch.randint = draw  # where its get_batch draws the places of its blocks
-    words = [
+    torch.randint = draw  # get_batch of nanoGPT draws the starts of its blocks with it
+    args = [
         *("--init_from=resume", f"--out_dir={setting.start_dir}", f"--dataset={setting.data_dir}"),
         *(f"--device={setting.device}", "--gradient_accumulation_steps=1"),
         *(f"--batch_size={setting.micro_batch}", f"--block_size={setting.block_size}"),
@@ -198,17 +203,17 @@ def run_nanogpt(setting: Setting, gate: Gate, *, bf16: bool = False, compiled: b
     ]
     with tempfile.TemporaryDirectory() as name:
         bf16_file = Path(name, "train.py") if bf16 and on_cpu else None
-        run_train_py(folder, endless(words), after_update=passed, bf16_file=bf16_file)
+        run_train_py(folder, endless(args), after_update=after_update, bf16_file=bf16_file)
 
 
-def _starts(setting: Setting) -> Iterator[int]:
-    """Where each block begins, over and over."""
+def _block_starts(setting: Setting) -> Iterator[int]:
+    """Index of the first token of each block, repeated without end."""
     while True:
         yield from range(0, setting.num_updates * setting.micro_batch * setting.block_size, setting.block_size)
 
 
 def run_run_clm(setting: Setting, gate: Gate, *, precision: str | None = None) -> None:
-    """The step of run_clm_no_trainer.py and what it holds: scheduler, accumulation, progress bar; it clips nothing."""
+    """Run the step of run_clm_no_trainer.py: with scheduler, accumulation and progress bar, without clipping."""
     import torch
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
@@ -239,23 +244,23 @@ def run_run_clm(setting: Setting, gate: Gate, *, precision: str | None = None) -
             optimizer.zero_grad()
         if accelerator.sync_gradients:
             bar.update(1)
-        gate.passed(loss.detach(), _peak)
+        gate.after_update(loss.detach(), _peak_memory)
 
 
 def run_trainer(setting: Setting, gate: Gate) -> None:
-    """transformers.Trainer at its defaults, but for the hyperparameters; it saves nothing."""
+    """Run transformers.Trainer with its defaults, except for the hyperparameters; it saves nothing."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-    class Losing(Trainer):
-        def compute_loss(self, *given: Any, **named: Any) -> Any:
-            found = super().compute_loss(*given, **named)
-            self.newest_loss = (found[0] if isinstance(found, tuple) else found).detach()
-            return found
+    class LossKeepingTrainer(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().compute_loss(*args, **kwargs)
+            self.newest_loss = (result[0] if isinstance(result, tuple) else result).detach()
+            return result
 
-    class Behind(TrainerCallback):
+    class GateCallback(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            gate.passed(trainer.newest_loss, _peak)
+            gate.after_update(trainer.newest_loss, _peak_memory)
 
     with tempfile.TemporaryDirectory() as name:
         arguments = TrainingArguments(
@@ -268,22 +273,22 @@ def run_trainer(setting: Setting, gate: Gate) -> None:
             train_sampling_strategy="sequential",
             save_strategy="no",
             report_to="none",
-            remove_unused_columns=False,  # else the targets of the last tokens would go
+            remove_unused_columns=False,  # otherwise it removes the targets of the last tokens
             use_cpu=setting.device == "cpu",
         )
-        trainer: Any = Losing(
+        trainer: Any = LossKeepingTrainer(
             model=AutoModelForCausalLM.from_pretrained(setting.start_dir),
             args=arguments,
             train_dataset=_table(setting),
             data_collator=default_data_collator,
-            callbacks=[Behind()],
+            callbacks=[GateCallback()],
         )
         gate.facts |= {"arithmetic": "bf16" if arguments.bf16 else "fp32", "threads": torch.get_num_threads()}
         trainer.train()
 
 
 def _table(setting: Setting) -> Any:
-    """Rows as run_clm makes them, with a mask of ones, and the targets of all tokens."""
+    """Rows as run_clm makes them, with an attention mask of ones, and with the targets of all tokens."""
     from datasets import Dataset
 
     blocks = np.stack(list(setting.blocks()))
@@ -291,16 +296,16 @@ def _table(setting: Setting) -> Any:
     return Dataset.from_dict({**columns, "shift_labels": blocks[:, 1:]})
 
 
-def _peak() -> dict[str, Any]:
-    """The highest memory since the answer before this one."""
+def _peak_memory() -> dict[str, Any]:
+    """Peak of memory in bytes since the last call."""
     import torch
 
     from llm.system.memory import peak_bytes, reset_peak_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = peak_bytes(device)
+    peak = peak_bytes(device)
     reset_peak_bytes(device)
-    return {"peak_bytes": found}
+    return {"peak_bytes": peak}
 
 
 _EAGER = ("--torch_compile", "false")
@@ -310,7 +315,7 @@ _KFAC = (*_EAGER, "--kfac", *_KFAC_INTERVALS)
 PROGRAMS: dict[str, Callable[[Setting, Gate], None]] = {
     "ours": run_ours,
     "ours_eager": lambda setting, gate: run_ours(setting, gate, *_EAGER),
-    "ours_whole": run_ours_whole,
+    "ours_full_trainer": run_ours_full_trainer,
     "ours_fp32": lambda setting, gate: run_ours(setting, gate, "--mixed_precision", "no"),
     "ours_returning": lambda setting, gate: run_ours(setting, gate, keeps_memory=False),
     "ours_kfac": lambda setting, gate: run_ours(setting, gate, *_KFAC),
@@ -322,13 +327,13 @@ PROGRAMS: dict[str, Callable[[Setting, Gate], None]] = {
     "run_clm": run_run_clm,
     "run_clm_bf16": lambda setting, gate: run_run_clm(setting, gate, precision="bf16"),
     "trainer": run_trainer,
-    "litgpt": lambda setting, gate: run_litgpt(setting, gate, _peak),
-    "litgpt_fp32": lambda setting, gate: run_litgpt(setting, gate, _peak, "32-true"),
+    "litgpt": lambda setting, gate: run_litgpt(setting, gate, _peak_memory),
+    "litgpt_fp32": lambda setting, gate: run_litgpt(setting, gate, _peak_memory, "32-true"),
     "gemm": lambda setting, gate: measure_gemm(setting.device, gate),
 }
 
 
 if __name__ == "__main__":
-    # Before anything is imported that might say something.
+    # Before the imports of any library that may print something.
     GATE = Gate()
     PROGRAMS[sys.argv[1]](Setting.read(Path(sys.argv[2])), GATE)

@@ -1,4 +1,4 @@
-"""Runs of the trainer in this process, each as its curve: the loss after so many updates, tokens and CPU seconds."""
+"""Run the trainer in this process and record its curve: loss over steps, tokens and CPU seconds."""
 
 from __future__ import annotations
 
@@ -16,42 +16,46 @@ from llm.training.callbacks.evaluation import EvaluationCallback
 Point = dict[str, Any]
 
 
-def record(words: Sequence[str]) -> list[Point]:
-    """One run: `step`, `tokens`, `cpu_seconds` and `eval_loss` at every evaluation.
+def record(args: Sequence[str]) -> list[Point]:
+    """Run the trainer and return `step`, `tokens`, `cpu_seconds` and `eval_loss` at every evaluation.
 
-    The clock is that of the training alone: from before the first update, its data and log lines included; no start-up
-    and no evaluations.
+    `cpu_seconds` is the time of the training alone, from before the first step: it includes data and log lines, but
+    neither the start of the program nor evaluations.
 
     Raises:
-        SystemExit: the trainer failed; its last words are in the message.
+        SystemExit: the trainer failed; the message has the end of its output.
     """
     module: Any = llm.training.run
-    evaluate, run_updates = EvaluationCallback.run, module.run_updates
+    evaluate = EvaluationCallback.run
+    run_updates = module.run_updates
     curve: list[Point] = []
-    began = used = 0.0
+    start = 0.0
+    cpu_seconds = 0.0
 
-    def begin(*given: Any, **named: Any) -> bool:
-        nonlocal began
-        began = time.process_time()
-        return bool(run_updates(*given, **named))
+    def start_clock_and_run(*args: Any, **kwargs: Any) -> bool:
+        nonlocal start
+        start = time.process_time()
+        return bool(run_updates(*args, **kwargs))
 
-    def stand_still(self: EvaluationCallback, *given: Any, **named: Any) -> None:
-        nonlocal began, used
-        used += time.process_time() - began
-        evaluate(self, *given, **named)
-        progress = self._context.state
+    def evaluate_off_the_clock(self: EvaluationCallback, *args: Any, **kwargs: Any) -> None:
+        nonlocal start, cpu_seconds
+        cpu_seconds += time.process_time() - start
+        evaluate(self, *args, **kwargs)
+        state = self._context.state
         curve.append(
-            {"step": progress.step, "tokens": progress.tokens, "cpu_seconds": used, "eval_loss": progress.eval_loss}
+            {"step": state.step, "tokens": state.tokens, "cpu_seconds": cpu_seconds, "eval_loss": state.eval_loss}
         )
-        began = time.process_time()
+        start = time.process_time()
 
-    said = io.StringIO()
-    module.run_updates, EvaluationCallback.run = begin, stand_still  # type: ignore[method-assign]
+    output = io.StringIO()
+    module.run_updates = start_clock_and_run
+    EvaluationCallback.run = evaluate_off_the_clock  # type: ignore[method-assign]
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            code = trainer(list(words))
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = trainer(list(args))
     finally:
-        module.run_updates, EvaluationCallback.run = run_updates, evaluate  # type: ignore[method-assign]
+        module.run_updates = run_updates
+        EvaluationCallback.run = evaluate  # type: ignore[method-assign]
     if code:
-        sys.exit(f"the trainer ended with code {code}:\n{said.getvalue()[-2000:]}")
+        sys.exit(f"the trainer ended with code {code}:\n{output.getvalue()[-2000:]}")
     return curve

@@ -1,4 +1,4 @@
-"""What all measured programs are told, and the hyperparameters that they share."""
+"""The setting that all measured programs share: start, data, sizes and hyperparameters."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-BETAS = (0.9, 0.999)  # what run_clm's AdamW has, which has no option for them
+BETAS = (0.9, 0.999)  # those of run_clm, which has no option for them
 WEIGHT_DECAY = 0.1
-# Without a warm-up: at more, the loss of the wider models first rises.
+# There is no warm-up: at a higher rate the loss of the wider models rises at first.
 LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every program is told.
+    """Setting of all programs of a measurement.
 
     Attributes:
-        start_dir: an HF model, a tokenizer of as many ids, and nanoGPT's checkpoint where that is measured.
-        model_type: of the model, as in its config.json.
-        data_dir: `train.bin`, uint16 ids.
-        block_size: targets of a block.
-        micro_batch: blocks of an update.
-        num_updates: that there are blocks for; then they begin again.
+        start_dir: folder of an HF model, a tokenizer of its vocabulary, and nanoGPT's checkpoint if nanoGPT is
+            measured.
+        model_type: type of the model, as in its config.json.
+        data_dir: folder with `train.bin`, uint16 ids.
+        block_size: targets per block.
+        micro_batch: blocks per step.
+        num_updates: number of steps that the blocks suffice for; afterwards they repeat.
         device: `cpu` or `cuda`.
-        nanogpt_dir: nanoGPT's folder; None where it is not measured.
+        nanogpt_dir: folder of nanoGPT; None if it is not measured.
     """
 
     start_dir: str
@@ -41,20 +42,20 @@ class Setting:
     nanogpt_dir: str | None
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write the setting to a file, as JSON."""
         path.write_text(json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> Setting:
-        """What `write` wrote."""
+        """Return the setting that `write` wrote."""
         return cls(**json.loads(path.read_text()))
 
     def ids(self) -> NDArray[np.uint16]:
-        """All of them."""
+        """Return all token ids, uint16 [tokens]."""
         return np.fromfile(Path(self.data_dir, "train.bin"), np.uint16)
 
     def blocks(self) -> Iterator[NDArray[np.int64]]:
-        """Each int64 [block_size + 1]; a block's last target is the next one's first input."""
+        """Yield blocks, int64 [block_size + 1]; the last target of a block is the first input of the next one."""
         ids = self.ids().astype(np.int64)
         for start in range(0, self.num_updates * self.micro_batch * self.block_size, self.block_size):
             yield ids[start : start + self.block_size + 1]

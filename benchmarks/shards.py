@@ -1,12 +1,12 @@
-"""Reading shards: `python -m benchmarks.shards --json OUT`.
+"""Time and memory of reading shards: `python -m benchmarks.shards --json OUT`.
 
-Writes 100 million random tokens in 10 shards to a temporary folder, then opens them in a fresh process and reads
-random blocks. The files were just written, so that they lie in the system's cache.
+Writes 100 million random tokens in 10 shards to a temporary folder, then opens them in a new process and reads random
+blocks. The files were just written, so they are in the page cache of the system.
 
-opening_seconds             from the folder's name to blocks
-median_block_microseconds   of one block, checked and as int64
-reading_megabytes           by how much the resident memory of that process grew from behind the imports
-resident_megabytes          all of it; imports_megabytes of that are the imports'
+opening_seconds             time from the name of the folder to its blocks
+median_block_microseconds   time of reading one block, checked
+reading_megabytes           growth of the resident memory of the process since its imports
+resident_megabytes          resident memory of the process, of which imports_megabytes belong to the imports
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _DOCUMENT_TOKENS = 1000
 
 
 def main() -> None:
-    """Measures, prints and writes the result; with `--folder`, is the measured process."""
+    """Measure, print and write the result; with `--folder`, run the measured process."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shards", description=__doc__)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/shards.json"), help="the result")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/shards.json"), help="file of the result")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.folder is not None:
@@ -47,8 +47,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write_shards(Path(name))
         command = [sys.executable, "-m", "benchmarks.shards", "--folder", name]
-        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result = json.loads(found.stdout.splitlines()[-1]) | {
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result = json.loads(process.stdout.splitlines()[-1]) | {
         "num_tokens": NUM_TOKENS,
         "num_shards": NUM_SHARDS,
         "num_blocks_read": NUM_BLOCKS_READ,
@@ -61,16 +61,16 @@ def main() -> None:
 
 
 def write_shards(folder: Path) -> None:
-    """Random ids in documents of a thousand, through the writer that `llm.prepare` uses."""
+    """Write random ids, in documents of a thousand tokens, with the writer of `llm.prepare`."""
     from llm.data.shards.format import FOLDER_MAGIC, MANIFEST, SPLITS, VERSION
     from llm.data.shards.writer import ShardSpec, SplitWriter
     from llm.data.sources.documents import Piece
 
-    draw = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     spec = ShardSpec(VOCABULARY_SIZE, "benchmark", NUM_TOKENS // NUM_SHARDS, None, eos_in_single_text=True)
     writers = {split: SplitWriter(folder, split, spec) for split in SPLITS}
     for _ in range(NUM_TOKENS // _PIECE_TOKENS):
-        ids = draw.integers(VOCABULARY_SIZE, size=_PIECE_TOKENS, dtype=np.uint32)
+        ids = random.integers(VOCABULARY_SIZE, size=_PIECE_TOKENS, dtype=np.uint32)
         for document in np.split(ids, _PIECE_TOKENS // _DOCUMENT_TOKENS):
             writers["train"].add(Piece("train", "some text", begins=True, ends=True), document)
         writers["train"].flush()
@@ -90,32 +90,32 @@ def write_shards(folder: Path) -> None:
 
 
 def read_blocks(folder: Path) -> dict[str, Any]:
-    """Opens the folder and reads blocks in the order of an epoch."""
+    """Open the folder, read blocks in the order of an epoch, and return times and memory."""
     from llm.data.batches.blocks import Blocks
     from llm.data.batches.shuffle import shuffled_index
     from llm.data.shards.format import open_folder
 
     process = psutil.Process()
-    imports = process.memory_info().rss
+    imports_bytes = process.memory_info().rss
     start = time.perf_counter()
     streams = open_folder(folder)
     blocks = Blocks(streams.train.tokens, BLOCK_SIZE, vocabulary_size=streams.vocabulary_size)
     opening = time.perf_counter() - start
     seconds = []
-    most = 0
-    for place in range(NUM_BLOCKS_READ):
-        begun = time.perf_counter()
-        ids = blocks[shuffled_index(place, len(blocks), seed=0, epoch=0)].ids
-        seconds.append(time.perf_counter() - begun)
-        if place % 100 == 0:
-            most = max(most, process.memory_info().rss)
+    peak_bytes = 0
+    for index in range(NUM_BLOCKS_READ):
+        start = time.perf_counter()
+        ids = blocks[shuffled_index(index, len(blocks), seed=0, epoch=0)].ids
+        seconds.append(time.perf_counter() - start)
+        if index % 100 == 0:
+            peak_bytes = max(peak_bytes, process.memory_info().rss)
     assert ids.shape == (BLOCK_SIZE + 1,) and ids.dtype == np.uint16
     return {
         "opening_seconds": opening,
         "median_block_microseconds": 1e6 * statistics.median(seconds),
-        "reading_megabytes": (most - imports) / 1e6,
-        "resident_megabytes": most / 1e6,
-        "imports_megabytes": imports / 1e6,
+        "reading_megabytes": (peak_bytes - imports_bytes) / 1e6,
+        "resident_megabytes": peak_bytes / 1e6,
+        "imports_megabytes": imports_bytes / 1e6,
     }
 
 

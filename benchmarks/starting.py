@@ -1,4 +1,4 @@
-"""What all programs of `benchmarks.throughput` start from: weights, a tokenizer, and ids."""
+"""The common start of all programs of `benchmarks.throughput`: weights, a tokenizer, and token ids."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 
 from benchmarks.settings import BETAS, LEARNING_RATE, WEIGHT_DECAY, Setting
 
-# Ids below are this many times as likely as if all were: a loss that falls from the first update on.
+# Exponent that makes small ids more frequent, so that the loss falls from the first step on.
 _SKEW = 3
-# In this order they stand in the loop of run_clm_no_trainer.py.
-_STEP_OF_RUN_CLM = (
+# The statements of the training loop of run_clm_no_trainer.py, in this order.
+_RUN_CLM_STEP = (
     "AdamW(",
     "model(**batch)",
     "accelerator.backward(loss)",
@@ -24,8 +24,8 @@ _STEP_OF_RUN_CLM = (
     "optimizer.zero_grad()",
 )
 
-# What a configuration says beside sizes; that of GPT-NeoX has no dropout by itself, and no rule for the inner width.
-_OF_TYPE: dict[str, Callable[[Size], dict[str, Any]]] = {
+# Values of a configuration besides its sizes. GPT-NeoX has no dropout by default, and no default for the inner width.
+_CONFIG_VALUES: dict[str, Callable[[Size], dict[str, Any]]] = {
     "gpt2": lambda _: dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     "gpt_neox": lambda size: {"intermediate_size": 4 * size.width},
 }
@@ -33,16 +33,16 @@ _OF_TYPE: dict[str, Callable[[Size], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """A model and its update.
+    """Sizes of a model and of its steps.
 
     Attributes:
-        layers: of the model.
-        heads: of a layer.
-        width: of the model.
-        block: targets of a block.
-        batch: blocks of an update.
-        vocabulary: ids of the model.
-        updates: of each program in a round.
+        layers: number of layers.
+        heads: number of heads per layer.
+        width: width of the model.
+        block: targets per block.
+        batch: blocks per step.
+        vocabulary: size of the vocabulary.
+        updates: steps of each program per round.
     """
 
     layers: int
@@ -65,21 +65,22 @@ def write_start(
     nanogpt_bias: bool = False,
     seed: int = 0,
 ) -> Setting:
-    """Writes what the programs start from; at 124M all have the padded vocabulary that nanoGPT has by itself.
+    """Write the start of all programs; at 124M all use nanoGPT's padded vocabulary.
 
     Args:
-        folder: where; it is there, and empty.
-        size: of the model and its updates.
-        num_updates: that there are ids for.
+        folder: an existing, empty folder to write to.
+        size: sizes of the model and of its steps.
+        num_updates: number of steps that the ids suffice for.
         device: `cpu` or `cuda`.
-        nanogpt_dir: nanoGPT's folder; None where it is not measured.
-        model_type: `gpt2`, or `gpt_neox`, which nanoGPT has not and litgpt has.
-        nanogpt_bias: whether it trains biases; as shipped it does not.
-        seed: of the weights.
+        nanogpt_dir: folder of nanoGPT; None if it is not measured.
+        model_type: `gpt2`, or `gpt_neox`, which litgpt supports and nanoGPT does not.
+        nanogpt_bias: whether nanoGPT trains biases; it does not by default.
+        seed: seed of the weights.
     """
     from benchmarks.nanogpt import write_checkpoint
 
-    start_dir, data_dir = folder / "start", folder / "data"
+    start_dir = folder / "start"
+    data_dir = folder / "data"
     data_dir.mkdir()
     _write_model(start_dir, size, model_type, seed)
     shares = np.random.default_rng(0).random(num_updates * size.batch * size.block + 1) ** _SKEW
@@ -107,7 +108,7 @@ def write_start(
 
 
 def _write_model(folder: Path, size: Size, model_type: str, seed: int) -> None:
-    """A random model without dropout, and a tokenizer with its vocabulary, as `from_pretrained` loads them."""
+    """Write a random model without dropout, and a tokenizer of its vocabulary, for `from_pretrained`."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -122,23 +123,30 @@ def _write_model(folder: Path, size: Size, model_type: str, seed: int) -> None:
         num_attention_heads=size.heads,
         bos_token_id=0,
         eos_token_id=0,
-        **_OF_TYPE[model_type](size),
+        **_CONFIG_VALUES[model_type](size),
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    words = {f"<{number}>": number for number in range(size.vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<0>"))
+    vocabulary = {f"<{number}>": number for number in range(size.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<0>").save_pretrained(folder)
 
 
 def require_run_clm(file: Path) -> None:
-    """Ends with one line where the file's step is not the one that `benchmarks.programs` runs."""
+    """Exit with one line if the training step of the file is not the one that `benchmarks.programs` runs.
+
+    Raises:
+        SystemExit: the file is missing, or its step differs.
+    """
     if not file.is_file():
         sys.exit(f"--run_clm {file}: no such file")
     text = file.read_text()
-    place = 0
-    for words in _STEP_OF_RUN_CLM:
-        place = text.find(words, place)
-        if place < 0:
-            sys.exit(f"--run_clm {file}: no `{words}` where it is expected: its step is another one than is run here")
+    offset = 0
+    for statement in _RUN_CLM_STEP:
+        offset = text.find(statement, offset)
+        if offset < 0:
+            sys.exit(
+                f"--run_clm {file}: no `{statement}` in the expected order, so its step is not the one that this "
+                "benchmark runs; give run_clm_no_trainer.py of the installed transformers"
+            )
     if "clip_grad_norm_" in text:
-        sys.exit(f"--run_clm {file}: it clips, which the step that is run here does not")
+        sys.exit(f"--run_clm {file}: it clips gradients, which the step that this benchmark runs does not")

@@ -1,22 +1,24 @@
-"""The update of ours and of other trainers, side by side: `python -m benchmarks.throughput --nanogpt DIR --json OUT`.
+"""Time of a training step of llm and of other trainers: `python -m benchmarks.throughput --nanogpt DIR --json OUT`.
 
-Every program (`benchmarks.programs` says what each is) lives in a process of its own and makes a few updates in every
-round, one program after the other, in an order that turns from round to round. All have the same start, blocks,
-hyperparameters and number of threads.
+Every program (described in `benchmarks.programs`) has its own process and runs a few steps in every round, one program
+after the other; the order rotates from round to round. All have the same start, blocks, hyperparameters and number of
+threads.
 
-wall_seconds       of an update, the wait for its data included: the median over the rounds of their means
-cpu_seconds        the same of all threads of the process
-tokens_per_second  predicted, by the wall
-times_ours         wall seconds of the program by those of ours, of which there are two processes, the mean, in the same
-                   round: how many times faster ours is, the median; times_ours_cpu of CPU
-share_of_gemm      FLOP/s of the update by those of this machine's matrix products in the same arithmetic, measured in
-                   every round; the FLOPs are 6 N + 12 L H Q T a token (llm.models.flops)
-peak_bytes         the highest memory during a round: the device's, or the process's where that is the CPU
-first_loss         of the first update: within 1e-4 of each other in fp32, or the programs do not do the same
-last_loss          of the last timed update, which stays close
-same_by_same       ours by ours once more, another process: farther than 3 % from 1, no claim can be made
+wall_seconds       time of a step, including the wait for its data: median over the rounds of their means
+cpu_seconds        CPU time of a step, of all threads of the process
+tokens_per_second  predicted tokens per second of wall time
+times_ours         wall time of the program divided by the mean wall time of the two processes of ours in the same
+                   round, the median over the rounds: how many times faster ours is; times_ours_cpu: of CPU time
+share_of_gemm      FLOP/s of the step divided by those of matrix products on this machine in the same arithmetic,
+                   measured in every round; a token takes 6 N + 12 L H Q T FLOPs (llm.models.flops)
+peak_bytes         peak of memory during a round, of the device, or of the process if the device is the CPU
+first_loss         loss of the first step: in fp32 within 1e-4 of each other, otherwise the programs are not equal
+last_loss          loss of the last timed step, which stays close
+same_by_same       ours divided by a second process of ours: if it is more than 3 % from 1, the machine was too noisy
+                   for any claim
 
-ours is the bare update; ours_whole, the trainer as a command, has what it does besides, and blocks in another order.
+ours is the step alone; ours_full_trainer is the command of the trainer with all that it does besides, and it reads the
+blocks in another order.
 """
 
 from __future__ import annotations
@@ -40,17 +42,19 @@ from benchmarks.starting import Size, require_run_clm, write_start
 Round = dict[str, Any]
 
 AGAIN = "ours_again"
-# Updates that are not timed, beside the first, unless a round has fewer: memory is taken and kernels are chosen.
+# Steps that are not timed, besides the first one: they allocate memory and choose kernels. Fewer if a round is shorter.
 _NUM_WARM_UPS = 3
-# An accelerator makes so many times the updates of a CPU in a round, and is still done sooner.
-_ON_CUDA = 40
-_QUIET = 0.03
+# Factor of the steps per round on an accelerator, which still takes less time than a CPU.
+_CUDA_FACTOR = 40
+# Largest distance of `same_by_same` from 1 on a quiet machine.
+_MAX_NOISE = 0.03
 _FIRST_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 _LAST_TOLERANCE = 5e-2
-# It reads the same ids, but begins with other blocks.
-_SHUFFLES = "ours_whole"
+# These read the same ids in another order. Earlier results name the full trainer `ours_whole`.
+_SHUFFLING_PROGRAMS = ("ours_full_trainer", "ours_whole")
 
-# Turns of a few seconds at most: a machine's speed may drift, and what is compared should be near in time.
+# A round takes each program a few seconds at most: the speed of a machine may drift, so the programs should run close
+# together in time.
 SIZES = {
     "4x128": Size(layers=4, heads=4, width=128, block=64, batch=12, vocabulary=65, updates=10),
     "6x384": Size(layers=6, heads=6, width=384, block=256, batch=16, vocabulary=65, updates=1),
@@ -58,39 +62,45 @@ SIZES = {
     "2x32": Size(layers=2, heads=2, width=32, block=32, batch=8, vocabulary=97, updates=20),
 }
 CHOICES = (
-    *("ours_whole", "ours_eager", "ours_fp32", "ours_returning", "nanogpt", "nanogpt_bf16", "nanogpt_compile"),
+    *("ours_full_trainer", "ours_eager", "ours_fp32", "ours_returning", "nanogpt", "nanogpt_bf16", "nanogpt_compile"),
     *("run_clm", "run_clm_bf16", "trainer", "litgpt", "litgpt_fp32"),
 )
 _DEFAULT = tuple(name for name in CHOICES if name not in ("nanogpt_compile", "ours_returning"))
 
 
 @dataclass
-class Measured:
-    """A program's process, and what it answered: the first update, then each round."""
+class MeasuredProgram:
+    """A program and its reports, one per round.
+
+    Attributes:
+        name: name of the program in the result.
+        process: the running program.
+        rounds: report of each round, with `num_updates`.
+    """
 
     name: str
     process: Program
     rounds: list[Round]
 
     def median(self, key: str) -> float:
-        """Of an update."""
-        return float(statistics.median(each[key] / each["num_updates"] for each in self.rounds))
+        """Return the median over the rounds of a value per step."""
+        return float(statistics.median(report[key] / report["num_updates"] for report in self.rounds))
 
-    def play(self, num_updates: int) -> None:
-        """One round."""
-        self.rounds.append({**self.process.ask(num_updates), "num_updates": num_updates})
+    def run_round(self, num_updates: int) -> None:
+        """Run one round of steps and keep its report."""
+        self.rounds.append({**self.process.run_updates(num_updates), "num_updates": num_updates})
 
 
 def main() -> None:
-    """Measures, prints and writes the result."""
+    """Measure, print and write the result."""
     options = _parser().parse_args()
     import torch
 
     for name in ("rounds", "batch"):
-        if (given := getattr(options, name)) is not None and given < 1:
-            sys.exit(f"--{name} {given}: at least 1")
+        if (value := getattr(options, name)) is not None and value < 1:
+            sys.exit(f"--{name} {value}: must be at least 1")
     if unknown := [name for name in options.programs if name not in CHOICES]:
-        sys.exit(f"--programs {','.join(unknown)}: known are {', '.join(CHOICES)}")
+        sys.exit(f"--programs {','.join(unknown)}: unknown; choose from {', '.join(CHOICES)}")
     if options.nanogpt is not None:
         options.nanogpt = options.nanogpt.resolve()
         require_nanogpt(options.nanogpt)
@@ -100,11 +110,15 @@ def main() -> None:
     if options.batch is not None:
         size = replace(size, batch=options.batch)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    num_updates = options.updates or size.updates * (_ON_CUDA if device == "cuda" else 1)
+    num_updates = options.updates or size.updates * (_CUDA_FACTOR if device == "cuda" else 1)
     num_planned = 1 + min(_NUM_WARM_UPS, num_updates) + options.rounds * num_updates
     with tempfile.TemporaryDirectory() as name:
         setting = write_start(
-            *(Path(name), size, num_planned, device, options.nanogpt if options.model_type == "gpt2" else None),
+            Path(name),
+            size,
+            num_planned,
+            device,
+            options.nanogpt if options.model_type == "gpt2" else None,
             model_type=options.model_type,
             nanogpt_bias=options.nanogpt_bias,
         )
@@ -122,25 +136,25 @@ def main() -> None:
     print("\n".join(_table(result)))
     print(f"written to {options.json}")
     if result["unequal"]:
-        sys.exit("the programs do not do the same: " + "; ".join(result["unequal"]))
+        sys.exit("the programs are not equal: " + "; ".join(result["unequal"]))
 
 
 def measure(options: argparse.Namespace, folder: Path, setting: Setting, num_updates: int) -> dict[str, Any]:
-    """All rounds of all programs."""
+    """Run all rounds of all programs and return the result."""
     file = folder / "setting.json"
     setting.write(file)
     environment = thread_environment(options.threads, setting.device)
     programs, gemm, skipped = _start(options, file, setting, environment)
     try:
         for program in programs:
-            program.process.ask(min(_NUM_WARM_UPS, num_updates))
+            program.process.run_updates(min(_NUM_WARM_UPS, num_updates))
         for number in range(options.rounds):
-            gemm.play(1)
-            turn = number % len(programs)
-            for program in [*programs[turn:], *programs[:turn]]:
-                program.play(num_updates)
-            shown = ", ".join(f"{each.name} {_last_milliseconds(each):.1f}" for each in programs)
-            print(f"round {number + 1}, ms an update: {shown}", flush=True)
+            gemm.run_round(1)
+            offset = number % len(programs)
+            for program in [*programs[offset:], *programs[:offset]]:
+                program.run_round(num_updates)
+            times_of_round = ", ".join(f"{program.name} {_last_milliseconds(program):.1f}" for program in programs)
+            print(f"round {number + 1}, ms per step: {times_of_round}", flush=True)
         return _result(programs, gemm, setting) | {"skipped": skipped}
     finally:
         for program in [*programs, gemm]:
@@ -149,70 +163,77 @@ def measure(options: argparse.Namespace, folder: Path, setting: Setting, num_upd
 
 def _start(
     options: argparse.Namespace, file: Path, setting: Setting, environment: dict[str, str]
-) -> tuple[list[Measured], Measured, dict[str, str]]:
-    """The processes, each behind its first update: the programs, that of the products, and why others are not there."""
+) -> tuple[list[MeasuredProgram], MeasuredProgram, dict[str, str]]:
+    """Start the processes; each has run its first step.
 
-    def start(program: str, name: str) -> Measured:
+    Returns:
+        The programs, the program that measures matrix products, and the reasons why programs are skipped.
+    """
+
+    def start(program: str, name: str) -> MeasuredProgram:
         print(f"starting {name}", flush=True)
         python = options.litgpt if program.startswith("litgpt") else sys.executable
-        return Measured(name, Program(["benchmarks.programs", program, str(file)], environment, python), [])
+        return MeasuredProgram(name, Program(["benchmarks.programs", program, str(file)], environment, python), [])
 
     gemm = start("gemm", "gemm")
     programs = [start("ours", "ours"), start("ours", AGAIN)]
     skipped = {}
     for name in options.programs:
-        reason = _reason_to_skip(name, options, setting, gemm.process.first, programs[0].process.first)
+        reason = _reason_to_skip(name, options, setting, gemm.process.first_report, programs[0].process.first_report)
         if reason is None:
             programs.append(start(name, name))
         else:
             skipped[name] = reason
-            print(f"{name} is skipped: {reason}", flush=True)
+            print(f"skipping {name}: {reason}", flush=True)
     return programs, gemm, skipped
 
 
 def _reason_to_skip(
     name: str, options: argparse.Namespace, setting: Setting, gemm: dict[str, Any], ours: dict[str, Any]
 ) -> str | None:
+    """Why this program is not measured; None if it is. `gemm` and `ours` are the first reports of these programs."""
     if name.startswith("litgpt") and setting.model_type != "gpt_neox":
-        return "it has no GPT-2 (measure it with --model_type gpt_neox)"
+        return "litgpt has no GPT-2 (use --model_type gpt_neox)"
     if name.startswith("litgpt") and not has_litgpt(options.litgpt):
-        return "it is not installed (--litgpt PYTHON names an interpreter that has it)"
+        return "litgpt is not installed (name a Python interpreter that has it with --litgpt PYTHON)"
     if name.startswith("nanogpt") and setting.model_type != "gpt2":
-        return "it has GPT-2 alone"
+        return "nanoGPT supports GPT-2 only"
     if name == "ours_eager" and not ours["compiled"]:
-        return "ours is not compiled here"
+        return "ours is not compiled on this machine"
     if name == "ours_fp32" and ours["arithmetic"] == "fp32":
-        return "ours is fp32 here"
+        return "ours is fp32 on this machine"
     if name.startswith("nanogpt") and setting.nanogpt_dir is None:
-        return "no --nanogpt"
+        return "--nanogpt is not given"
     if name == "nanogpt_bf16" and setting.device != "cpu":
-        return "nanogpt is bf16 here as it is"
+        return "nanogpt itself uses bf16 on this device"
     if name in ("nanogpt_bf16", "run_clm_bf16") and not gemm["bf16_is_native"]:
         rates = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in gemm["quick_flops"].items())
         return f"this machine does not multiply bf16 natively ({rates})"
     return None
 
 
-def _result(programs: list[Measured], gemm: Measured, setting: Setting) -> dict[str, Any]:
-    rates = {"fp32": statistics.median(each["fp32"] for each in gemm.rounds)}
+def _result(programs: list[MeasuredProgram], gemm: MeasuredProgram, setting: Setting) -> dict[str, Any]:
+    """The result of all rounds; the first two programs are ours."""
+    gemm_rates = {"fp32": statistics.median(report["fp32"] for report in gemm.rounds)}
     if "bf16" in gemm.rounds[0]:
-        rates["bf16"] = statistics.median(each["bf16"] for each in gemm.rounds)
+        gemm_rates["bf16"] = statistics.median(report["bf16"] for report in gemm.rounds)
     ours, again = programs[0], programs[1]
-    flops = ours.process.first["flops_per_token"]
+    flops = ours.process.first_report["flops_per_token"]
     tokens = setting.micro_batch * setting.block_size
     same = ours.median("wall_seconds") / again.median("wall_seconds")
-    found = {}
+    results = {}
     for program in programs:
-        first, wall, cpu = program.process.first, program.median("wall_seconds"), program.median("cpu_seconds")
-        rate = rates.get(first["arithmetic"])
-        found[program.name] = {
+        first = program.process.first_report
+        wall = program.median("wall_seconds")
+        gemm_rate = gemm_rates.get(first["arithmetic"])
+        results[program.name] = {
             "wall_seconds": wall,
-            "cpu_seconds": cpu,
+            "cpu_seconds": program.median("cpu_seconds"),
             "tokens_per_second": tokens / wall,
             "times_ours": times(program.rounds, ours.rounds, again.rounds, "wall_seconds"),
             "times_ours_cpu": times(program.rounds, ours.rounds, again.rounds, "cpu_seconds"),
-            "share_of_gemm": None if rate is None else flops * tokens / wall / rate,
-            "peak_bytes": max(each["peak_bytes"] for each in program.rounds),
+            "share_of_gemm": None if gemm_rate is None else flops * tokens / wall / gemm_rate,
+            "peak_bytes": max(report["peak_bytes"] for report in program.rounds),
             "first_loss": first["loss"],
             "last_loss": program.rounds[-1]["loss"],
             "arithmetic": first["arithmetic"],
@@ -220,55 +241,70 @@ def _result(programs: list[Measured], gemm: Measured, setting: Setting) -> dict[
             "rounds": program.rounds,
         }
     return {
-        "programs": found,
+        "programs": results,
         "same_by_same": same,
-        "is_quiet": abs(same - 1) <= _QUIET,
-        "unequal": unequal(found),
-        "gemm_flops": rates,
+        "is_quiet": abs(same - 1) <= _MAX_NOISE,
+        "unequal": unequal(results),
+        "gemm_flops": gemm_rates,
         "flops_per_token": flops,
         "device": setting.device,
     }
 
 
 def times(rounds: list[Round], ours: list[Round], again: list[Round], key: str) -> float:
-    """How many times as long as ours: round by round, since a machine drifts, and of two, since no two are alike."""
+    """Return how many times as long a program takes as ours: the median of the ratios of all rounds.
+
+    Each round is compared with the same round of ours, because the speed of a machine drifts, and with the mean of two
+    processes of ours, because no two processes are equally fast.
+
+    Args:
+        rounds: reports of the program.
+        ours: reports of the first process of ours.
+        again: reports of the second process of ours.
+        key: key of the time in a report.
+    """
     triples = zip(rounds, ours, again, strict=True)
-    return statistics.median(2 * each[key] / (one[key] + other[key]) for each, one, other in triples)
+    return statistics.median(2 * report[key] / (first[key] + second[key]) for report, first, second in triples)
 
 
 def unequal(programs: dict[str, dict[str, Any]]) -> list[str]:
-    """What shows that programs do not do the same; the first in fp32 is what the others are held against."""
-    exact = [each for each in programs.values() if each["arithmetic"] == "fp32"] or list(programs.values())
-    found = []
-    for name, each in programs.items():
-        first = _LAST_TOLERANCE if name == _SHUFFLES else _FIRST_TOLERANCE[each["arithmetic"]]
-        for key, tolerance in (("first_loss", first), ("last_loss", _LAST_TOLERANCE)):
-            if not abs(each[key] - exact[0][key]) <= tolerance:  # nor may it be nan
-                found.append(f"{key} of {name} is {each[key]:.5f}, not {exact[0][key]:.5f}")
-    threads = {name: each["says"]["threads"] for name, each in programs.items()}
+    """Return the differences that show that programs do not compute the same; the reference is the first in fp32."""
+    in_fp32 = [result for result in programs.values() if result["arithmetic"] == "fp32"]
+    reference = in_fp32[0] if in_fp32 else next(iter(programs.values()))
+    differences = []
+    for name, result in programs.items():
+        first_tolerance = _FIRST_TOLERANCE[result["arithmetic"]]
+        if name in _SHUFFLING_PROGRAMS:
+            first_tolerance = _LAST_TOLERANCE
+        for key, tolerance in (("first_loss", first_tolerance), ("last_loss", _LAST_TOLERANCE)):
+            if not abs(result[key] - reference[key]) <= tolerance:  # true for nan too
+                differences.append(f"{key} of {name} is {result[key]:.5f}, not {reference[key]:.5f}")
+    threads = {name: result["says"]["threads"] for name, result in programs.items()}
     if len(set(threads.values())) > 1:
-        found.append(f"threads differ: {threads}")
-    return found
+        differences.append(f"threads differ: {threads}")
+    return differences
 
 
-def _last_milliseconds(program: Measured) -> float:
-    newest = program.rounds[-1]
-    return float(newest["wall_seconds"]) / newest["num_updates"] * 1e3
+def _last_milliseconds(program: MeasuredProgram) -> float:
+    last_round = program.rounds[-1]
+    return float(last_round["wall_seconds"]) / last_round["num_updates"] * 1e3
 
 
 def _table(result: dict[str, Any]) -> list[str]:
-    lines = [f"{'':16}  arith  wall ms   CPU ms    tok/s  x ours  x CPU  of GEMM  peak MB  first loss  last loss"]
-    for name, each in result["programs"].items():
-        share = "" if each["share_of_gemm"] is None else f"{each['share_of_gemm']:.1%}"
+    lines = [f"{'':17}  arith  wall ms   CPU ms    tok/s  x ours  x CPU  of GEMM  peak MB  first loss  last loss"]
+    for name, program in result["programs"].items():
+        share = "" if program["share_of_gemm"] is None else f"{program['share_of_gemm']:.1%}"
         lines.append(
-            f"{name:16} {each['arithmetic']:>6} {each['wall_seconds'] * 1e3:8.1f} {each['cpu_seconds'] * 1e3:8.1f}"
-            f" {each['tokens_per_second']:8.0f} {each['times_ours']:7.2f} {each['times_ours_cpu']:6.2f} {share:>8}"
-            f" {each['peak_bytes'] / 1e6:8.0f} {each['first_loss']:11.5f} {each['last_loss']:10.4f}"
+            f"{name:17} {program['arithmetic']:>6}"
+            f" {program['wall_seconds'] * 1e3:8.1f} {program['cpu_seconds'] * 1e3:8.1f}"
+            f" {program['tokens_per_second']:8.0f} {program['times_ours']:7.2f} {program['times_ours_cpu']:6.2f}"
+            f" {share:>8} {program['peak_bytes'] / 1e6:8.0f}"
+            f" {program['first_loss']:11.5f} {program['last_loss']:10.4f}"
         )
-    lines += [f"{name:16} skipped: {reason}" for name, reason in result["skipped"].items()]
+    lines += [f"{name:17} skipped: {reason}" for name, reason in result["skipped"].items()]
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in result["gemm_flops"].items())
     lines.append(f"matrix products: {rates}")
-    verdict = "quiet" if result["is_quiet"] else "NOT QUIET: no claim can be made"
+    verdict = "quiet" if result["is_quiet"] else "NOT QUIET: the machine was too noisy for any claim"
     return [*lines, f"same_by_same {result['same_by_same']:.3f}: {verdict}"]
 
 
@@ -279,25 +315,33 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
-    parser.add_argument("--nanogpt_bias", action="store_true", help="nanoGPT has biases, as GPT-2 (as shipped: none)")
-    parser.add_argument("--run_clm", type=Path, help="run_clm_no_trainer.py: read, to see that its step is what is run")
-    parser.add_argument("--litgpt", metavar="PYTHON", default=sys.executable, help="an interpreter with litgpt")
+    parser.add_argument(
+        "--nanogpt_bias", action="store_true", help="train nanoGPT with biases, as in GPT-2 (default: none)"
+    )
+    parser.add_argument(
+        "--run_clm", type=Path, help="run_clm_no_trainer.py, to check that its step is the measured one"
+    )
+    parser.add_argument(
+        "--litgpt", metavar="PYTHON", default=sys.executable, help="a Python interpreter that has litgpt"
+    )
     parser.add_argument("--model_type", choices=("gpt2", "gpt_neox"), default="gpt2", help="(default: gpt2)")
     parser.add_argument("--size", choices=SIZES, default="4x128")
-    parser.add_argument(
-        "--batch", type=int, help="blocks of an update, which a GPU needs more of (default: the size's)"
-    )
+    parser.add_argument("--batch", type=int, help="blocks per step; a GPU needs more of them (default: by the size)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--updates", type=int, help="of each program in a round (default: by the size)")
-    parser.add_argument("--threads", type=int, default=num_cores(), help="of every program (default: all cores)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="(default: cuda where there is one)")
+    parser.add_argument("--updates", type=int, help="steps of each program per round (default: by the size)")
+    parser.add_argument(
+        "--threads", type=int, default=num_cores(), help="threads of every program (default: all cores)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None, help="(default: cuda if available)")
     parser.add_argument(
         "--programs",
-        type=lambda words: [word for word in words.split(",") if word],
+        type=lambda text: [name for name in text.split(",") if name],
         default=list(_DEFAULT),
-        help=f"beside ours, of {', '.join(CHOICES)} (default: {','.join(_DEFAULT)})",
+        help=f"programs besides ours, from {', '.join(CHOICES)} (default: {','.join(_DEFAULT)})",
     )
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/throughput.json"), help="the result")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmarks/results/throughput.json"), help="file of the result"
+    )
     return parser
 
 
