@@ -150,7 +150,7 @@ class ShardedUpdater:
 
 
 def main(words: list[str]) -> int:
-    """Run the trainer; `--stop_at K` asks rank 1 alone to stop, the K-th time that it is asked whether it should."""
+    """Run the trainer; `--stop_at K` stops rank 1 alone, the K-th time that the training asks it whether it should."""
     import llm.training.run as run
     from llm.trainers.gpt import main as trainer
 
@@ -170,13 +170,18 @@ def main(words: list[str]) -> int:
     if stop_at and os.environ.get("RANK") == "1":
         questions = itertools.count(1)
         is_asked = run.StopRequest.__call__
+        run_updates = run.run_updates
 
         def ask(request: Any) -> bool:
             if next(questions) == stop_at:
                 request.reason = "SIGTERM"
             return is_asked(request)
 
-        run.StopRequest.__call__ = ask  # type: ignore[method-assign]
+        def count_from_here(*arguments: Any, **named: Any) -> bool:
+            run.StopRequest.__call__ = ask  # type: ignore[method-assign]
+            return run_updates(*arguments, **named)
+
+        run.run_updates = count_from_here
     code = trainer(words)
     for updater in updaters:
         (folder / f"rank_{updater.rank}.json").write_text(json.dumps(updater.calls))
