@@ -36,7 +36,8 @@ class DelayedVote:
         if self._world.size == 1:
             return vote
         answer = self.last()
-        ballot = torch.tensor(float(vote), device=self._world.device)
+        # Filled on the device: a copy from the host would wait for the work that the device has been given.
+        ballot = torch.full((), float(vote), device=self._world.device)
         work = dist.all_reduce(ballot, op=dist.ReduceOp.MAX, async_op=True)
         assert work is not None
         self._pending = (ballot, work)
