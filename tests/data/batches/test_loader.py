@@ -6,6 +6,9 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import torch
 from llm.data.batches.blocks import Blocks
 from llm.data.batches.loader import (
     Batch,
+    BlockSource,
     CompactBatch,
     _in_background,
     batch_of,
@@ -21,7 +25,9 @@ from llm.data.batches.loader import (
     stack_rows,
     training_batches,
 )
+from llm.data.batches.mixture import Mixture
 from llm.data.batches.row import Row
+from llm.data.shards.document_starts import StartsAfterEos
 
 BLOCK = 4
 BLOCKS = Blocks(np.arange(21 * BLOCK + 1, dtype=np.uint16), BLOCK)
@@ -309,3 +315,96 @@ def test_evaluation_batches_when_the_device_is_cuda_then_each_is_pinned_once(mon
     batches = list(evaluation_batches(BLOCKS, batch_size=4, rank=0, num_ranks=1, device=torch.device("cuda")))
     assert [number for batch in batches for number in _numbers(batch)] == list(range(21))
     assert num_pinned == len(batches) == 6
+
+
+# A run of 201 steps, however it is split and wherever it is resumed.
+LONG_BLOCK = 8
+GLOBAL_BATCH = 8
+NUM_STEPS = 201
+RESUMED_AT = 137
+EOS = 5
+Steps: TypeAlias = list[list[list[int]]]
+
+
+def _random_blocks(seed: int, number: int, *, masked: bool = False) -> Blocks:
+    ids = np.random.default_rng(seed).integers(0, 50, number * LONG_BLOCK + 1)
+    return Blocks(ids, LONG_BLOCK, starts=StartsAfterEos(ids, EOS) if masked else None)
+
+
+def _mixture(*, masked: bool = False) -> Mixture:
+    sources = [_random_blocks(seed, number, masked=masked) for seed, number in ((1, 531), (2, 60), (3, 222))]
+    return Mixture(sources, [Fraction(weight) for weight in ("0.6", "0.1", "0.3")])
+
+
+# The run reads more than one epoch of each.
+TEXTS: dict[str, BlockSource] = {
+    "blocks": _random_blocks(0, 700),
+    "blocks, masked": _random_blocks(0, 700, masked=True),
+    "mixture": _mixture(),
+    "mixture, masked": _mixture(masked=True),
+}
+
+
+def _row_values(batch: Batch) -> list[list[int]]:
+    """Return ids, targets and positions of each row, in one list."""
+    parts = [batch.ids, batch.targets, *([] if batch.positions is None else [batch.positions])]
+    return [[number for part in parts for number in part[i].tolist()] for i in range(len(batch.ids))]
+
+
+def _run_steps(text: str, num_ranks: int, accumulation: int, num_workers: int, first_step: int = 0) -> Steps:
+    """Return the rows of each step, in the order of the global batch."""
+    ranks = [
+        list(
+            training_batches(
+                TEXTS[text],
+                seed=11,
+                first_step=first_step,
+                num_steps=NUM_STEPS - first_step,
+                micro_batch=GLOBAL_BATCH // num_ranks // accumulation,
+                accumulation=accumulation,
+                rank=rank,
+                num_ranks=num_ranks,
+                num_workers=num_workers,
+            )
+        )
+        for rank in range(num_ranks)
+    ]
+    assert all(len(updates) == NUM_STEPS - first_step for updates in ranks)
+    return [
+        [row for place in range(accumulation) for updates in ranks for row in _row_values(updates[step][place])]
+        for step in range(NUM_STEPS - first_step)
+    ]
+
+
+@cache
+def _expected_steps(text: str) -> Steps:
+    return _run_steps(text, 1, 1, 0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("num_ranks", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize("text", TEXTS)
+def test_training_batches_when_split_over_ranks_and_workers_and_resumed_then_the_same_ids(
+    text: str, num_ranks: int, accumulation: int, num_workers: int
+) -> None:
+    if num_workers and accumulation == 1 and num_ranks > 1:
+        pytest.skip("the other splits show the same")
+    expected = _expected_steps(text)
+    assert {len(update) for update in expected} == {GLOBAL_BATCH}
+    assert len(expected[0][0]) == LONG_BLOCK * (3 if "masked" in text else 2)
+    if not num_workers:
+        assert _run_steps(text, num_ranks, accumulation, num_workers) == expected
+    assert _run_steps(text, num_ranks, accumulation, num_workers, RESUMED_AT) == expected[RESUMED_AT:]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_training_batches_when_read_by_workers_from_the_start_then_the_same_ids(text: str) -> None:
+    assert _run_steps(text, 2, 2, 2) == _expected_steps(text)
+
+
+def test_training_batches_when_attention_is_limited_to_documents_then_the_same_blocks() -> None:
+    for text in ("blocks", "mixture"):
+        plain, masked = _expected_steps(text), _expected_steps(f"{text}, masked")
+        assert [[row[:LONG_BLOCK] for row in update] for update in plain] == [
+            [row[:LONG_BLOCK] for row in update] for update in masked
+        ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm.data.sources.documents import TextChunk
-from llm.data.sources.validation_split import find_head_split_point, find_split_point, split_at
+from llm.data.sources.validation_split import find_head_split_point, find_split_point, split_at, split_by_hash
 
 
 def _chunks(*documents: str, size: int = 7) -> list[TextChunk]:
@@ -96,3 +96,18 @@ def test_find_head_split_point_when_head_is_read_then_no_more_is_read() -> None:
 
     assert find_head_split_point(chunks(), 20, 95) is not None
     assert find_head_split_point([], 20, 95) is None
+
+
+def test_split_by_hash_when_read_in_another_order_then_the_same_documents() -> None:
+    documents = [[TextChunk(f"text {i}", False), TextChunk("tail", True)] for i in range(2000)]
+
+    def held_out(order: list[list[TextChunk]]) -> set[str]:
+        parts = split_by_hash((part for document in order for part in document), 10)
+        found = list(parts)
+        assert [part for _, part in found] == [part for document in order for part in document]
+        assert all(found[i][0] == found[i + 1][0] for i in range(0, len(found), 2))
+        return {part.text for split, part in found if split == "validation" and not part.ends}
+
+    one = held_out(documents)
+    assert 140 < len(one) < 260
+    assert held_out(documents[::-1]) == one
