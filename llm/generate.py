@@ -93,8 +93,9 @@ def find_model(name: str) -> str:
         return str(folder)
 
     from llm.training.checkpoints.layout import saved_steps
+    from llm.training.run_dir.layout import CHECKPOINTS
 
-    steps = saved_steps(folder / "checkpoints") or saved_steps(folder)
+    steps = saved_steps(folder / CHECKPOINTS) or saved_steps(folder)
     if not steps:
         raise UserError(
             f"{name}: no model in this folder (no config.json, no checkpoints); "

@@ -11,6 +11,7 @@ from llm.config.errors import UsageError, UserError
 from llm.config.exit_codes import run_command
 from llm.config.option import OptionGroup, option
 from llm.config.reader import read_options
+from llm.training.run_dir.layout import CURVES, METRICS
 
 _FORMATS = (".png", ".pdf", ".svg")
 
@@ -19,7 +20,7 @@ class PlotOptions(OptionGroup):
     """The options of ``python -m llm.plot``."""
 
     runs: tuple[str, ...] = option(..., "folders of runs, or their metrics.jsonl", positional=True, metavar="RUN")
-    output: str = option("curves.png", "picture to write: .png, .pdf or .svg", metavar="FILE")
+    output: str = option(CURVES, "picture to write: .png, .pdf or .svg", metavar="FILE")
     x: Literal["step", "tokens"] = option("step", "quantity on the x axis")
     smoothing: int | None = option(
         None, "number of records over which the training loss is averaged (default: one in 50)", ge=1, metavar="N"
@@ -41,7 +42,7 @@ def metrics_by_name(runs: Sequence[str]) -> dict[str, Path]:
     Raises:
         UserError: a run has no metrics.jsonl.
     """
-    paths = [Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run) for run in runs]
+    paths = [Path(run) / METRICS if Path(run).is_dir() else Path(run) for run in runs]
     for run, path in zip(runs, paths, strict=True):
         if not path.is_file():
             raise UserError(f"{run}: no metrics.jsonl there; give a run's --output_dir")

@@ -12,7 +12,9 @@ from llm.config.exit_codes import run_command
 from llm.config.option import OptionGroup, option
 from llm.config.reader import read_options
 from llm.system.units import format_age, format_bytes
+from llm.training.checkpoints.layout import ABANDONED
 from llm.training.run_dir.inspect import RunSummary, SavedCheckpoint, is_run, read_run, resume_command, status_line
+from llm.training.run_dir.layout import CHECKPOINTS
 
 _HEADER = ("step", "saved", "loss", "eval", "size", "age", "")
 _NUMERIC_COLUMNS = (0, 2, 3, 4, 5)
@@ -105,7 +107,7 @@ def _detailed_lines(run: RunSummary, verified: bool) -> list[str]:
     else:
         lines.append("  no checkpoint")
     if run.num_abandoned:
-        abandoned = run.path / "checkpoints" / "abandoned"
+        abandoned = run.path / CHECKPOINTS / ABANDONED
         lines.append(f"  {abandoned} holds {run.num_abandoned} that a resume from an older checkpoint moved there")
     if run.left_alone:
         names = ", ".join(path.name for path in run.left_alone)

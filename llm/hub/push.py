@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -17,40 +18,6 @@ from llm.config.errors import UserError
 from llm.hub.connection import come_online, hub_is_reachable
 
 log = logging.getLogger(__name__)
-
-# Files that others need to load, judge and cite the model. Logs, paths and checkpoints of the run are not uploaded.
-FINISHED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "README.md",
-    "all_results.json",
-    "curves.png",
-)
-RUN_FILES = (
-    "checkpoints/*",
-    "tensorboard/*",
-    "unverified/*",
-    "config.toml",
-    "status.json",
-    "metrics.jsonl",
-    "log.txt",
-    "run.lock",
-    ".*",
-)
 
 _LOGIN = "set HF_TOKEN, pass --hub_token, or run `hf auth login`"
 _TOKENS_PAGE = "https://huggingface.co/settings/tokens"
@@ -119,14 +86,18 @@ def push_folder(
     repo_id: str | None,
     token: str | None,
     *,
+    uploaded: Sequence[str],
+    excluded: Sequence[str],
     commit_message: str = "Upload the trained model",
 ) -> str:
     """Upload the finished files of a run's folder in one commit: all of them appear on the Hub, or none.
 
     Args:
-        folder: a run's folder, of which only `FINISHED_FILES` are uploaded.
+        folder: a run's folder.
         repo_id: ``owner/name``, or ``name`` of a repository of the token's owner; None takes the name of the folder.
         token: access token; None for HF_TOKEN or the token of ``hf auth login``.
+        uploaded: fnmatch patterns of the names of the files that are uploaded; subfolders are not.
+        excluded: patterns of the run's other files, for the command that repeats the push.
         commit_message: message of the commit on the Hub.
 
     Returns:
@@ -138,7 +109,7 @@ def push_folder(
     secret = token or ""
     try:
         secret = _require_token(token)
-        paths = finished_files(folder)
+        paths = finished_files(folder, uploaded)
         come_online()  # the network may be back since the start of the run
         if not hub_is_reachable(timeout_seconds=10.0):
             raise UserError(f"no answer from {constants.ENDPOINT}")
@@ -154,14 +125,18 @@ def push_folder(
             cause = _advice(error, secret) or _one_line(error, secret)
         raise UserError(
             f"the push to the Hub failed: {cause}; "
-            f"the finished folder is kept, push it with: {push_command(folder, repo_id)}"
+            f"the finished folder is kept, push it with: {push_command(folder, repo_id, excluded)}"
         ) from None
     log.info("pushed to %s", url)
     return url
 
 
-def finished_files(folder: Path) -> list[Path]:
+def finished_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """Return the files of a run's folder that are uploaded to the Hub, sorted by name.
+
+    Args:
+        folder: a run's folder.
+        patterns: fnmatch patterns of the names of these files.
 
     Raises:
         UserError: the folder contains no weights.
@@ -169,19 +144,25 @@ def finished_files(folder: Path) -> list[Path]:
     paths = sorted(
         path
         for path in folder.iterdir()
-        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in FINISHED_FILES)
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in patterns)
     )
     if not any(path.suffix == ".safetensors" for path in paths):
         raise UserError(f"{folder} contains no weights (model.safetensors)")
     return paths
 
 
-def push_command(folder: Path, repo_id: str | None) -> str:
-    """Return the shell command with which a user uploads the same files."""
-    excludes = []
-    for pattern in RUN_FILES:
-        excludes += ["--exclude", pattern]
-    return shlex.join(["hf", "upload", repo_id or _name_of(None, folder), str(folder), ".", *excludes])
+def push_command(folder: Path, repo_id: str | None, excluded: Sequence[str]) -> str:
+    """Return the shell command with which a user uploads the same files.
+
+    Args:
+        folder: a run's folder.
+        repo_id: ``owner/name`` or ``name``; None takes the name of the folder.
+        excluded: patterns of the files that are not uploaded.
+    """
+    arguments = ["hf", "upload", repo_id or _name_of(None, folder), str(folder), "."]
+    for pattern in excluded:
+        arguments += ["--exclude", pattern]
+    return shlex.join(arguments)
 
 
 def _name_of(hub_model_id: str | None, output_dir: Path) -> str:

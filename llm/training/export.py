@@ -50,6 +50,7 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     *,
     weights: Mapping[str, Tensor],
+    unverified: Path,
     probe: Batch,
     loss: float,
     is_exact: bool,
@@ -62,13 +63,14 @@ def export_model(
         model: the trained model; its class and configuration are used, not its weights.
         tokenizer: its tokenizer.
         weights: whole weights of any shape and dtype on the CPU, each at least under its first name.
+        unverified: folder in which the written files are kept if they do not give back the model.
         probe: a batch that the loss is compared on; `Batch` has shapes and dtypes.
         loss: `probe_loss` of the trained model.
         is_exact: whether that loss was computed in plain fp32; otherwise it may differ by rounding.
         trust_remote_code: whether the model's own code may be run to load it.
 
     Raises:
-        UserError: the written files do not give back the model; they are kept in `folder/unverified`.
+        UserError: the written files do not give back the model; they are kept in `unverified`.
     """
     temporary = folder / f".export.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -89,10 +91,11 @@ def export_model(
     except UserError:
         raise
     except Exception as error:  # of any kind: hours of training are in those files
-        kept = folder / "unverified"
-        shutil.rmtree(kept, ignore_errors=True)
-        temporary.rename(kept)
-        raise UserError(f"the finished model was not verified ({first_line(error)}); it is kept in {kept}") from error
+        shutil.rmtree(unverified, ignore_errors=True)
+        temporary.rename(unverified)
+        raise UserError(
+            f"the finished model was not verified ({first_line(error)}); it is kept in {unverified}"
+        ) from error
     for path in temporary.iterdir():
         os.replace(path, folder / path.name)
     temporary.rmdir()

@@ -31,6 +31,7 @@ from llm.training.context import RunContext
 from llm.training.export import export_model, probe_loss
 from llm.training.profiling.kfac_timing import cost_lines
 from llm.training.run_dir.folder import RunDirectory
+from llm.training.run_dir.layout import FINISHED_FILES, PRIVATE_FILES
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def finish(
                 context.updater.model.model,
                 context.dataset.tokenizer,
                 weights=weights,
+                unverified=run_dir.unverified,
                 probe=probe,
                 loss=loss,
                 is_exact=context.world.device.type == "cpu" and context.compute.precision == "no",
@@ -118,14 +120,20 @@ def _write_results(context: RunContext, run_dir: RunDirectory, newest: Evaluatio
     options = context.options
     results = _results(context, newest)
     write_text(run_dir.results, json.dumps(results, indent=1) + "\n")
-    write_text(run_dir.path / "README.md", model_card(_facts(context, results, command)))
+    write_text(run_dir.model_card, model_card(_facts(context, results, command)))
     try:
         draw_curves({_name(options): run_dir.metrics}, run_dir.curves)
     except UserError as error:
         # A picture that cannot be drawn does not make a finished run a failed one.
         log.warning("no %s: %s", run_dir.curves.name, error)
     if options.hub.push_to_hub:
-        push_folder(run_dir.path, options.hub.hub_model_id, options.hub.hub_token)
+        push_folder(
+            run_dir.path,
+            options.hub.hub_model_id,
+            options.hub.hub_token,
+            uploaded=FINISHED_FILES,
+            excluded=PRIVATE_FILES,
+        )
     run_dir.write_status("done", step=context.state.step, exit_code=0)
     for line in _next_commands(run_dir):
         log.info("%s", line)

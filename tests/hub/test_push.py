@@ -15,7 +15,13 @@ from huggingface_hub import constants
 from llm.config.errors import UserError
 from llm.hub.connection import come_online, go_offline
 from llm.hub.push import check_hub_access, finished_files, push_folder, resolve_repo_id
+from llm.training.run_dir.layout import FINISHED_FILES, PRIVATE_FILES
 from tests.hub_server import TOKEN, StandInHub, stand_in_hub
+
+
+def push(folder: Path, repo_id: str | None, token: str | None) -> str:
+    """`push_folder` with the files of a run."""
+    return push_folder(folder, repo_id, token, uploaded=FINISHED_FILES, excluded=PRIVATE_FILES)
 
 
 @pytest.fixture
@@ -52,10 +58,10 @@ def test_push_folder_when_the_hub_works_then_it_holds_the_finished_files_byte_fo
     hub: StandInHub, run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    url = push_folder(run_dir, "my-gpt", TOKEN)
+    url = push(run_dir, "my-gpt", TOKEN)
     assert url == f"{hub.endpoint}/someone/my-gpt"
     uploaded = {name.removeprefix("someone/my-gpt/"): content for name, content in hub.files.items()}
-    assert uploaded == {path.name: path.read_bytes() for path in finished_files(run_dir)}
+    assert uploaded == {path.name: path.read_bytes() for path in finished_files(run_dir, FINISHED_FILES)}
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(uploaded)
     assert "curves.png" in uploaded
     run_only = {"status.json", "metrics.jsonl", "config.toml", "log.txt", "my-secret-notes.txt"}
@@ -71,7 +77,7 @@ def test_push_folder_when_the_commit_fails_then_names_the_command_without_the_to
     caplog.set_level(logging.DEBUG)
     hub.fail["/commit/"] = 500
     with pytest.raises(UserError, match="the finished folder is kept") as failure:
-        push_folder(run_dir, "my-gpt", TOKEN)
+        push(run_dir, "my-gpt", TOKEN)
     line = str(failure.value)
     assert f"hf upload someone/my-gpt {run_dir} . --exclude 'checkpoints/*'" in line
     assert "\n" not in line
@@ -82,13 +88,13 @@ def test_push_folder_when_the_commit_fails_then_names_the_command_without_the_to
 
 def test_push_folder_when_the_token_is_unknown_then_names_the_login(hub: StandInHub, run_dir: Path) -> None:
     with pytest.raises(UserError, match=r"does not know the access token.*hf auth login"):
-        push_folder(run_dir, "me/my-gpt", "hf_wrongToken123")
+        push(run_dir, "me/my-gpt", "hf_wrongToken123")
 
 
 def test_push_folder_when_the_token_cannot_write_then_names_the_permission(hub: StandInHub, run_dir: Path) -> None:
     hub.fail["/api/repos/create"] = 403
     with pytest.raises(UserError, match="write permission") as failure:
-        push_folder(run_dir, "other/my-gpt", TOKEN)
+        push(run_dir, "other/my-gpt", TOKEN)
     assert "hf upload other/my-gpt" in str(failure.value)
 
 
@@ -97,17 +103,17 @@ def test_push_folder_when_the_hub_does_not_answer_then_fails_in_one_line(
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"no answer from http://127.0.0.1:9.*hf upload me/my-gpt"):
-        push_folder(run_dir, "me/my-gpt", TOKEN)
+        push(run_dir, "me/my-gpt", TOKEN)
 
 
 def test_push_folder_when_the_run_went_offline_before_then_connects_again(hub: StandInHub, run_dir: Path) -> None:
     go_offline()
-    assert push_folder(run_dir, "my-gpt", TOKEN).endswith("someone/my-gpt")
+    assert push(run_dir, "my-gpt", TOKEN).endswith("someone/my-gpt")
 
 
 def test_push_folder_when_there_are_no_weights_then_raises(hub: StandInHub, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no weights \(model.safetensors\)"):
-        push_folder(tmp_path, "my-gpt", TOKEN)
+        push(tmp_path, "my-gpt", TOKEN)
 
 
 def test_push_folder_when_called_in_a_new_process_then_needs_only_the_environment(
@@ -115,7 +121,7 @@ def test_push_folder_when_called_in_a_new_process_then_needs_only_the_environmen
 ) -> None:
     script = (
         "import sys; from pathlib import Path; from llm.hub.push import push_folder\n"
-        "print(push_folder(Path(sys.argv[1]), None, None))"
+        "print(push_folder(Path(sys.argv[1]), None, None, uploaded=('*.json', '*.safetensors'), excluded=()))"
     )
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint,

@@ -20,29 +20,11 @@ from llm.config.toml import to_toml
 from llm.distributed.world import World
 from llm.files.atomic import restore_replaced, write_text
 from llm.files.lock import Lock, locked
-from llm.hub.push import FINISHED_FILES
 from llm.training.checkpoints.layout import saved_steps
+from llm.training.run_dir import layout
 from llm.training.run_dir.console import add_log_file
 
 log = logging.getLogger(__name__)
-
-# Everything that a run writes, by name: --overwrite_output_dir removes these and nothing else.
-_WRITTEN = (
-    *FINISHED_FILES,
-    *(
-        "config.toml",
-        "status.json",
-        "metrics.jsonl",
-        "log.txt",
-        "trackers.json",
-        "tensorboard",
-        "checkpoints",
-        "unverified",
-    ),
-)
-_FINISHED = ("model.safetensors", "model.safetensors.index.json")
-# Any of these means that a run got as far as training here.
-_SIGNS_OF_A_RUN = ("metrics.jsonl", "checkpoints", *_FINISHED)
 
 
 class RunDirectory:
@@ -54,15 +36,17 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.toml"
-        self.status = path / "status.json"
-        self.metrics = path / "metrics.jsonl"
-        self.log = path / "log.txt"
-        self.trackers = path / "trackers.json"
-        self.curves = path / "curves.png"
-        self.checkpoints = path / "checkpoints"
-        self.results = path / "all_results.json"
-        self.lock = path / "run.lock"
+        self.config = path / layout.CONFIG
+        self.status = path / layout.STATUS
+        self.metrics = path / layout.METRICS
+        self.log = path / layout.LOG
+        self.trackers = path / layout.TRACKERS
+        self.curves = path / layout.CURVES
+        self.checkpoints = path / layout.CHECKPOINTS
+        self.unverified = path / layout.UNVERIFIED
+        self.results = path / layout.RESULTS
+        self.model_card = path / layout.MODEL_CARD
+        self.lock = path / layout.LOCK
         self.claim: Lock | None = None
 
     def __str__(self) -> str:
@@ -90,8 +74,8 @@ class RunDirectory:
                 f"--output_dir {self.path} holds {strange[0]}, which no run wrote and this one would replace; choose "
                 "another folder"
             )
-        used = any((self.path / name).exists() for name in _SIGNS_OF_A_RUN)
-        finished = any((self.path / name).exists() for name in _FINISHED)
+        used = any((self.path / name).exists() for name in layout.SIGNS_OF_TRAINING)
+        finished = any((self.path / name).exists() for name in layout.WEIGHTS)
         if options.resume_from_checkpoint is True and finished and not saved_steps(self.checkpoints):
             raise UserError(
                 f"--output_dir {self.path} holds a finished run without a checkpoint to continue from; train it "
@@ -140,7 +124,9 @@ class RunDirectory:
 
     def _written(self) -> list[Path]:
         return [
-            entry for entry in self.path.iterdir() if any(fnmatch.fnmatch(entry.name, pattern) for pattern in _WRITTEN)
+            entry
+            for entry in self.path.iterdir()
+            if any(fnmatch.fnmatch(entry.name, pattern) for pattern in layout.WRITTEN)
         ]
 
     def _is_ours(self) -> bool:

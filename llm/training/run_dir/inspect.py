@@ -20,8 +20,8 @@ from llm.training.checkpoints.layout import (
     read_state,
     saved_steps,
 )
+from llm.training.run_dir.layout import CHECKPOINTS, CONFIG, LOCK, METRICS, SIGNS_OF_A_START, STATUS
 
-_SIGNS = ("status.json", "metrics.jsonl", "checkpoints")
 # The last record is in the last bytes of metrics.jsonl, unless it holds long samples.
 _TAIL_BYTES = 1 << 16
 # Where the nodes meet; torchrun's own default.
@@ -124,7 +124,7 @@ class RunSummary:
 
 def is_run(path: Path) -> bool:
     """Whether a run has written into this folder."""
-    return any((path / name).exists() for name in _SIGNS)
+    return any((path / name).exists() for name in SIGNS_OF_A_START)
 
 
 def read_run(path: Path, *, verify: bool) -> RunSummary:
@@ -134,13 +134,13 @@ def read_run(path: Path, *, verify: bool) -> RunSummary:
         path: the folder.
         verify: whether every byte of every checkpoint is read; otherwise names, sizes and manifests are looked at.
     """
-    folder = path / "checkpoints"
+    folder = path / CHECKPOINTS
     found = [_checkpoint(step, saved, verify) for step, saved in saved_steps(folder)]
     return RunSummary(
         path=path,
-        status=_read_status(path / "status.json"),
-        holder=lock_holder(path / "run.lock"),
-        last_step=_last_step(path / "metrics.jsonl"),
+        status=_read_status(path / STATUS),
+        holder=lock_holder(path / LOCK),
+        last_step=_last_step(path / METRICS),
         # A run that goes on removes what it does not need while we look.
         checkpoints=[checkpoint for checkpoint in found if checkpoint.path.is_dir()],
         num_abandoned=len(saved_steps(folder / ABANDONED)),
@@ -172,7 +172,7 @@ def resume_command(run: RunSummary) -> str | None:
     A run with relative paths goes on in the folder where it was started. Of a run on several nodes it is what starts
     on each of them, with FIRST_NODE for the name of one.
     """
-    config = run.path / "config.toml"
+    config = run.path / CONFIG
     try:
         named = Path(tomllib.loads(config.read_text())["output"]["output_dir"])
     except (OSError, ValueError, KeyError, TypeError):

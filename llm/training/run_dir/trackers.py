@@ -19,6 +19,7 @@ from llm.config.flags import flags_of
 from llm.config.options import Options, TrackingOptions
 from llm.files.atomic import write_text
 from llm.training.run_dir.folder import RunDirectory
+from llm.training.run_dir.layout import TENSORBOARD
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Tracking:
             self._sampled = _cut_back(self.metrics, first_step)
         # Built here and not by name, because its folder is not called after the project.
         purge = {"purge_step": first_step + 1} if first_step else {}
-        tensorboard = TensorBoardTracker("tensorboard", self.metrics.parent, **purge)
+        tensorboard = TensorBoardTracker(TENSORBOARD, self.metrics.parent, **purge)
         self.accelerator.project_configuration.set_directories(str(self.metrics.parent))
         self.accelerator.log_with = [tensorboard, *(name for name in trackers if name != "tensorboard")]
         try:
