@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
 
-Chooser = Literal["option", "launcher", "device", "checkpoint"]
+PrecisionSource = Literal["option", "launcher", "device", "checkpoint"]
 
 
 @dataclass
@@ -42,12 +42,12 @@ class Compute:
     Attributes:
         accelerator: gives autocast, the loss scaler and DDP.
         world: the processes.
-        chosen_by: who chose the arithmetic.
+        precision_source: who chose the arithmetic.
     """
 
     accelerator: Accelerator
     world: World
-    chosen_by: Chooser = "option"
+    precision_source: PrecisionSource = "option"
 
     @property
     def precision(self) -> str:
@@ -62,7 +62,7 @@ class Compute:
         """
         if precision is None or precision == self.precision:
             return
-        if self.chosen_by in ("option", "launcher"):
+        if self.precision_source in ("option", "launcher"):
             log.warning("the checkpoint was made in %s, this run goes on in %s", _named(precision), self._arithmetic())
             return
         _refuse_what_is_not_there(precision, on_cpu=self.world.device.type == "cpu")
@@ -72,11 +72,11 @@ class Compute:
             _named(self.precision),
         )
         self._change_precision(precision)
-        self.chosen_by = "checkpoint"
+        self.precision_source = "checkpoint"
 
     def agree_on_precision(self) -> None:
         """Nodes of several kinds compute as the first one chose."""
-        if self.chosen_by == "device" and (first := self.world.broadcast(self.precision)) != self.precision:
+        if self.precision_source == "device" and (first := self.world.broadcast(self.precision)) != self.precision:
             self._change_precision(first)
 
     def _change_precision(self, precision: str) -> None:
@@ -111,7 +111,7 @@ class Compute:
             "device": f" (auto: {native} here)",
             "checkpoint": " (the checkpoint's)",
         }
-        return _named(self.precision) + reasons.get(self.chosen_by, "")
+        return _named(self.precision) + reasons.get(self.precision_source, "")
 
 
 def start_compute(options: TrainingOptions) -> Compute:
@@ -129,7 +129,7 @@ def start_compute(options: TrainingOptions) -> Compute:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     on_cpu = options.use_cpu or not _has_accelerator()
-    precision, chosen_by = _choose_precision(options.mixed_precision, on_cpu=on_cpu)
+    precision, precision_source = _choose_precision(options.mixed_precision, on_cpu=on_cpu)
     if options.full_determinism:
         # cuBLAS reads this when its handle is made, so it has to stand before the first product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -155,7 +155,7 @@ def start_compute(options: TrainingOptions) -> Compute:
         torch.set_float32_matmul_precision("highest" if options.full_determinism else "high")
     # Each node has one process of that number; no variable says it under every launcher.
     num_nodes = int(world.all_reduce_sum(torch.tensor(int(world.local_rank == 0), device=world.device)))
-    machine = Compute(accelerator, replace(world, num_nodes=num_nodes), chosen_by)
+    machine = Compute(accelerator, replace(world, num_nodes=num_nodes), precision_source)
     machine.agree_on_precision()
     return machine
 
@@ -184,7 +184,7 @@ def _has_accelerator() -> bool:
     return bool(torch.accelerator.is_available())
 
 
-def _choose_precision(asked: str, *, on_cpu: bool) -> tuple[str, Chooser]:
+def _choose_precision(asked: str, *, on_cpu: bool) -> tuple[str, PrecisionSource]:
     """The arithmetic, and who chose it: the option, else `accelerate launch`, else the device."""
     # accelerate launch writes `no` whenever it was told nothing.
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

@@ -36,7 +36,7 @@ def dry_run_lines(
     kfac: KfacOptions,
 ) -> list[str]:
     """What `--dry_run` prints beyond a run's own first lines; all estimates are marked `about`."""
-    num_parameters, num_kept = count_numbers(config, optimizer.optim)
+    num_parameters, num_kept = count_values(config, optimizer.optim)
     kfac_memory, kfac_disk = kfac_bytes(config, kfac)
     weights, kept = _BYTES_PER_VALUE * num_parameters, _BYTES_PER_VALUE * num_kept
     width = getattr(config, "hidden_size", 0) or 0
@@ -62,7 +62,7 @@ def dry_run_lines(
     ]
 
 
-def count_numbers(config: PretrainedConfig, optim: str) -> tuple[int, int]:
+def count_values(config: PretrainedConfig, optim: str) -> tuple[int, int]:
     """Count the parameters of the model that the configuration describes, and the values that the optimizer keeps.
 
     Nothing is allocated. A tied parameter counts once.
@@ -100,7 +100,9 @@ def _some_steps(num_steps: int) -> range:
     return range(0, num_steps, max(1, num_steps // 1000))
 
 
-def require_room(checkpoints: Path, config: PretrainedConfig, optim: str, kfac: KfacOptions, *, is_fresh: bool) -> None:
+def require_disk_space(
+    checkpoints: Path, config: PretrainedConfig, optim: str, kfac: KfacOptions, *, is_fresh: bool
+) -> None:
     """Refuses a run whose checkpoints will not fit on the disk.
 
     What an earlier start of the run saved counts: it is rotated away. What an earlier run left is removed when a
@@ -116,7 +118,7 @@ def require_room(checkpoints: Path, config: PretrainedConfig, optim: str, kfac: 
     Raises:
         UserError: three checkpoints need more than is free, or K-FAC has nothing to take in the model.
     """
-    one = sum(count_numbers(config, optim)) * _BYTES_PER_VALUE + kfac_bytes(config, kfac)[1]
+    one = sum(count_values(config, optim)) * _BYTES_PER_VALUE + kfac_bytes(config, kfac)[1]
     present = [path for _, path in saved_steps(checkpoints)]
     free = shutil.disk_usage(checkpoints.parent).free
     number = _NUM_CHECKPOINTS

@@ -90,7 +90,7 @@ def finish(
         weights = _weights_on_main(context)
 
         def export() -> None:
-            run_dir.require_ours()
+            run_dir.require_lock()
             export_model(
                 run_dir.path,
                 context.updater.model.model,

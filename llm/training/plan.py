@@ -157,7 +157,7 @@ def plan_schedule(options: Options, plan: Plan) -> Callable[[int], float]:
     return build_schedule(options.schedule, plan.num_steps, learning_rate=options.optimizer.learning_rate)
 
 
-def resolved(options: Options, plan: Plan, *, precision: str) -> Options:
+def resolve_options(options: Options, plan: Plan, *, precision: str) -> Options:
     """The options with what the run chose itself: the seed, the block size, and the arithmetic.
 
     A start from these, on whatever machine, computes as this one did.

@@ -31,18 +31,18 @@ from llm.training.checkpoints.async_saver import AsyncSaver
 from llm.training.checkpoints.resume import Start, as_restarted, choose_start
 from llm.training.checkpoints.store import set_aside
 from llm.training.context import RunContext
-from llm.training.estimates import dry_run_lines, require_room
+from llm.training.estimates import dry_run_lines, require_disk_space
 from llm.training.finalize import finish
 from llm.training.loop import Callback, run_updates
-from llm.training.plan import Plan, check_training, choose_block_size, plan_run, plan_schedule, resolved
+from llm.training.plan import Plan, check_training, choose_block_size, plan_run, plan_schedule, resolve_options
 from llm.training.run_dir.console import ProgressBar, setup_logging, teardown_logging
-from llm.training.run_dir.folder import RunDirectory, claimed
+from llm.training.run_dir.folder import RunDirectory, claim_run_dir
 from llm.training.run_dir.trackers import Tracking, choose_trackers
 from llm.training.seeding import seed_weights
 from llm.training.state import TrainState
 from llm.training.supervision.deadline import find_deadline
-from llm.training.supervision.stop_signals import StopRequest, listening
-from llm.training.supervision.watchdog import Watchdog, watching
+from llm.training.supervision.stop_signals import StopRequest, catch_stop_signals
+from llm.training.supervision.watchdog import Watchdog, start_watchdog
 from llm.training.triggers import Trigger, all_of, any_of, at_end, before, every, every_epoch
 from llm.training.updaters.base import StepVotes
 from llm.training.updaters.preconditioning import kfac_bytes
@@ -112,12 +112,12 @@ def train(
     try:
         with ExitStack() as stack:
             deadline = find_deadline(options.training, world, started=started)
-            on_forced_exit = run_dir.write_sudden_end if run_dir is not None and world.is_main else None
-            stop = stack.enter_context(listening(deadline, on_forced_exit))
-            watchdog = stack.enter_context(watching(world, run_dir))
+            on_forced_exit = run_dir.write_forced_exit if run_dir is not None and world.is_main else None
+            stop = stack.enter_context(catch_stop_signals(deadline, on_forced_exit))
+            watchdog = stack.enter_context(start_watchdog(world, run_dir))
             if run_dir is not None and not options.output.dry_run:
                 options = as_restarted(options, run_dir.checkpoints)
-                stack.enter_context(claimed(run_dir, options, world, stop.at_once))
+                stack.enter_context(claim_run_dir(run_dir, options, world, stop.interruptible))
             result = _Run(options, command, compute, run_dir, stop, watchdog, open_dataset).make(stack)
         compute.release()
         return result
@@ -181,16 +181,16 @@ class _Run:
             return RunResult(EXIT_DONE)
 
         if run_dir is not None:
-            world.run_on_main(lambda: _require_room(run_dir, config, options, start))
+            world.run_on_main(lambda: _require_disk_space(run_dir, config, options, start))
         seed_weights(start.seed)
-        with self.watchdog.phase("the model"), self.stop.at_once():
+        with self.watchdog.phase("the model"), self.stop.interruptible():
             model = build_language_model(options, start.model, config, dataset.tokenizer, self.compute, plan)
             start.load_weights(model.model)
         updater = build_updater(options, self.compute, model, schedule, plan)
         _log_lines(*updater.summary())
         state = start.resume(updater)
         if run_dir is not None and world.is_main:
-            _begin(run_dir, resolved(options, plan, precision=self.compute.precision), start, state)
+            _begin(run_dir, resolve_options(options, plan, precision=self.compute.precision), start, state)
         context = RunContext(
             options=options,
             compute=self.compute,
@@ -337,13 +337,15 @@ def _check_push(options: Options, run_dir: RunDirectory | None, world: World) ->
         world.run_on_main(lambda: check_hub_access(options.hub.hub_model_id, run_dir.path, options.hub.hub_token))
 
 
-def _require_room(run_dir: RunDirectory, config: PretrainedConfig, options: Options, start: Start) -> None:
-    require_room(run_dir.checkpoints, config, options.optimizer.optim, options.kfac, is_fresh=start.checkpoint is None)
+def _require_disk_space(run_dir: RunDirectory, config: PretrainedConfig, options: Options, start: Start) -> None:
+    require_disk_space(
+        run_dir.checkpoints, config, options.optimizer.optim, options.kfac, is_fresh=start.checkpoint is None
+    )
 
 
 def _begin(run_dir: RunDirectory, options: Options, start: Start, state: TrainState) -> None:
     """Write the resolved options and the status, and move checkpoints beyond this start's out of the way."""
-    run_dir.require_ours()
+    run_dir.require_lock()
     if start.checkpoint is not None:
         set_aside(run_dir.checkpoints, state.step)
     run_dir.begin(options, fresh=start.checkpoint is None)

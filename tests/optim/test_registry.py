@@ -12,7 +12,7 @@ from transformers import GPT2Config, PreTrainedModel
 from llm.config.options import OptimizerOptions
 from llm.optim.groups import hidden_matrices, parameter_groups
 from llm.optim.registry import OPTIMIZERS, OptimizerSpec, build_optimizer, unused_prefixes
-from llm.training.estimates import count_numbers
+from llm.training.estimates import count_values
 
 
 def test_optimizer_when_adamw_then_uses_the_options(tiny_gpt2: PreTrainedModel) -> None:
@@ -119,6 +119,6 @@ def test_registry_when_a_row_is_added_then_its_optimizer_is_built_and_counted(
     assert type(optimizer) is torch.optim.RMSprop
     assert {group["initial_lr"] for group in optimizer.param_groups} == {0.01}
     config = GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2)
-    num_parameters, num_states = count_numbers(config, "rmsprop")
-    assert num_states == 3 * num_parameters == 3 * count_numbers(config, "sgd")[1]
+    num_parameters, num_states = count_values(config, "rmsprop")
+    assert num_states == 3 * num_parameters == 3 * count_values(config, "sgd")[1]
     assert unused_prefixes("adamw") == {"muon": "muon_", "rmsprop": "rms_"}

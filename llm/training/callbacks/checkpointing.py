@@ -68,7 +68,7 @@ class CheckpointingCallback:
         context = self._context
         if context.run_dir is None:
             return
-        context.run_dir.require_ours(look=False)
+        context.run_dir.require_lock(reread=False)
         if context.saver is not None:
             context.saver.check()
         if report is None:
@@ -176,7 +176,7 @@ class CheckpointingCallback:
 
         def write(*, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
             started = time.monotonic()
-            run_dir.require_ours()
+            run_dir.require_lock()
             if run_dir.metrics.exists():
                 sync_file(run_dir.metrics)  # the records up to this step are as durable as the checkpoint
             save_checkpoint(
@@ -188,6 +188,6 @@ class CheckpointingCallback:
                 tensors=tensors,
                 state=facts,
             )
-            context.stop.deadline.note_save(time.monotonic() - started)
+            context.stop.deadline.record_save(time.monotonic() - started)
 
         return write

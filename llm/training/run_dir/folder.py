@@ -98,16 +98,16 @@ class RunDirectory:
             else:
                 entry.unlink()
 
-    def require_ours(self, *, look: bool = True) -> None:
+    def require_lock(self, *, reread: bool = True) -> None:
         """Makes sure that no other run took the folder over; before anything of it is written or removed.
 
         Args:
-            look: whether to read the lock; otherwise what its heartbeat saw, some seconds ago, must do.
+            reread: whether to read the lock; otherwise what its heartbeat saw, some seconds ago, must do.
 
         Raises:
             LockLostError: one did.
         """
-        if self.claim is not None and (look or self.claim.is_lost):
+        if self.claim is not None and (reread or self.claim.is_lost):
             self.claim.check()
 
     def begin(self, options: Options, *, fresh: bool) -> None:
@@ -167,26 +167,26 @@ class RunDirectory:
                 file.write(text)
                 file.truncate()
 
-    def write_end(self, state: str, **facts: Any) -> None:
+    def write_final_status(self, state: str, **facts: Any) -> None:
         """`write_status` where something else ends the run, which must be heard whether this can be written or not."""
         try:
             self.write_status(state, **facts)
         except OSError as error:
             log.warning("%s cannot be written (%s): it says what was before", self.status, error.strerror)
 
-    def write_sudden_end(self, reason: str, exit_code: int) -> None:
-        """`write_end` of a start that does not come to it any more; that of another start stays."""
+    def write_forced_exit(self, reason: str, exit_code: int) -> None:
+        """`write_final_status` of a start that does not come to it any more; that of another start stays."""
         try:
             status = json.loads(self.read_status())
             is_ours = (status["state"], status["pid"]) == ("running", os.getpid())
         except (ValueError, KeyError, TypeError):
             return
         if is_ours:
-            self.write_end("failed", reason=reason, exit_code=exit_code)
+            self.write_final_status("failed", reason=reason, exit_code=exit_code)
 
 
 @contextmanager
-def claimed(
+def claim_run_dir(
     folder: RunDirectory,
     options: Options,
     world: World,
@@ -229,12 +229,12 @@ def claimed(
             if world.is_main:
                 steps = [step for step, _ in saved_steps(folder.checkpoints)]
                 facts = {"step": max(steps, default=0), "reason": str(stopped), "exit_code": stopped.exit_code}
-                folder.write_end("stopped", **facts)
+                folder.write_final_status("stopped", **facts)
             raise
         except BaseException as error:
             if world.is_main and (not earlier or folder.read_status() != earlier):
                 code = getattr(error, "exit_code", 1)
-                folder.write_end("failed", reason=f"{type(error).__name__}: {error}", exit_code=code)
+                folder.write_final_status("failed", reason=f"{type(error).__name__}: {error}", exit_code=code)
             raise
 
 

@@ -36,7 +36,7 @@ class Deadline:
         """How long before the walltime the run stops."""
         return min(max(_LEAST_MARGIN_SECONDS, _SAVES_OF_MARGIN * self._save_seconds), self._largest_margin)
 
-    def note_save(self, seconds: float) -> None:
+    def record_save(self, seconds: float) -> None:
         """Learns how long a save took."""
         self._save_seconds = max(self._save_seconds, seconds)
 

@@ -49,7 +49,7 @@ class StopRequest:
         return self.reason is not None
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """While the block runs, a stop is raised wherever the main thread is, instead of waiting to be asked for.
 
         For long work of which nothing is kept, or that keeps what it has by itself, and in which no other rank
@@ -67,10 +67,10 @@ class StopRequest:
             self.interrupts = False
 
     def interrupting(self, work: Callable[[], T]) -> Callable[[], T]:
-        """The work as it is done `at_once`."""
+        """The work as it is done `interruptible`."""
 
         def interrupted() -> T:
-            with self.at_once():
+            with self.interruptible():
                 return work()
 
         return interrupted
@@ -85,7 +85,7 @@ class StopRequest:
 
 
 @contextmanager
-def listening(
+def catch_stop_signals(
     deadline: Deadline | None = None, last_words: Callable[[str, int], None] | None = None
 ) -> Iterator[StopRequest]:
     """Catches SIGTERM, SIGINT and SIGUSR1 while the block runs; outside the main thread only the deadline counts.

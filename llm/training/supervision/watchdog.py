@@ -110,7 +110,7 @@ class Watchdog:
 
 
 @contextmanager
-def watching(world: World, folder: RunDirectory | None) -> Iterator[Watchdog]:
+def start_watchdog(world: World, folder: RunDirectory | None) -> Iterator[Watchdog]:
     """A watchdog with a thread of its own, which ends with the block.
 
     Every rank shows its stacks when its update hangs; rank 0 then writes status.json and ends its process, and
@@ -164,7 +164,7 @@ def _show_stacks(line: str, rank: int, folder: RunDirectory | None) -> None:
 
 def _die(line: str, folder: RunDirectory | None) -> None:
     if folder is not None and folder.status.exists():
-        _with_patience(lambda: folder.write_end("failed", reason=line, exit_code=1))
+        _with_patience(lambda: folder.write_final_status("failed", reason=line, exit_code=1))
     # Nothing else ends a process whose main thread does not come back.
     os._exit(1)
 

@@ -15,7 +15,7 @@ from llm.config.options import HubOptions, Options, OutputOptions
 from llm.distributed.world import World
 from llm.files.lock import LockLostError
 from llm.training.run_dir.console import add_log_file, setup_logging, teardown_logging
-from llm.training.run_dir.folder import RunDirectory, claimed
+from llm.training.run_dir.folder import RunDirectory, claim_run_dir
 
 MAIN = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -91,13 +91,13 @@ def test_claim_when_it_holds_then_the_folder_is_locked_and_described(tmp_path: P
     options = Options(
         output=OutputOptions(output_dir=str(folder.path), logging_steps=3), hub=HubOptions(hub_token="hf_secret")
     )
-    with claimed(folder, options, MAIN):
+    with claim_run_dir(folder, options, MAIN):
         folder.begin(options, fresh=True)
         assert status(folder)["state"] == "running"
         assert status(folder)["pid"] == os.getpid()
         assert "logging_steps = 3" in folder.config.read_text()
         assert "hf_secret" not in folder.config.read_text()
-        with pytest.raises(UserError, match="used by another run"), claimed(folder, options, MAIN):
+        with pytest.raises(UserError, match="used by another run"), claim_run_dir(folder, options, MAIN):
             pytest.fail("two holders")
         assert status(folder)["state"] == "running"  # the refused one wrote nothing
         folder.write_status("done", step=7, exit_code=0)
@@ -111,7 +111,7 @@ def test_claim_when_it_holds_then_the_folder_is_locked_and_described(tmp_path: P
 )
 def test_claim_when_the_run_fails_then_status_says_why(tmp_path: Path, error: Exception, code: int) -> None:
     folder = RunDirectory(tmp_path / "run")
-    with pytest.raises(type(error)), claimed(folder, Options(), MAIN):
+    with pytest.raises(type(error)), claim_run_dir(folder, Options(), MAIN):
         raise error
     teardown_logging()
     assert not folder.lock.exists()
@@ -125,7 +125,7 @@ def test_begin_when_fresh_then_clears_the_place_but_not_when_continuing(tmp_path
     for fresh in (False, True):
         folder.metrics.touch()
         options = Options(output=output(overwrite_output_dir=True))
-        with claimed(folder, options, MAIN):
+        with claim_run_dir(folder, options, MAIN):
             assert folder.metrics.exists()  # a mistake that is still to come must not cost the earlier run
             folder.begin(options, fresh=fresh)
             assert folder.metrics.exists() is not fresh
@@ -137,7 +137,7 @@ def test_claim_when_a_finished_run_has_no_checkpoint_then_a_bare_resume_is_refus
     folder.write_status("done")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     options = Options(output=output(resume_from_checkpoint=True))
-    with pytest.raises(UserError, match="without a checkpoint"), claimed(folder, options, MAIN):
+    with pytest.raises(UserError, match="without a checkpoint"), claim_run_dir(folder, options, MAIN):
         pytest.fail("it would be trained over")
     assert status(folder)["state"] == "done"
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
@@ -147,7 +147,7 @@ def test_claim_when_a_start_was_killed_before_it_trained_then_is_taken_over(tmp_
     folder = RunDirectory(tmp_path)
     folder.log.write_text("output: here\n")
     folder.lock.write_text("{}")
-    with claimed(folder, Options(output=output(resume_from_checkpoint=True)), MAIN):
+    with claim_run_dir(folder, Options(output=output(resume_from_checkpoint=True)), MAIN):
         assert folder.lock.exists()
 
 
@@ -157,7 +157,7 @@ def test_claim_when_files_are_no_runs_then_is_refused(tmp_path: Path, overwrite:
     options = Options(output=output(overwrite_output_dir=overwrite))
     with (
         pytest.raises(UserError, match="README\\.md, which no run wrote"),
-        claimed(RunDirectory(tmp_path), options, MAIN),
+        claim_run_dir(RunDirectory(tmp_path), options, MAIN),
     ):
         pytest.fail("it would be replaced")
 
@@ -169,7 +169,7 @@ def test_claim_when_this_is_another_rank_then_writes_nothing(tmp_path: Path) -> 
 
     folder = RunDirectory(tmp_path / "run")
     other = OtherRank(rank=1, size=2, local_rank=1, device=torch.device("cpu"))
-    with pytest.raises(UserError), claimed(folder, Options(), other):
+    with pytest.raises(UserError), claim_run_dir(folder, Options(), other):
         raise UserError("no text")
     assert not folder.path.exists()
 
@@ -177,16 +177,16 @@ def test_claim_when_this_is_another_rank_then_writes_nothing(tmp_path: Path) -> 
 def test_claim_when_another_run_took_the_folder_over_then_its_files_are_left_alone(tmp_path: Path) -> None:
     folder = RunDirectory(tmp_path / "run")
     options = Options()
-    with claimed(folder, options, MAIN):
+    with claim_run_dir(folder, options, MAIN):
         folder.begin(options, fresh=True)
-        folder.require_ours()
+        folder.require_lock()
         folder.lock.write_text('{"host": "another-host", "pid": 7}')
         folder.status.write_text("of the other")
-        folder.require_ours(look=False)  # nothing has been seen of it yet
+        folder.require_lock(reread=False)  # nothing has been seen of it yet
         with pytest.raises(LockLostError, match="held by another run now"):
-            folder.require_ours()
+            folder.require_lock()
         with pytest.raises(LockLostError):
-            folder.require_ours(look=False)
+            folder.require_lock(reread=False)
         folder.write_status("stopped")
     teardown_logging()
     assert folder.status.read_text() == "of the other"
@@ -208,20 +208,20 @@ def test_status_when_there_is_no_room_for_a_second_file_then_takes_the_place_of_
     folder.status.unlink()
     with pytest.raises(OSError, match="No space left"):
         folder.write_status("running")
-    folder.write_end("failed")  # only says that it could not
+    folder.write_final_status("failed")  # only says that it could not
     assert not folder.status.exists()
 
 
 def test_sudden_end_when_this_start_has_not_begun_then_the_earlier_status_stays(tmp_path: Path) -> None:
     folder = RunDirectory(tmp_path)
-    folder.write_sudden_end("a second signal", 143)
+    folder.write_forced_exit("a second signal", 143)
     assert not folder.status.exists()
     for earlier in ({"state": "stopped", "pid": os.getpid()}, {"state": "running", "pid": os.getppid()}, {}):
         folder.status.write_text(json.dumps(earlier))
-        folder.write_sudden_end("a second signal", 143)
+        folder.write_forced_exit("a second signal", 143)
         assert status(folder) == earlier
     folder.write_status("running")
-    folder.write_sudden_end("a second signal", 143)
+    folder.write_forced_exit("a second signal", 143)
     facts = status(folder)
     assert (facts["state"], facts["reason"], facts["exit_code"]) == ("failed", "a second signal", 143)
 

@@ -49,7 +49,7 @@ def test_walltime_when_saves_are_short_then_is_kept_with_two_minutes() -> None:
 def test_walltime_when_saves_are_long_then_the_margin_grows_with_the_longest() -> None:
     deadline = Deadline(walltime=4600, clock=Clock())
     for seconds in (100, 70):
-        deadline.note_save(seconds)
+        deadline.record_save(seconds)
     assert deadline.margin_seconds == 300
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from llm.config.errors import Stopped
 from llm.training.supervision.deadline import Deadline
-from llm.training.supervision.stop_signals import SIGNALS, listening
+from llm.training.supervision.stop_signals import SIGNALS, catch_stop_signals
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def run(program: str, *, timeout: float = 60) -> subprocess.CompletedProcess[str
     """A program that imports what the tests need."""
     head = (
         "import os, signal, sys, threading, time\n"
-        "from llm.training.supervision.stop_signals import listening\n"
+        "from llm.training.supervision.stop_signals import catch_stop_signals\n"
         "from llm.training.supervision.deadline import Deadline\n"
     )
     return subprocess.run(
@@ -46,7 +46,7 @@ def run(program: str, *, timeout: float = 60) -> subprocess.CompletedProcess[str
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal_when_the_first_then_is_noted_with_its_name(number: int, caught: list[int]) -> None:
-    with listening() as stop:
+    with catch_stop_signals() as stop:
         assert not stop()
         os.kill(os.getpid(), number)
         assert stop()
@@ -55,7 +55,7 @@ def test_signal_when_the_first_then_is_noted_with_its_name(number: int, caught: 
 
 
 def test_signal_when_a_launcher_repeats_it_at_once_then_is_the_same_request(caught: list[int]) -> None:
-    with listening() as stop:
+    with catch_stop_signals() as stop:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
@@ -73,7 +73,7 @@ def test_signal_when_the_second_then_ends_a_process_whose_main_thread_hangs() ->
         "def send():\n"
         "    time.sleep(0.5); os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(2.5); os.kill(os.getpid(), signal.SIGINT)\n"
-        "with listening() as stop:\n"
+        "with catch_stop_signals() as stop:\n"
         "    threading.Thread(target=send, daemon=True).start()\n"
         "    libc.pthread_mutex_lock(mutex)\n"
     )
@@ -84,10 +84,10 @@ def test_signal_when_the_second_then_ends_a_process_whose_main_thread_hangs() ->
 def test_handlers_when_the_block_ends_or_fails_then_are_the_old_ones(caught: list[int]) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     threads = threading.active_count()
-    with listening():
+    with catch_stop_signals():
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
-    with pytest.raises(ZeroDivisionError), listening():
+    with pytest.raises(ZeroDivisionError), catch_stop_signals():
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert threading.active_count() == threads
@@ -96,7 +96,7 @@ def test_handlers_when_the_block_ends_or_fails_then_are_the_old_ones(caught: lis
 
 
 def test_block_when_interruptible_then_a_signal_is_raised_in_it_and_once() -> None:
-    with listening() as stop:
+    with catch_stop_signals() as stop:
         tidied: list[bool] = []
 
         def work() -> None:
@@ -108,17 +108,17 @@ def test_block_when_interruptible_then_a_signal_is_raised_in_it_and_once() -> No
                 time.sleep(0.1)
                 tidied.append(True)
 
-        with pytest.raises(Stopped, match="SIGUSR1"), stop.at_once():
+        with pytest.raises(Stopped, match="SIGUSR1"), stop.interruptible():
             work()
         assert tidied
-        with pytest.raises(Stopped), stop.at_once():
+        with pytest.raises(Stopped), stop.interruptible():
             pytest.fail("begun although the stop was known")
         os.kill(os.getpid(), signal.SIGTERM)  # outside of it, it is only noted
         assert stop.reason == "SIGUSR1"
 
 
 def test_deadline_when_it_passes_then_is_a_reason_like_a_signal() -> None:
-    with listening(Deadline(max_time=time.time() + 0.3)) as stop:
+    with catch_stop_signals(Deadline(max_time=time.time() + 0.3)) as stop:
         assert not stop()
         time.sleep(0.4)
         assert stop()
@@ -128,10 +128,10 @@ def test_deadline_when_it_passes_then_is_a_reason_like_a_signal() -> None:
 def test_deadline_when_the_main_thread_is_busy_then_interrupts_it_and_is_no_first_signal() -> None:
     result = run(
         "from llm.config.errors import Stopped\n"
-        "with listening(Deadline(max_time=time.time() + 0.5)) as stop:\n"
+        "with catch_stop_signals(Deadline(max_time=time.time() + 0.5)) as stop:\n"
         "    began = time.monotonic()\n"
         "    try:\n"
-        "        with stop.at_once():\n"
+        "        with stop.interruptible():\n"
         "            time.sleep(30)\n"
         "    except Stopped as stopped:\n"
         "        print(stopped, time.monotonic() - began < 5)\n"
@@ -148,7 +148,7 @@ def test_listening_when_not_in_the_main_thread_then_hears_the_deadline_alone() -
     found: list[object] = []
 
     def work() -> None:
-        with listening(Deadline(max_time=0)) as stop:
+        with catch_stop_signals(Deadline(max_time=0)) as stop:
             found.append(stop())
 
     thread = threading.Thread(target=work)
@@ -158,7 +158,7 @@ def test_listening_when_not_in_the_main_thread_then_hears_the_deadline_alone() -
 
 
 def test_signal_when_a_forked_process_gets_it_then_its_parent_hears_nothing() -> None:
-    with listening() as stop:
+    with catch_stop_signals() as stop:
         child = os.fork()
         if child == 0:
             os.kill(os.getpid(), signal.SIGTERM)
