@@ -43,7 +43,7 @@ def _results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "all_results.json").read_text())
 
 
-def test_train_when_folders_are_mixed_then_says_each_share_and_resumes_bit_identical(
+def test_train_when_folders_are_mixed_then_shares_are_logged_and_a_resume_is_bit_identical(
     train: Train, folders: tuple[Path, Path], words: list[str], tmp_path: Path
 ) -> None:
     run = [*words, "--train_dir", "A=0.7", "B=0.3", "--checkpointing_steps", "4", "--output_dir", "run"]
@@ -71,8 +71,8 @@ def test_train_when_folders_are_mixed_then_says_each_share_and_resumes_bit_ident
     resumed = train(*run, "--resume_from_checkpoint", "--dataloader_num_workers", "2")
     assert resumed.code == 0, resumed.err
     assert "resumed from step 4" in resumed.out
-    found = load_file("run/model.safetensors")
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    weights = load_file("run/model.safetensors")
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
     keep_only(Path("run"), 4)
     for other in (["A=0.6", "B=0.4"], ["B=0.3", "A=0.7"], ["A", "B"], ["A"]):
         refused = train(*words, "--train_dir", *other, "--output_dir", "run", "--resume_from_checkpoint")
@@ -81,17 +81,17 @@ def test_train_when_folders_are_mixed_then_says_each_share_and_resumes_bit_ident
     assert 'train_dir = ["A=0.7", "B=0.3"]' in Path("run/config.toml").read_text()
 
 
-def test_train_when_one_folder_has_a_weight_then_as_without(
+def test_train_when_a_single_folder_has_a_weight_then_the_weight_has_no_effect(
     train: Train, folders: tuple[Path, Path], words: list[str], tmp_path: Path
 ) -> None:
-    for given, name in (("A", "a"), ("A=0.2", "b")):
-        assert train(*words, "--train_dir", given, "--output_dir", name).code == 0
+    for folder, name in (("A", "a"), ("A=0.2", "b")):
+        assert train(*words, "--train_dir", folder, "--output_dir", name).code == 0
     assert _results(tmp_path / "a")["data_hash"] == _results(tmp_path / "b")["data_hash"]
     assert _results(tmp_path / "a")["train_loss"] == _results(tmp_path / "b")["train_loss"]
     assert _results(tmp_path / "a")["data_hash"] == open_folder(folders[0]).data_hash
 
 
-def test_train_when_folders_have_no_weights_then_each_is_read_as_often(
+def test_train_when_folders_have_no_weights_then_each_is_read_equally_often(
     train: Train, folders: tuple[Path, Path], words: list[str], tmp_path: Path
 ) -> None:
     words[words.index("--max_train_steps") : words.index("--max_train_steps") + 2] = []
@@ -103,7 +103,7 @@ def test_train_when_folders_have_no_weights_then_each_is_read_as_often(
     assert all(line.endswith("| read 2.00 times") for line in lines)
 
 
-def test_train_when_a_folder_is_foreign_or_validation_is_named_then_joins_what_there_is(
+def test_train_when_a_folder_is_external_or_validation_is_named_then_held_out_tokens_are_concatenated(
     train: Train, folders: tuple[Path, Path], words: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "C").mkdir()
@@ -112,11 +112,11 @@ def test_train_when_a_folder_is_foreign_or_validation_is_named_then_joins_what_t
     outcome = train(*words, "--train_dir", "A=1", "C=1", "--document_mask", "--output_dir", "one")
     assert outcome.code == 0, outcome.err
     assert "document mask: in C a document ends with <|endoftext|>" in outcome.out
-    own = open_folder(folders[0]).validation
-    assert own is not None
+    validation = open_folder(folders[0]).validation
+    assert validation is not None
     held_out = len(ids) - int(len(ids) * 0.95)
     ledger = _results(tmp_path / "one")["ledger"]
-    assert ledger["validation_tokens"] + ledger["dropped_validation"] == len(own.tokens) + held_out
+    assert ledger["validation_tokens"] + ledger["dropped_validation"] == len(validation.tokens) + held_out
     outcome = train(*words, "--train_dir", "A=1", "C=1", "--validation_dir", "B", "--output_dir", "two")
     assert outcome.code == 0, outcome.err
     other = open_folder(folders[1]).validation
@@ -126,7 +126,7 @@ def test_train_when_a_folder_is_foreign_or_validation_is_named_then_joins_what_t
     assert ledger["train_tokens"] + ledger["dropped_train"] == len(open_folder(folders[0]).train.tokens) + len(ids)
 
 
-def test_train_when_something_about_the_folders_is_wrong_then_one_line(
+def test_train_when_mixed_folders_are_unsuitable_then_one_line(
     train: Train, folders: tuple[Path, Path], words: list[str], tiny_text: Path, tmp_path: Path
 ) -> None:
     assert prepare(["--train_file", str(tiny_text), "--train_tokenizer", "bpe", "--output_dir", "other"]) == 0
@@ -134,7 +134,7 @@ def test_train_when_something_about_the_folders_is_wrong_then_one_line(
     np.full(500, 999, np.uint16).tofile(tmp_path / "high" / "train.bin")
     (tmp_path / "short").mkdir()
     np.zeros(20, np.uint16).tofile(tmp_path / "short" / "train.bin")
-    for given, code, message in (
+    for arguments, code, message in (
         (["A=0.5", "B"], 2, "B: has no weight, but others have"),
         (["A=0", "B=1"], 2, "A=0: a weight must be above 0"),
         (["A=0.5", "A=0.5"], 2, "A: is named twice"),
@@ -144,8 +144,8 @@ def test_train_when_something_about_the_folders_is_wrong_then_one_line(
         (["A", "high"], 1, "--train_dir high: not of the tokenizer of A"),
         (["A", "short"], 1, "--train_dir short has 19 tokens, and a block of --block_size 32 needs 33"),
     ):
-        outcome = train(*words, "--train_dir", *given)
-        assert outcome.code == code, (given, outcome.err)
-        assert message in outcome.err, given
+        outcome = train(*words, "--train_dir", *arguments)
+        assert outcome.code == code, (arguments, outcome.err)
+        assert message in outcome.err, arguments
         assert outcome.err.count("error: ") == 1
         assert "weights:" not in outcome.out

@@ -1,4 +1,4 @@
-"""The main program on tokens that were made before."""
+"""The main program on token shards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _results(folder: Path) -> dict[str, float]:
     return json.loads((folder / "all_results.json").read_text())
 
 
-def test_train_when_given_shards_then_as_on_the_text_itself(
+def test_train_when_shards_are_given_then_equal_to_a_run_on_the_text(
     train: Callable[..., Outcome], tiny_text: Path, tiny_gpt2_dir: Path, shards: Path, tmp_path: Path
 ) -> None:
     words = _words(tiny_gpt2_dir)
@@ -56,7 +56,7 @@ def test_train_when_shards_are_given_as_files_then_the_same_ids(
     assert _results(tmp_path / "a")["bits_per_byte"] == _results(tmp_path / "b")["bits_per_byte"]
 
 
-def test_train_when_something_about_the_shards_is_wrong_then_one_line(
+def test_train_when_shards_are_unsuitable_then_one_line(
     train: Callable[..., Outcome], tiny_text: Path, tiny_gpt2_dir: Path, shards: Path, tmp_path: Path
 ) -> None:
     words = _words(tiny_gpt2_dir)

@@ -1,4 +1,4 @@
-"""The main program on a text that arrives while it trains."""
+"""The main program with --streaming: a text that arrives while it trains."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ def _no_process_stays(tmp_path: Path) -> Iterator[None]:
 
 
 def writers(folder: Path) -> set[str]:
-    """The processes that write, alive, of a test with this folder; other tests may run beside it."""
+    """Return the running writers of a test with this folder; other tests may run at the same time."""
     listed = subprocess.run(["ps", "-wweo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
-    found = set()
+    pids = set()
     for line in listed.splitlines():
         if "llm.system.subprocesses" in line and " Z" not in line:
             pid, parent = line.split()[:2]
             if parent == str(os.getpid()) or str(folder).encode() in _environment(pid):
-                found.add(pid)
-    return found
+                pids.add(pid)
+    return pids
 
 
 def _environment(pid: str) -> bytes:
@@ -100,8 +100,8 @@ KEPT = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "eval_loss", "bits
 
 
 def results(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "all_results.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((folder / "all_results.json").read_text())
+    return content
 
 
 def are_equal(one: Path, other: Path) -> bool:
@@ -111,7 +111,7 @@ def are_equal(one: Path, other: Path) -> bool:
 
 @pytest.fixture
 def options(tiny_gpt2_dir: Path) -> list[str]:
-    """A run of 250 updates of 8 blocks of 32, a little more than the 60 kB of `tiny_text`."""
+    """Options of a run of 250 steps of 8 blocks of 32 tokens, a little more than the 60 kB of `tiny_text`."""
     return [
         *("--streaming", "--tokenizer_name", str(tiny_gpt2_dir), "--config_name", str(tiny_gpt2_dir)),
         *("--dropout", "0", "--block_size", "32", "--per_device_train_batch_size", "8", "--max_train_steps", "250"),
@@ -121,23 +121,23 @@ def options(tiny_gpt2_dir: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_stream_when_trained_on_then_all_is_accounted_for_and_a_second_start_and_a_resume_are_the_same(
+def test_streaming_when_trained_then_every_token_is_counted_and_a_second_run_and_a_resume_are_equal(
     train: Train, options: list[str], tiny_text: Path, tmp_path: Path
 ) -> None:
     options = ["--train_file", str(tiny_text), *options, "--checkpointing_steps", "100"]
     outcome = train(*options, "--output_dir", tmp_path / "whole")
     assert outcome.code == 0, outcome.err
     size = tiny_text.stat().st_size
-    found = results(tmp_path / "whole")
-    assert sum(found["ledger"].values()) == size + 1
-    held_out = found["ledger"]["validation_tokens"] + found["ledger"]["dropped_validation"]
+    run_results = results(tmp_path / "whole")
+    assert sum(run_results["ledger"].values()) == size + 1
+    held_out = run_results["ledger"]["validation_tokens"] + run_results["ledger"]["dropped_validation"]
     assert held_out == int(size * 0.05)  # one document is cut inside; its end-of-text token is not here
-    assert found["num_unreached_tokens"] == 0
-    assert found["num_eval_tokens"] == found["ledger"]["validation_tokens"] - 1
+    assert run_results["num_unreached_tokens"] == 0
+    assert run_results["num_eval_tokens"] == run_results["ledger"]["validation_tokens"] - 1
     lines = outcome.out.splitlines()
-    assert f"tokens: {found['ledger']['validation_tokens']:,} held out" in outcome.out
+    assert f"tokens: {run_results['ledger']['validation_tokens']:,} held out" in outcome.out
     assert "the rest as it arrives, shuffled within windows of 124 blocks" in outcome.out
-    num_blocks = (found["ledger"]["train_tokens"] - 1) // 32
+    num_blocks = (run_results["ledger"]["train_tokens"] - 1) // 32
     assert f"the stream ended after {num_blocks:,} blocks: epoch 2 begins, shuffled as a whole" in lines
     assert f"tokens that arrived: {num_blocks * 32 + 1:,} trained on + 0 not reached" in outcome.out
     assert not any("epoch" in record for record in records(tmp_path / "whole"))
@@ -156,20 +156,20 @@ def test_stream_when_trained_on_then_all_is_accounted_for_and_a_second_start_and
     assert records(tmp_path / "whole") == records(tmp_path / "again")
 
 
-def test_stream_when_the_run_is_shorter_then_it_says_what_it_did_not_reach(
+def test_streaming_when_the_run_is_shorter_than_the_stream_then_unreached_tokens_are_reported(
     train: Train, options: list[str], tiny_text: Path, tmp_path: Path
 ) -> None:
     words = replaced(options, "--max_train_steps", "3")
     outcome = train("--train_file", tiny_text, *words, "--output_dir", tmp_path / "run", "--overwrite_cache")
     assert outcome.code == 0, outcome.err
-    found = results(tmp_path / "run")
-    blocks = (found["ledger"]["train_tokens"] - 1) // 32
-    assert found["num_unreached_tokens"] == (blocks - 3 * 8) * 32
-    assert f"{3 * 8 * 32 + 1} trained on + {found['num_unreached_tokens']:,} not reached" in outcome.out
+    run_results = results(tmp_path / "run")
+    blocks = (run_results["ledger"]["train_tokens"] - 1) // 32
+    assert run_results["num_unreached_tokens"] == (blocks - 3 * 8) * 32
+    assert f"{3 * 8 * 32 + 1} trained on + {run_results['num_unreached_tokens']:,} not reached" in outcome.out
 
 
 @pytest.mark.parametrize("held_out", ["0", "5"])
-def test_dry_run_when_streaming_then_says_the_numbers_and_leaves_no_process(
+def test_dry_run_when_streaming_then_the_plan_is_logged_and_no_process_is_left(
     train: Train, options: list[str], tiny_text: Path, held_out: str
 ) -> None:
     words = [*options, "--validation_split_percentage", held_out, "--dry_run"]
@@ -179,7 +179,7 @@ def test_dry_run_when_streaming_then_says_the_numbers_and_leaves_no_process(
     assert ("held out for validation: nothing" in outcome.out) == (held_out == "0")
 
 
-def test_streaming_when_something_else_is_asked_for_too_then_refused(
+def test_streaming_when_combined_with_contradicting_options_then_refused(
     train: Train, options: list[str], tiny_text: Path, tmp_path: Path
 ) -> None:
     at = options.index("--max_train_steps")
@@ -195,7 +195,9 @@ def test_streaming_when_something_else_is_asked_for_too_then_refused(
         assert message in one_line(train(*words), 2)
 
 
-def test_stream_when_it_is_shorter_than_a_block_then_refused(train: Train, options: list[str], tmp_path: Path) -> None:
+def test_streaming_when_the_text_is_shorter_than_a_block_then_refused(
+    train: Train, options: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "a.txt").write_text("too short")
     line = one_line(train("--train_file", tmp_path / "a.txt", *options), 1)
     assert "--block_size 32 needs 33" in line
@@ -203,7 +205,7 @@ def test_stream_when_it_is_shorter_than_a_block_then_refused(train: Train, optio
 
 @pytest.fixture
 def hub() -> Iterator[StandInHub]:
-    """Serves a dataset of two files, the second of which may come late, or broken."""
+    """Serves a dataset of two files; the second one may arrive late, or damaged."""
     rows = [json.dumps({"text": f"document {number} of words and more words", "n": number}) for number in range(4000)]
     with stand_in_hub() as server:
         server.datasets["someone/words"] = {
@@ -215,7 +217,7 @@ def hub() -> Iterator[StandInHub]:
 
 @pytest.fixture
 def run(hub: StandInHub, options: list[str], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts the trainer on the Hub's dataset: `run(*words, num_ranks=1) -> process`."""
+    """Starts the trainer on the dataset of the Hub: `run(*words, num_ranks=1) -> process`."""
     begun: list[subprocess.Popen[str]] = []
 
     def run(*words: str | Path, num_ranks: int = 1) -> subprocess.Popen[str]:
@@ -253,7 +255,7 @@ def done(process: subprocess.Popen[str], tmp_path: Path) -> tuple[int, str, str]
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_hub_dataset_when_the_hub_is_gone_later_then_resumed_from_its_shards(
+def test_streaming_when_the_hub_is_unreachable_later_then_resumed_from_the_shards(
     run: Callable[..., subprocess.Popen[str]], hub: StandInHub, tmp_path: Path
 ) -> None:
     words = ["--checkpointing_steps", "100"]
@@ -285,7 +287,7 @@ def test_hub_dataset_when_the_hub_is_gone_later_then_resumed_from_its_shards(
 
 
 @pytest.mark.slow
-def test_two_ranks_when_streaming_then_end_like_one(
+def test_streaming_when_on_two_ranks_then_equal_to_one_rank(
     run: Callable[..., subprocess.Popen[str]], train: Train, tmp_path: Path
 ) -> None:
     words = ["--adam_epsilon", "1e-6", "--global_batch_size", "8", "--max_train_steps", "200"]
@@ -309,13 +311,13 @@ def reach(process: subprocess.Popen[str], beginning: str) -> None:
 
 
 def status(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "status.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return content
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_signal_when_waiting_for_the_stream_then_saves_and_stops_at_once(
+def test_streaming_when_a_signal_comes_while_waiting_then_saves_and_stops_at_once(
     run: Callable[..., subprocess.Popen[str]], hub: StandInHub, tmp_path: Path, num_ranks: int
 ) -> None:
     hub.hold = "train-00001"
@@ -341,16 +343,16 @@ def test_signal_when_waiting_for_the_stream_then_saves_and_stops_at_once(
         (second,) = [pid for pid in ranks if b"LOCAL_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
         os.kill(second, signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    found = status(tmp_path / "run")
-    assert (found["state"], found["exit_code"]) == ("stopped", 75), (tmp_path / "err.txt").read_text()
-    assert f"saved step {found['step']}" in out
-    assert (tmp_path / "run" / "checkpoints" / f"step_{found['step']}" / "manifest.json").exists()
+    run_status = status(tmp_path / "run")
+    assert (run_status["state"], run_status["exit_code"]) == ("stopped", 75), (tmp_path / "err.txt").read_text()
+    assert f"saved step {run_status['step']}" in out
+    assert (tmp_path / "run" / "checkpoints" / f"step_{run_status['step']}" / "manifest.json").exists()
     assert time.monotonic() - started < 20
     assert num_ranks > 1 or process.returncode == 75
 
 
 @pytest.mark.slow
-def test_stream_when_it_breaks_then_one_line_and_what_was_learnt_is_saved(
+def test_streaming_when_the_stream_fails_then_one_line_and_a_checkpoint_is_saved(
     run: Callable[..., subprocess.Popen[str]], hub: StandInHub, tmp_path: Path
 ) -> None:
     good = hub.datasets["someone/words"]["train-00001.jsonl"]
@@ -359,8 +361,8 @@ def test_stream_when_it_breaks_then_one_line_and_what_was_learnt_is_saved(
     code, out, err = done(run(*words), tmp_path)
     assert code == 1
     assert re.fullmatch(r"error: dataset someone/words: the download stopped \(.*\); start .* resumes\n", err)
-    found = status(tmp_path / "run")
-    assert found["state"] == "failed"
+    run_status = status(tmp_path / "run")
+    assert run_status["state"] == "failed"
     (saved,) = re.findall(r"^saved step (\d+)$", out, re.MULTILINE)
     assert int(saved) > 10
     hub.datasets["someone/words"]["train-00001.jsonl"] = good
@@ -371,7 +373,7 @@ def test_stream_when_it_breaks_then_one_line_and_what_was_learnt_is_saved(
 
 
 @pytest.mark.slow
-def test_stream_when_the_trainer_is_killed_then_nothing_of_it_stays(
+def test_streaming_when_the_trainer_is_killed_then_no_process_is_left(
     run: Callable[..., subprocess.Popen[str]], hub: StandInHub, tmp_path: Path
 ) -> None:
     hub.hold = "train-00001"

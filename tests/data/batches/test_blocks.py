@@ -57,7 +57,7 @@ def test_blocks_when_id_is_beyond_the_vocabulary_then_position_named() -> None:
         blocks[2]
 
 
-def test_blocks_when_sent_to_a_process_then_the_file_is_not(tmp_path: Path) -> None:
+def test_blocks_when_pickled_then_the_content_of_the_file_is_not(tmp_path: Path) -> None:
     np.arange(10_000, dtype="<u2").tofile(tmp_path / "x.bin")
     blocks = Blocks(Tokens([TokenFile(tmp_path / "x.bin", "<u2", 10_000)]), 8, vocabulary_size=10_000)
     sent = pickle.dumps(blocks)
@@ -66,12 +66,12 @@ def test_blocks_when_sent_to_a_process_then_the_file_is_not(tmp_path: Path) -> N
     assert pickle.loads(pickle.dumps(Blocks(np.arange(20), 8)))[1].ids.tolist() == list(range(8, 17))
 
 
-def test_cut_blocks_when_training_text_is_short_then_refused_with_the_mend() -> None:
+def test_cut_blocks_when_training_text_is_short_then_refused_with_the_option() -> None:
     with pytest.raises(UserError, match="8 tokens, and a block of --block_size 8 needs 9"):
         cut_blocks(_streams(8, 100), 8)
 
 
-def test_cut_blocks_when_validation_is_short_then_none_and_said(caplog) -> None:
+def test_cut_blocks_when_validation_is_short_then_none_and_a_warning(caplog) -> None:
     train, validation = cut_blocks(_streams(100, 8), 8)
     assert (len(train), validation) == (12, None)
     assert "no validation" in caplog.text
@@ -79,7 +79,7 @@ def test_cut_blocks_when_validation_is_short_then_none_and_said(caplog) -> None:
     assert cut_blocks(_streams(100, None), 8)[1] is None
 
 
-def test_block_when_an_id_of_a_signed_file_is_negative_then_says_where() -> None:
+def test_blocks_when_an_id_of_a_signed_file_is_negative_then_position_named() -> None:
     blocks = Blocks(np.array([1, 2, -1, 3, 4], np.int32), 4, vocabulary_size=10)
     with pytest.raises(UserError, match="token 2 of the stream has id -1"):
         blocks[0]

@@ -25,9 +25,9 @@ def _streams(num_train: int, num_validation: int | None) -> TokenizedText:
 def test_ledger_when_any_sizes_then_tokens_add_up() -> None:
     for num_train in range(0, 40, 3):
         for num_validation in (None, 0, 1, 8, 9, 30):
-            book = ledger(_streams(num_train, num_validation), 8)
-            assert book.total == num_train + (num_validation or 0)
-            assert max(book.dropped_train, book.dropped_validation) < 8
+            counts = ledger(_streams(num_train, num_validation), 8)
+            assert counts.total == num_train + (num_validation or 0)
+            assert max(counts.dropped_train, counts.dropped_validation) < 8
 
 
 def test_ledger_when_texts_are_mixed_then_each_drops_its_own_remainder() -> None:

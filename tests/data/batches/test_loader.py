@@ -1,4 +1,4 @@
-"""The same updates for any ranks, accumulation and workers."""
+"""The same batches for any number of ranks and workers, and any accumulation; the loss mask; integer types."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BLOCKS = Blocks(np.arange(21 * BLOCK + 1, dtype=np.uint16), BLOCK)
 
 
 def _numbers(batch: Batch) -> list[int]:
-    """Which blocks a batch holds."""
+    """Return the numbers of the blocks that a batch holds."""
     assert batch.ids.dtype == batch.targets.dtype == torch.int64
     assert batch.ids.shape[1:] == batch.targets.shape[1:] == (BLOCK,)
     assert torch.equal(batch.targets, batch.ids + 1)
@@ -42,7 +42,7 @@ def _numbers(batch: Batch) -> list[int]:
 
 
 def _updates(micro_batch, accumulation, num_ranks=1, num_workers=0, first_step=0, num_steps=10):
-    """Blocks of each update, in the order of the global batch."""
+    """Return the block numbers of each step, in the order of the global batch."""
     ranks = [
         list(
             training_batches(

@@ -1,4 +1,4 @@
-"""Texts mixed by weights."""
+"""Mixtures of texts by weight."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _blocks(number: int, first: int = 0) -> Blocks:
 
 
 def _mixture(weights: tuple[str, ...], sizes: tuple[int, ...] | None = None) -> Mixture:
-    """Blocks of source i hold the ids from 10,000 i on."""
+    """Mix sources; the blocks of source i hold the ids from 10,000 i on."""
     sources = [_blocks(size, 10_000 * i) for i, size in enumerate(sizes or (11,) * len(weights))]
     return Mixture(sources, [Fraction(weight) for weight in weights])
 
@@ -65,13 +65,13 @@ def test_mixture_when_read_from_the_start_then_shares_within_a_block_and_counted
 def test_mixture_when_read_then_every_block_of_a_text_once_in_each_of_its_epochs() -> None:
     sizes = (23, 7, 40)
     mixture = _mixture(("0.5", "0.3", "0.2"), sizes)
-    found: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    blocks_read: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for sample in range(500):
         row = mixture.block(sample, 3)
         source = int(row.ids[0]) // 10_000
-        found[source].append(int(row.ids[0]) % 10_000 // BLOCK)
+        blocks_read[source].append(int(row.ids[0]) % 10_000 // BLOCK)
     for source, size in enumerate(sizes):
-        epochs = [found[source][i : i + size] for i in range(0, len(found[source]) - size + 1, size)]
+        epochs = [blocks_read[source][i : i + size] for i in range(0, len(blocks_read[source]) - size + 1, size)]
         assert len(epochs) >= 2
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
@@ -89,7 +89,7 @@ def test_mixture_when_no_weights_then_an_epoch_reads_every_block_once() -> None:
     assert _mixture(("0.9", "0.1"), (10, 10)).num_unread(20) == 8
 
 
-def test_mixture_when_asked_again_then_the_same_and_the_seed_orders_texts_apart() -> None:
+def test_mixture_when_read_again_then_the_same_and_each_text_has_an_order_of_its_own() -> None:
     mixture = _mixture(("0.5", "0.5"), (300, 300))
     again = pickle.loads(pickle.dumps(mixture))
 
@@ -105,7 +105,7 @@ def test_mixture_when_asked_again_then_the_same_and_the_seed_orders_texts_apart(
     assert first != second
 
 
-def test_mixture_when_dealt_then_as_it_ever_was() -> None:
+def test_mixture_when_distributed_then_equal_to_recorded_values() -> None:
     # Runs are resumed by it: these numbers must never change.
     mixture = _mixture(("0.5", "0.3", "0.2"), (100, 100, 100))
     assert [mixture.locate(sample)[0] for sample in range(20)] == [1, 0, 2, 0, 1, 0, 2, 0, 1, 0] * 2
@@ -124,7 +124,7 @@ def _streams(tmp_path: Path, name: str, num_tokens: int, held_out: int, *, num_b
     return TokenizedText(stream(0, num_tokens), validation, {"empty": 2}, f"hash of {name}", 60_000, tmp_path, name)
 
 
-def test_mixed_when_texts_then_sums_and_one_validation_behind_the_other(tmp_path: Path) -> None:
+def test_mix_when_texts_are_mixed_then_counts_are_summed_and_validation_is_concatenated(tmp_path: Path) -> None:
     one, two = _streams(tmp_path, "a", 42, 10), _streams(tmp_path, "b", 21, 20)
     streams = mix(["A", "B"], [Fraction(1, 4), Fraction(3, 4)], [one, two])
     assert streams.validation is not None
@@ -137,15 +137,15 @@ def test_mixed_when_texts_then_sums_and_one_validation_behind_the_other(tmp_path
     assert isinstance(train, Mixture)
     assert train.num_blocks == 5 + 2
     assert validation is not None and len(validation) == 3
-    book = ledger(streams, 8)
-    assert (book.train_tokens, book.dropped_train, book.total) == (41 + 17, 1 + 4, 42 + 21 + 30)
+    counts = ledger(streams, 8)
+    assert (counts.train_tokens, counts.dropped_train, counts.total) == (41 + 17, 1 + 4, 42 + 21 + 30)
     unknown = mix(["A", "B"], [None, None], [one, _streams(tmp_path, "c", 21, 20, num_bytes=None)])
     assert unknown.validation is not None
     assert unknown.validation.num_bytes is unknown.validation.starts is None
     assert mix(["A"], [None], [_streams(tmp_path, "d", 9, 0)]).validation is None
 
 
-def test_mixed_when_anything_that_orders_it_differs_then_another_hash(tmp_path: Path) -> None:
+def test_mix_when_order_or_weights_differ_then_another_hash(tmp_path: Path) -> None:
     one, two = _streams(tmp_path, "a", 42, 10), _streams(tmp_path, "b", 21, 20)
     half = Fraction(1, 2)
     hashes = {

@@ -1,4 +1,4 @@
-"""Where documents start, asked of any stretch."""
+"""Document starts in any range of tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARD = 10
 
 
 class Written:
-    """A shard of some ids and the starts in it, written into a folder."""
+    """A shard of some ids and its document starts, written into a folder."""
 
     def __init__(self, folder: Path, number: int, ids: np.ndarray) -> None:
         first = number * SHARD
@@ -50,28 +50,28 @@ def shards(tmp_path: Path) -> list[Written]:
     return [Written(tmp_path, i, ids[i * SHARD : (i + 1) * SHARD]) for i in range(-(-NUM_TOKENS // SHARD))]
 
 
-def _check(found: Starts, expected: list[int], num_tokens: int) -> None:
-    """Every stretch of a stream is answered as if all starts were known."""
-    for sent in (found, pickle.loads(pickle.dumps(found))):
+def _check(starts: Starts, expected: list[int], num_tokens: int) -> None:
+    """Check the starts in every range of the tokens, also after pickling."""
+    for candidate in (starts, pickle.loads(pickle.dumps(starts))):
         for start in range(num_tokens + 1):
             for stop in range(start, num_tokens + 1):
-                between = sent.between(start, stop)
+                between = candidate.between(start, stop)
                 assert between.dtype == np.int64
                 assert between.tolist() == [place for place in expected if start <= place < stop]
 
 
-def test_starts_in_files_when_asked_of_any_stretch_then_those_inside(shards: list[Written]) -> None:
-    found = StartsInFiles(shards)
-    _check(found, STARTS, NUM_TOKENS)
-    assert len(pickle.dumps(found)) < 3000
+def test_starts_in_files_when_any_range_is_requested_then_the_starts_inside(shards: list[Written]) -> None:
+    starts = StartsInFiles(shards)
+    _check(starts, STARTS, NUM_TOKENS)
+    assert len(pickle.dumps(starts)) < 3000
 
 
-def test_starts_behind_token_when_asked_of_any_stretch_then_the_same(shards: list[Written]) -> None:
+def test_starts_after_eos_when_any_range_is_requested_then_the_starts_inside(shards: list[Written]) -> None:
     _check(StartsAfterEos(_ids(), EOS), STARTS, NUM_TOKENS)
     _check(StartsAfterEos(Tokens([shard.tokens for shard in shards]), EOS), STARTS, NUM_TOKENS)
 
 
-def test_joined_starts_when_parts_are_cut_anywhere_then_each_begins_a_document(shards: list[Written]) -> None:
+def test_concatenated_starts_when_ranges_begin_anywhere_then_each_begins_a_document(shards: list[Written]) -> None:
     whole = StartsInFiles(shards)
     # The second part begins inside a document, the third is empty, the fourth is the very beginning again.
     cuts = ((60, 90), (17, 40), (5, 5), (0, 12))
@@ -90,7 +90,7 @@ def test_joined_starts_when_parts_are_cut_anywhere_then_each_begins_a_document(s
 
 
 @pytest.mark.parametrize("block_size", [2, 3, 8, 50])
-def test_blocks_when_documents_are_known_then_rows_hold_positions_inside_them(
+def test_blocks_when_document_starts_are_known_then_rows_hold_positions_inside_documents(
     shards: list[Written], block_size: int
 ) -> None:
     ids = _ids()
@@ -108,7 +108,7 @@ def test_blocks_when_documents_are_known_then_rows_hold_positions_inside_them(
         assert row.positions.tolist() == expected
 
 
-def test_batch_when_a_target_begins_a_document_then_it_is_not_counted(shards: list[Written]) -> None:
+def test_batch_of_when_a_target_begins_a_document_then_it_is_ignored(shards: list[Written]) -> None:
     blocks = Blocks(Tokens([shard.tokens for shard in shards]), 8, starts=StartsInFiles(shards))
     batch = batch_of([blocks[number] for number in range(len(blocks))])
     plain = batch_of([Blocks(_ids(), 8)[number] for number in range(len(blocks))])
@@ -120,11 +120,11 @@ def test_batch_when_a_target_begins_a_document_then_it_is_not_counted(shards: li
     begins = np.isin(places, STARTS)
     assert begins.sum() == len([start for start in STARTS if 0 < start <= len(blocks) * 8])
     assert (batch.targets.numpy() == np.where(begins, -100, plain.targets.numpy())).all()
-    # Documents that go on from block to block begin anew in each, since what is in front is not there.
+    # A document that continues in the next block begins at position 0 there: the tokens before it are not there.
     assert (batch.positions[:, 0] == 0).all()
 
 
-def test_open_files_when_held_out_from_our_own_shards_then_their_starts_are_kept(tmp_path: Path) -> None:
+def test_open_files_when_the_end_of_shards_is_held_out_then_document_starts_are_kept(tmp_path: Path) -> None:
     from llm.data.shards.writer import ShardSpec, SplitWriter
     from llm.data.sources.documents import Piece
 

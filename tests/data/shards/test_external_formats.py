@@ -42,14 +42,14 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_open_file_when_written_by_its_layout_then_the_same_ids(tmp_path: Path, name: str) -> None:
+def test_open_file_when_written_in_its_format_then_the_same_ids(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name, IDS)
     streams = open_files([str(tmp_path / name)], None, 10, 200_000)
     assert streams.validation is not None
-    found = np.concatenate([streams.train.tokens[:], streams.validation.tokens[:]])
-    assert found.tolist() == (IDS + (100_000 if "llama" in name else 0)).tolist()
+    content = np.concatenate([streams.train.tokens[:], streams.validation.tokens[:]])
+    assert content.tolist() == (IDS + (100_000 if "llama" in name else 0)).tolist()
     assert len(streams.validation.tokens) == 500
-    assert pickle.loads(pickle.dumps(streams.train.tokens))[5:9].tolist() == found[5:9].tolist()
+    assert pickle.loads(pickle.dumps(streams.train.tokens))[5:9].tolist() == content[5:9].tolist()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_open_file_when_written_by_its_layout_then_the_same_ids(tmp_path: Path, 
         (["edufineweb_train_000001.npy", "edufineweb_train_000002.npy"], ["edufineweb_val_000000.npy"], write_npy),
     ],
 )
-def test_open_folder_when_files_name_their_split_then_both(tmp_path: Path, train, validation, writer) -> None:  # type: ignore[no-untyped-def]
+def test_open_external_folder_when_files_name_their_split_then_both(tmp_path: Path, train, validation, writer) -> None:  # type: ignore[no-untyped-def]
     for part, name in zip(np.array_split(IDS, len(train)), train, strict=True):
         writer(tmp_path / name, part)
     for name in validation:
@@ -73,7 +73,9 @@ def test_open_folder_when_files_name_their_split_then_both(tmp_path: Path, train
 
 
 @pytest.mark.parametrize("with_splits", [False, True])
-def test_open_folder_when_saved_with_input_ids_then_rows_joined(tmp_path: Path, with_splits: bool) -> None:
+def test_open_external_folder_when_saved_with_input_ids_then_rows_are_concatenated(
+    tmp_path: Path, with_splits: bool
+) -> None:
     rows = [part.tolist() for part in np.array_split(IDS, 37)]
     table = datasets.Dataset.from_dict({"input_ids": rows, "n": list(range(37))})
     held_out = datasets.Dataset.from_dict({"input_ids": rows[:2]})
@@ -106,7 +108,7 @@ def test_open_file_when_damaged_or_unknown_then_named(tmp_path: Path) -> None:
             open_file(tmp_path / name)
 
 
-def test_open_folder_when_it_holds_no_tokens_then_refused(tmp_path: Path) -> None:
+def test_open_external_folder_when_it_holds_no_tokens_then_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match="holds no token shards"):
         open_external_folder(tmp_path, 5, 100)
@@ -115,7 +117,7 @@ def test_open_folder_when_it_holds_no_tokens_then_refused(tmp_path: Path) -> Non
         open_external_folder(tmp_path / "text", 5, 100)
 
 
-def test_open_files_when_one_changes_then_so_does_the_hash(tmp_path: Path) -> None:
+def test_open_files_when_a_file_changes_then_the_hash_changes(tmp_path: Path) -> None:
     write_nanogpt(tmp_path / "a.bin", IDS)
     one = open_files([str(tmp_path / "a.bin")], None, 5, 50_000).data_hash
     assert open_files([str(tmp_path / "a.bin")], None, 5, 50_000).data_hash == one

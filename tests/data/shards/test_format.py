@@ -1,4 +1,4 @@
-"""The format of tokenized text: whole, checked at open, and read as one stream."""
+"""The format of tokenized text: complete, and checked when it is opened."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def folder(tmp_path: Path, byte_tokenizer) -> Path:  # type: ignore[no-untyped-d
     rows = "".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(12))
     (tmp_path / "rows.jsonl").write_text(rows)
     corpus = open_corpus(DataOptions(train_file=(str(tmp_path / "rows.jsonl"),), validation_split_percentage=25))
-    made = tmp_path / "shards"
-    made.mkdir()
-    write_shards(corpus, byte_tokenizer, made, tokenizer_hash="hash", shard_size=10, eos_in_single_text=True)
-    return made
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_shards(corpus, byte_tokenizer, shards, tokenizer_hash="hash", shard_size=10, eos_in_single_text=True)
+    return shards
 
 
-def test_open_folder_when_whole_then_its_streams_and_verify_finds_nothing(folder: Path, byte_tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_open_folder_when_complete_then_all_tokens_and_verify_finds_no_damage(folder: Path, byte_tokenizer) -> None:  # type: ignore[no-untyped-def]
     streams = open_folder(folder, tokenizer_hash="hash")
     expected = [token for number in range(12) for token in (*byte_tokenizer.encode(f"text {number}"), EOS)]
     assert streams.validation is not None
@@ -47,7 +47,7 @@ def test_open_folder_when_whole_then_its_streams_and_verify_finds_nothing(folder
     assert len(streams.train.tokens) + len(streams.validation.tokens) == len(expected)
     damage = list(verify(folder))
     assert len(damage) > 5
-    assert all(found is None for _, found in damage)
+    assert all(description is None for _, description in damage)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_open_folder_when_whole_then_its_streams_and_verify_finds_nothing(folder
         ("manifest.json", lambda data: data.replace(b"splits", b"spluts"), UnknownFormatError),
     ],
 )
-def test_open_folder_when_something_is_wrong_then_named(folder: Path, name: str, change, error) -> None:  # type: ignore[no-untyped-def]
+def test_open_folder_when_a_file_is_damaged_then_named(folder: Path, name: str, change, error) -> None:  # type: ignore[no-untyped-def]
     path = folder / name
     data = path.read_bytes()
     path.unlink() if change is None else path.write_bytes(change(data))
@@ -78,7 +78,7 @@ def test_open_folder_when_something_is_wrong_then_named(folder: Path, name: str,
     assert "\n" not in str(refusal.value)
 
 
-def test_open_shard_when_another_tokenizer_is_asked_for_then_refused(folder: Path) -> None:
+def test_open_shard_when_another_tokenizer_is_required_then_refused(folder: Path) -> None:
     with pytest.raises(TokenizerMismatchError, match="another tokenizer"):
         open_shard(folder / "train_00000.bin", tokenizer_hash="other")
     with pytest.raises(TokenizerMismatchError, match="another tokenizer"):
@@ -100,6 +100,6 @@ def test_verify_when_a_byte_changed_then_the_shard_is_named(
     data[place] = value
     (folder / name).write_bytes(data)
     open_folder(folder)
-    found = {shard.path.name: damage for shard, damage in verify(folder) if damage is not None}
-    assert list(found) == [Path(name).with_suffix(".bin").name]
-    assert words in next(iter(found.values()))
+    damaged = {shard.path.name: damage for shard, damage in verify(folder) if damage is not None}
+    assert list(damaged) == [Path(name).with_suffix(".bin").name]
+    assert words in next(iter(damaged.values()))

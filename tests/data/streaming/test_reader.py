@@ -1,4 +1,4 @@
-"""Blocks of a stream: the same order whatever is there when, and a wait for what is not."""
+"""Blocks of a stream: an order that does not depend on when shards arrive, and waits for blocks that have not."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer) -> Path:  # 
 
 @pytest.fixture
 def arrive(whole: Path, tmp_path: Path) -> Callable[[int | None], Path]:
-    """Lets so many shards arrive, or with None the rest and the end: `arrive(n) -> folder`."""
+    """Lets the first n shards arrive, or with None all and the manifest: `arrive(n) -> folder`."""
     folder = tmp_path / "train"
     folder.mkdir()
 
@@ -69,13 +69,13 @@ def blocks_of(folder: Path, block_size: int = BLOCK, shard_size: int = SHARD) ->
 
 
 def numbers(rows: list[Row], whole: Path) -> list[int]:
-    """Which block of the text each row is."""
+    """Return the number of the block of the text that each row holds."""
     text = open_folder(whole).train.tokens[:]
     known = {text[start : start + BLOCK + 1].tobytes(): start // BLOCK for start in range(0, len(text) - BLOCK, BLOCK)}
     return [known[row.ids.tobytes()] for row in rows]
 
 
-def test_order_when_a_window_is_read_then_its_shards_suffice_and_all_its_blocks_come(
+def test_growing_blocks_when_a_window_is_read_then_its_shards_suffice_and_every_block_is_read(
     whole: Path, arrive: Callable[[int | None], Path]
 ) -> None:
     for window in range(10):
@@ -83,8 +83,8 @@ def test_order_when_a_window_is_read_then_its_shards_suffice_and_all_its_blocks_
         assert blocks.refresh() == (window + 1) * WINDOW
         samples = range(window * WINDOW, (window + 1) * WINDOW)
         assert {blocks.num_shards(sample) for sample in samples} <= {window, window + 1}
-        found = numbers([blocks.block(sample, SEED) for sample in samples], whole)
-        assert sorted(found) == list(samples)
+        blocks_read = numbers([blocks.block(sample, SEED) for sample in samples], whole)
+        assert sorted(blocks_read) == list(samples)
     blocks = blocks_of(arrive(None))
     assert blocks.refresh() == EVERYTHING
     num_blocks = (len(open_folder(whole).train.tokens) - 1) // BLOCK
@@ -102,7 +102,7 @@ def test_order_when_a_window_is_read_then_its_shards_suffice_and_all_its_blocks_
 
 
 @pytest.mark.parametrize(("block_size", "window"), [(99, 1), (100, 1), (130, 1), (33, 3)])
-def test_order_when_blocks_are_about_as_long_as_shards_then_enough_shards_are_waited_for(
+def test_growing_blocks_when_blocks_are_about_as_long_as_shards_then_enough_shards_are_required(
     arrive: Callable[[int | None], Path], block_size: int, window: int
 ) -> None:
     folder = arrive(1)
@@ -115,7 +115,9 @@ def test_order_when_blocks_are_about_as_long_as_shards_then_enough_shards_are_wa
         assert len(blocks.block(sample, SEED).ids) == block_size + 1
 
 
-def test_last_shard_when_it_is_short_then_the_end_is_waited_for(arrive: Callable[[int | None], Path]) -> None:
+def test_growing_blocks_when_the_last_shard_is_short_then_it_counts_at_the_end_of_the_stream(
+    arrive: Callable[[int | None], Path],
+) -> None:
     blocks = blocks_of(arrive(11))
     assert blocks.refresh() == 60
     assert not blocks.is_complete
@@ -125,7 +127,7 @@ def test_last_shard_when_it_is_short_then_the_end_is_waited_for(arrive: Callable
 
 
 def updates(blocks: GrowingBlocks, num_ranks: int, num_workers: int, first_step: int = 0) -> list[list[list[int]]]:
-    """The ids of the global batches of 20 updates of 8 blocks, more than two epochs."""
+    """Return the ids of the global batches of 20 steps of 8 blocks, more than two epochs."""
     ranks = [
         training_batches(
             blocks,
@@ -140,16 +142,16 @@ def updates(blocks: GrowingBlocks, num_ranks: int, num_workers: int, first_step:
         )
         for rank in range(num_ranks)
     ]
-    found = []
+    steps = []
     for step in zip(*ranks, strict=True):
-        turns = zip(*step, strict=True)  # of the ranks, one micro-batch each
-        found.append([row.tolist() for turn in turns for batch in turn for row in batch.ids])
-    return found
+        turns = zip(*step, strict=True)  # one micro-batch of each rank
+        steps.append([row.tolist() for turn in turns for batch in turn for row in batch.ids])
+    return steps
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_batches_when_shards_arrive_late_then_the_same_for_any_ranks_and_workers_and_after_a_resume(
+def test_growing_blocks_when_shards_arrive_late_then_same_batches_for_any_ranks_workers_and_resume(
     whole: Path, arrive: Callable[[int | None], Path], num_ranks: int, num_workers: int
 ) -> None:
     expected = updates(blocks_of(whole), 1, 0)
@@ -169,7 +171,9 @@ def test_batches_when_shards_arrive_late_then_the_same_for_any_ranks_and_workers
     assert updates(blocks_of(folder), num_ranks, num_workers, first_step=13) == expected[13:]
 
 
-def test_wait_when_abandoned_then_ends_in_this_process_and_in_workers(arrive: Callable[[int | None], Path]) -> None:
+def test_growing_blocks_when_abandoned_then_waits_end_in_this_process_and_in_workers(
+    arrive: Callable[[int | None], Path],
+) -> None:
     blocks = blocks_of(arrive(1))
     batches: Iterator = training_batches(
         blocks,
@@ -202,12 +206,14 @@ def test_wait_when_abandoned_then_ends_in_this_process_and_in_workers(arrive: Ca
     assert time.monotonic() - started < 4  # PyTorch waits five seconds for a worker that hangs
 
 
-def test_look_when_the_whole_stream_makes_no_block_then_refused_with_the_mend(whole: Path) -> None:
+def test_refresh_when_the_whole_stream_is_shorter_than_a_block_then_refused_with_the_option(whole: Path) -> None:
     with pytest.raises(UserError, match=r"1,?\d* tokens to train on, .* --block_size 5000 needs 5001"):
         blocks_of(whole, 5000).refresh()
 
 
-def test_look_when_a_shard_is_of_another_tokenizer_or_cut_then_refused(arrive: Callable[[int | None], Path]) -> None:
+def test_refresh_when_a_shard_is_of_another_tokenizer_or_truncated_then_refused(
+    arrive: Callable[[int | None], Path],
+) -> None:
     folder = arrive(2)
     tokens = GrowingTokens(folder, shard_size=SHARD, tokenizer_hash="other")
     with pytest.raises(UserError, match="another tokenizer"):

@@ -1,4 +1,4 @@
-"""The process that writes a stream's shards: paced, killed, continued, and gone with its parent."""
+"""The process that writes a stream's shards: paced, killed, continued, and ended with its parent."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def job(tokenizer, folder: Path, *files: Path, **options: object) -> StreamJob: 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text of about 9 MB, so that the reader looks at what is wanted a few times."""
+    """Text of about 9 MB, so that the writer reads the request file a few times."""
     draw = random.Random(0)
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": draw.randbytes(1500).hex()}) + "\n" for _ in range(3000)))
@@ -44,24 +44,24 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(rows: Path, byte_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:  # type: ignore[no-untyped-def]
-    """Every file of the stream, as one uninterrupted attempt leaves it."""
-    made = job(byte_tokenizer, tmp_path_factory.mktemp("expected"), rows)
-    made.folder.path.mkdir()
-    made.folder.request(EVERYTHING)
-    made.write(check=lambda: None)
-    return content(made)
+    """The files of the stream, as one uninterrupted writer leaves them."""
+    stream_job = job(byte_tokenizer, tmp_path_factory.mktemp("expected"), rows)
+    stream_job.folder.path.mkdir()
+    stream_job.folder.request(EVERYTHING)
+    stream_job.write(check=lambda: None)
+    return content(stream_job)
 
 
-def content(made: StreamJob) -> dict[str, bytes]:
+def content(stream_job: StreamJob) -> dict[str, bytes]:
     return {
-        str(path.relative_to(made.folder.path)): path.read_bytes()
-        for path in sorted(made.folder.path.rglob("*"))
+        str(path.relative_to(stream_job.folder.path)): path.read_bytes()
+        for path in sorted(stream_job.folder.path.rglob("*"))
         if path.is_file() and not path.name.startswith(".") and path.name != "wanted"
     }
 
 
-def num_shards(made: StreamJob) -> int:
-    return len(list(made.folder.train.glob("train_*.json")))
+def num_shards(stream_job: StreamJob) -> int:
+    return len(list(stream_job.folder.train.glob("train_*.json")))
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -71,14 +71,14 @@ def until(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def begun(made: StreamJob, wanted: int) -> StreamWriter:
-    made.folder.path.mkdir(parents=True, exist_ok=True)
-    made.folder.request(wanted)
-    return StreamWriter(made)
+def start_writer(stream_job: StreamJob, num_shards_requested: int) -> StreamWriter:
+    stream_job.folder.path.mkdir(parents=True, exist_ok=True)
+    stream_job.folder.request(num_shards_requested)
+    return StreamWriter(stream_job)
 
 
 def processes() -> set[str]:
-    """The writers of this process that live; other tests may run beside these."""
+    """Return the running writers of this process; other tests may run at the same time."""
     listed = subprocess.run(["ps", "-wweo", "pid,ppid,stat,args"], capture_output=True, text=True, check=True).stdout
     mine = [line for line in listed.splitlines() if line.split()[1] == str(os.getpid())]
     return {line for line in mine if "llm.system.subprocesses" in line and " Z" not in line}
@@ -92,37 +92,37 @@ def _no_process_stays() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_writer_when_shards_are_wanted_then_writes_so_many_and_goes_on_when_more_are(
+def test_writer_when_shards_are_requested_then_pauses_after_them_and_continues_on_request(
     rows: Path, expected: dict[str, bytes], byte_tokenizer, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
-    made = job(byte_tokenizer, tmp_path, rows)
-    with closing(begun(made, 3)) as writer:
-        until(lambda: num_shards(made) >= 3)
-        assert made.folder.has_split
-        held_out = made.folder.held_out()
+    stream_job = job(byte_tokenizer, tmp_path, rows)
+    with closing(start_writer(stream_job, 3)) as writer:
+        until(lambda: num_shards(stream_job) >= 3)
+        assert stream_job.folder.has_split
+        held_out = stream_job.folder.held_out()
         assert held_out is not None
         assert held_out.num_bytes == 17 * 3000  # 5 % of the first megabyte, in documents of 3,000 bytes
         time.sleep(2)
-        paused = num_shards(made)
+        paused = num_shards(stream_job)
         # What is encoded at once, and what lies between two looks, comes in any case.
         assert 3 <= paused <= 3 + (5 << 20) // SHARD + 2
         writer.check()
-        made.folder.request(EVERYTHING)
-        until(lambda: (made.folder.train / "manifest.json").exists())
-        until(lambda: not made.folder.lock.exists())
+        stream_job.folder.request(EVERYTHING)
+        until(lambda: (stream_job.folder.train / "manifest.json").exists())
+        until(lambda: not stream_job.folder.lock.exists())
         writer.check()
-    assert content(made) == expected
-    assert num_shards(made) > paused
+    assert content(stream_job) == expected
+    assert num_shards(stream_job) > paused
 
 
 @pytest.mark.slow
-def test_writer_when_killed_at_any_time_then_the_next_one_ends_with_the_same_bytes(
+def test_writer_when_killed_at_any_time_then_the_next_one_writes_the_same_bytes(
     rows: Path, expected: dict[str, bytes], byte_tokenizer, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
-    made = job(byte_tokenizer, tmp_path, rows)
+    stream_job = job(byte_tokenizer, tmp_path, rows)
     for number, kill in ((0, signal.SIGKILL), (7, signal.SIGKILL), (12, signal.SIGTERM)):
-        with closing(begun(made, EVERYTHING)) as writer:
-            until(lambda number=number: number == 0 or num_shards(made) >= number)
+        with closing(start_writer(stream_job, EVERYTHING)) as writer:
+            until(lambda number=number: number == 0 or num_shards(stream_job) >= number)
             time.sleep(0.05)
             os.kill(writer._process.pid, kill)
             until(lambda writer=writer: writer._process.exit_code is not None)
@@ -131,44 +131,44 @@ def test_writer_when_killed_at_any_time_then_the_next_one_ends_with_the_same_byt
                 time.sleep(2.1)
                 with pytest.raises(UserError, match=r"was killed \(exit code -9\); start again: it continues"):
                     writer.check()
-    with closing(begun(made, EVERYTHING)):
-        until(lambda: (made.folder.train / "manifest.json").exists())
-    assert content(made) == expected
+    with closing(start_writer(stream_job, EVERYTHING)):
+        until(lambda: (stream_job.folder.train / "manifest.json").exists())
+    assert content(stream_job) == expected
 
 
 @pytest.mark.slow
-def test_second_writer_when_another_one_writes_then_waits_and_takes_over(
+def test_writer_when_another_one_writes_then_waits_and_takes_over(
     rows: Path, expected: dict[str, bytes], byte_tokenizer, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
-    made = job(byte_tokenizer, tmp_path, rows)
-    with closing(begun(made, 1)) as first:
-        until(lambda: num_shards(made) >= 1)
-        with closing(begun(made, EVERYTHING)) as second:
+    stream_job = job(byte_tokenizer, tmp_path, rows)
+    with closing(start_writer(stream_job, 1)) as first:
+        until(lambda: num_shards(stream_job) >= 1)
+        with closing(start_writer(stream_job, EVERYTHING)) as second:
             # What the second one's run wants, the first one writes.
-            until(lambda: (made.folder.train / "manifest.json").exists())
+            until(lambda: (stream_job.folder.train / "manifest.json").exists())
             first.check()
             second.check()
-    assert content(made) == expected
-    os.remove(made.folder.train / "manifest.json")
-    os.remove(made.folder.train / "train_00040.json")
-    with closing(begun(made, 1)) as first:
-        until(lambda: made.folder.lock.exists())
+    assert content(stream_job) == expected
+    os.remove(stream_job.folder.train / "manifest.json")
+    os.remove(stream_job.folder.train / "train_00040.json")
+    with closing(start_writer(stream_job, 1)) as first:
+        until(lambda: stream_job.folder.lock.exists())
         os.kill(first._process.pid, signal.SIGSTOP)
-        with closing(begun(made, EVERYTHING)) as second:
+        with closing(start_writer(stream_job, EVERYTHING)) as second:
             time.sleep(4)
             second.check()
-            assert not (made.folder.train / "manifest.json").exists()
+            assert not (stream_job.folder.train / "manifest.json").exists()
             os.kill(first._process.pid, signal.SIGKILL)
-            # A dead process that nobody has asked after still has its number.
+            # A killed process keeps its process number until its parent reads the exit code.
             until(lambda: first._process.exit_code is not None)
-            until(lambda: (made.folder.train / "manifest.json").exists())
+            until(lambda: (stream_job.folder.train / "manifest.json").exists())
             second.check()
-    assert content(made) == expected
+    assert content(stream_job) == expected
 
 
-def error_of(made: StreamJob) -> str:
-    """What a writer fails with, within seconds."""
-    with closing(begun(made, EVERYTHING)) as writer:
+def error_of(stream_job: StreamJob) -> str:
+    """Return the message of the error with which a writer fails within seconds."""
+    with closing(start_writer(stream_job, EVERYTHING)) as writer:
         until(lambda: writer._process.exit_code is not None, 30)
         with pytest.raises(UserError) as failure:
             writer.check()
@@ -178,22 +178,20 @@ def error_of(made: StreamJob) -> str:
     return str(failure.value)
 
 
-def test_writer_when_the_text_is_broken_then_says_so_in_one_line(rows: Path, byte_tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_writer_when_the_text_is_broken_then_one_line(rows: Path, byte_tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     broken = tmp_path / "broken.jsonl"
     broken.write_text(('{"text": "' + "a" * 1000 + '"}\n') * 9000 + '{"text": oh\n')
-    made = job(byte_tokenizer, tmp_path, broken)
-    assert "broken.jsonl" in error_of(made)
-    assert num_shards(made) >= 1  # of what came before
-    assert not made.folder.lock.exists()
+    stream_job = job(byte_tokenizer, tmp_path, broken)
+    assert "broken.jsonl" in error_of(stream_job)
+    assert num_shards(stream_job) >= 1  # of what came before
+    assert not stream_job.folder.lock.exists()
 
 
-def test_writer_when_the_folder_cannot_be_written_then_says_so_in_one_line(
-    rows: Path, byte_tokenizer, tmp_path: Path
-) -> None:  # type: ignore[no-untyped-def]
-    made = job(byte_tokenizer, tmp_path, rows, validation_split_percentage=0)
-    made.folder.path.mkdir()
-    made.folder.train.write_text("in the way")
-    assert "cannot be written (File exists); make room, or set HF_HOME" in error_of(made)
+def test_writer_when_the_folder_cannot_be_written_then_one_line(rows: Path, byte_tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    stream_job = job(byte_tokenizer, tmp_path, rows, validation_split_percentage=0)
+    stream_job.folder.path.mkdir()
+    stream_job.folder.train.write_text("in the way")
+    assert "cannot be written (File exists); make room, or set HF_HOME" in error_of(stream_job)
 
 
 # No guard around what it does: the writer must not import it. A forked process, such as a loader's, outlives it.
@@ -221,65 +219,65 @@ else:
 """
 
 
-def start(made: StreamJob, tmp_path: Path, *words: str) -> subprocess.Popen[str]:
-    """A script that makes a writer, prints its number, and waits for its end or its own."""
-    made.folder.path.mkdir(exist_ok=True)
-    made.folder.request(1)
-    (tmp_path / "job").write_bytes(pickle.dumps(made))
+def start(stream_job: StreamJob, tmp_path: Path, *words: str) -> subprocess.Popen[str]:
+    """Start a script that starts a writer, prints its process number, and waits."""
+    stream_job.folder.path.mkdir(exist_ok=True)
+    stream_job.folder.request(1)
+    (tmp_path / "job").write_bytes(pickle.dumps(stream_job))
     (tmp_path / "parent.py").write_text(PARENT)
     command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "job"), *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def test_writer_when_made_by_a_script_without_guard_then_it_runs_once_and_all_is_written(
+def test_writer_when_started_by_a_script_without_guard_then_the_script_runs_once_and_all_is_written(
     rows: Path, expected: dict[str, bytes], byte_tokenizer, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
-    made = job(byte_tokenizer, tmp_path, rows)
-    with start(made, tmp_path, "wait") as parent:
+    stream_job = job(byte_tokenizer, tmp_path, rows)
+    with start(stream_job, tmp_path, "wait") as parent:
         printed, _ = parent.communicate(timeout=90)
     assert parent.returncode == 0
     assert len(printed.splitlines()) == 1
-    assert content(made) == expected
-    assert not made.folder.lock.exists()
+    assert content(stream_job) == expected
+    assert not stream_job.folder.lock.exists()
 
 
 @pytest.mark.parametrize("words", [(), ("fork",)])
-def test_writer_when_its_parent_is_killed_then_is_gone_and_its_lock_too(
+def test_writer_when_its_parent_is_killed_then_it_exits_and_removes_its_lock(
     rows: Path, byte_tokenizer, tmp_path: Path, words: tuple[str, ...]
 ) -> None:  # type: ignore[no-untyped-def]
-    made = job(byte_tokenizer, tmp_path, rows)
-    with start(made, tmp_path, *words) as parent:
+    stream_job = job(byte_tokenizer, tmp_path, rows)
+    with start(stream_job, tmp_path, *words) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        until(lambda: num_shards(made) >= 1)
-        assert made.folder.lock.exists()
+        until(lambda: num_shards(stream_job) >= 1)
+        assert stream_job.folder.lock.exists()
         for number in (signal.SIGINT, signal.SIGUSR1):  # which reach all processes, and are not for the writer
             os.kill(pid, number)
         time.sleep(0.2)
         os.kill(pid, 0)
         parent.kill()
     until(lambda: not Path(f"/proc/{pid}").exists(), 5)
-    assert not made.folder.lock.exists()
+    assert not stream_job.folder.lock.exists()
 
 
-def test_writer_when_closed_before_it_has_begun_then_is_gone_at_once(
+def test_writer_when_closed_before_it_has_begun_then_it_exits_at_once(
     rows: Path, byte_tokenizer, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
-    made = job(byte_tokenizer, tmp_path, rows)
-    writer = begun(made, 1)
+    stream_job = job(byte_tokenizer, tmp_path, rows)
+    writer = start_writer(stream_job, 1)
     started = time.monotonic()
     writer.close()
     assert time.monotonic() - started < 2
-    assert not made.folder.lock.exists()
+    assert not stream_job.folder.lock.exists()
 
 
-def test_writer_when_the_tokenizer_cannot_be_read_there_then_says_so_in_one_line(
+def test_writer_when_the_tokenizer_cannot_be_unpickled_then_one_line(
     rows: Path, byte_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # type: ignore[no-untyped-def]
     import __main__
 
     class Named(type(byte_tokenizer)):  # type: ignore[misc]
-        """As if it were defined in a notebook."""
+        """A tokenizer class as if it were defined in a notebook."""
 
     Named.__module__, Named.__qualname__ = "__main__", "Named"
     monkeypatch.setattr(__main__, "Named", Named, raising=False)
@@ -288,25 +286,25 @@ def test_writer_when_the_tokenizer_cannot_be_read_there_then_says_so_in_one_line
 
 
 @pytest.mark.slow
-def test_writer_when_its_lock_was_taken_over_then_leaves_the_shards_to_the_other_and_waits(
+def test_writer_when_its_lock_is_taken_over_then_it_stops_writing_and_waits(
     rows: Path, expected: dict[str, bytes], byte_tokenizer, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
-    made = job(byte_tokenizer, tmp_path, rows)
-    with closing(begun(made, 2)) as writer:
-        until(lambda: num_shards(made) >= 2)
+    stream_job = job(byte_tokenizer, tmp_path, rows)
+    with closing(start_writer(stream_job, 2)) as writer:
+        until(lambda: num_shards(stream_job) >= 2)
         other = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": None, "id": "another"})
-        made.folder.lock.write_text(other)
+        stream_job.folder.lock.write_text(other)
         time.sleep(1)
-        before = content(made)
-        made.folder.request(EVERYTHING)
+        before = content(stream_job)
+        stream_job.folder.request(EVERYTHING)
         time.sleep(3)
         writer.check()
-        assert content(made) == before
-        assert not list(made.folder.train.glob(".*.tmp"))  # it has put its own away
-        assert made.folder.lock.read_text() == other
-        (made.folder.train / f".train_{len(before):05}.bin.dead.tmp").write_bytes(b"of a killed process")
-        made.folder.lock.unlink()
-        until(lambda: (made.folder.train / "manifest.json").exists())
-        until(lambda: not made.folder.lock.exists())
-    assert content(made) == expected
-    assert sorted(path.name for path in made.folder.path.rglob(".*")) == []
+        assert content(stream_job) == before
+        assert not list(stream_job.folder.train.glob(".*.tmp"))  # the writer has removed its temporary files
+        assert stream_job.folder.lock.read_text() == other
+        (stream_job.folder.train / f".train_{len(before):05}.bin.dead.tmp").write_bytes(b"of a killed process")
+        stream_job.folder.lock.unlink()
+        until(lambda: (stream_job.folder.train / "manifest.json").exists())
+        until(lambda: not stream_job.folder.lock.exists())
+    assert content(stream_job) == expected
+    assert sorted(path.name for path in stream_job.folder.path.rglob(".*")) == []
