@@ -1,6 +1,39 @@
 """llm-trainers: train a GPT-like model on text, and load it anywhere with `from_pretrained`.
 
-Nothing is imported here, so that `--help` and mistakes in a command line take little time.
+    from llm import TrainOptions, train
+
+`docs/python.md` shows how to use the package from Python. Nothing is imported here before it is used, so that `--help`
+and mistakes in a command line take little time.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm.config.errors import UserError as UserError
+    from llm.config.train_options import TrainOptions as TrainOptions
+    from llm.training.python_api import train as train
+    from llm.training.result import TrainResult as TrainResult
+
+__all__ = ["TrainOptions", "TrainResult", "UserError", "train"]
 __version__ = "0.1.0"
+
+_MODULES = {
+    "TrainOptions": "llm.config.train_options",
+    "TrainResult": "llm.training.result",
+    "UserError": "llm.config.errors",
+    "train": "llm.training.python_api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

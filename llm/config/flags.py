@@ -7,6 +7,7 @@ whose options are the top-level keys of the TOML file (the smaller commands).
 from __future__ import annotations
 
 import json
+import os
 import types
 from collections.abc import Mapping
 from contextlib import suppress
@@ -147,6 +148,14 @@ class Flag:
                 return value
         return value
 
+    def convert_python(self, value: Any) -> Any:
+        """Return a value of Python code in the type of the option: as in TOML; also tuples, paths and None."""
+        if value is None:
+            return None
+        if isinstance(value, list | tuple):
+            return self.convert_toml([_path_to_text(item) for item in value])
+        return self.convert_toml(_path_to_text(value))
+
 
 def flags_of(table: type[OptionGroup]) -> dict[str, Flag]:
     """Return every option of a table by name, in the order of the table.
@@ -175,6 +184,10 @@ def groups_of(table: type[OptionGroup]) -> dict[str, type[OptionGroup]]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, OptionGroup)
     }
     return groups or {"": table}
+
+
+def _path_to_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _flag(name: str, group: str, field: FieldInfo) -> Flag:

@@ -1,4 +1,4 @@
-"""Reading of a command line and a TOML file into options, with all mistakes reported at once.
+"""Reading of a command line, or keyword arguments, and a TOML file into options; all mistakes are reported at once.
 
 Precedence is default < `--config FILE.toml` < flag; of a repeated flag the last one counts.
 This is not argparse because argparse stops at the first mistake.
@@ -70,19 +70,26 @@ def read_options(table: type[T], argv: Sequence[str], *, prog: str, description:
     parsed_flags = parse_argv(argv, flags)
     _print_help_or_version(table, parsed_flags, prog=prog, description=description)
     mistakes = _Mistakes()
-    file_layer = _read_file(table, flags, parsed_flags, mistakes)
-    flag_layer = _read_flags(flags, parsed_flags, mistakes)
-    for name in flag_layer.values:
-        for other in set(flags[name].replaces) - set(flag_layer.values):
-            file_layer.values.pop(other, None)
-    merged: dict[str, Any] = {}
-    for layer in (file_layer, flag_layer):
-        _drop_wrong_values(table, flags, layer, mistakes)
-        merged |= layer.values
-    options = _build(table, flags, merged, mistakes)
-    if options is None or mistakes.lines:
-        raise UsageError("\n".join(dict.fromkeys(mistakes.lines)))
-    return options
+    files = [parsed.values[0] for parsed in parsed_flags if parsed.names == ("config",) and parsed.values]
+    file_layer = _read_file(table, flags, files[-1] if files else None, mistakes)
+    return _merge(table, flags, file_layer, _read_flags(flags, parsed_flags, mistakes), mistakes)
+
+
+def read_keywords(table: type[T], values: Mapping[str, object], *, config: str | None = None) -> T:
+    """Return the options of keyword arguments and a TOML file, by the rules of `read_options`.
+
+    Args:
+        table: a model made of groups, or a single group.
+        values: Python values by the name of the option; names are complete. Paths, lists and tuples are accepted.
+        config: name of the TOML file; None for none.
+
+    Raises:
+        UsageError: something is wrong; the message holds every mistake, one a line.
+    """
+    flags = flags_of(table)
+    mistakes = _Mistakes()
+    file_layer = _read_file(table, flags, config, mistakes)
+    return _merge(table, flags, file_layer, _read_values(flags, values, mistakes), mistakes)
 
 
 def version_line() -> str:
@@ -172,17 +179,29 @@ def _read_plain_words(flags: Mapping[str, Flag], words: list[str], layer: _Layer
         mistakes.add(f"{_quote_word(word)}: unexpected word; {hint}", guess)
 
 
+# Keyword arguments
+
+
+def _read_values(flags: Mapping[str, Flag], values: Mapping[str, object], mistakes: _Mistakes) -> _Layer:
+    layer = _Layer()
+    for name, value in values.items():
+        if name in flags:
+            layer.values[name] = flags[name].convert_python(value)
+            layer.quotes[name] = f"{name}={'***' if flags[name].secret else _shorten(repr(value))}"
+        else:
+            guess = closest_match(name, flags)
+            hint = f"did you mean {guess}?" if guess else "the names are those of the command line; see its --help"
+            mistakes.add(f"{name}: unknown option; {hint}", guess)
+    return layer
+
+
 # The TOML file
 
 
-def _read_file(
-    table: type[OptionGroup], flags: Mapping[str, Flag], parsed_flags: Sequence[ParsedFlag], mistakes: _Mistakes
-) -> _Layer:
+def _read_file(table: type[OptionGroup], flags: Mapping[str, Flag], file: str | None, mistakes: _Mistakes) -> _Layer:
     layer = _Layer()
-    files = [parsed.values[0] for parsed in parsed_flags if parsed.names == ("config",) and parsed.values]
-    if not files:
+    if file is None:
         return layer
-    file = files[-1]
     groups = groups_of(table)
     for key, value in _load_toml(file, mistakes).items():
         if "" in groups:
@@ -253,7 +272,29 @@ def _read_key(
         layer.quotes[key] = f"{file}: {full_key} = {shown}"
 
 
-# Both
+# All sources
+
+
+def _merge(
+    table: type[T], flags: Mapping[str, Flag], file_layer: _Layer, given_layer: _Layer, mistakes: _Mistakes
+) -> T:
+    """Return the options of the file and of the flags or keyword arguments, which take precedence.
+
+    Raises:
+        UsageError: something is wrong; the message holds every mistake, one a line.
+    """
+    for name, value in given_layer.values.items():
+        if value is not None:
+            for other in set(flags[name].replaces) - set(given_layer.values):
+                file_layer.values.pop(other, None)
+    merged: dict[str, Any] = {}
+    for layer in (file_layer, given_layer):
+        _drop_wrong_values(table, flags, layer, mistakes)
+        merged |= layer.values
+    options = _build(table, flags, merged, mistakes)
+    if options is None or mistakes.lines:
+        raise UsageError("\n".join(dict.fromkeys(mistakes.lines)))
+    return options
 
 
 def _drop_wrong_values(table: type[OptionGroup], flags: Mapping[str, Flag], layer: _Layer, mistakes: _Mistakes) -> None:

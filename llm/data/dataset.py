@@ -27,7 +27,7 @@ from llm.data.preparation.progress_bar import text_progress_bar
 from llm.data.shards.document_starts import StartsAfterEos
 from llm.data.shards.external_formats import is_token_file, open_external_folder, open_files
 from llm.data.shards.format import SplitTokens, TokenizedText, TokenizerMismatchError, is_folder_of_shards, open_folder
-from llm.data.sources.corpus import open_corpus
+from llm.data.sources.corpus import Corpus, open_corpus
 from llm.data.sources.files import resolve_folder
 from llm.distributed.world import World
 from llm.hub.connection import detect, names_on_hub, unreachable_line
@@ -235,27 +235,32 @@ def _lookup(table: npt.NDArray[np.int32], ids: npt.NDArray[Any]) -> npt.NDArray[
     return num_bytes
 
 
-def prepare_dataset(options: Options, world: World) -> PreparedDataset:
+def prepare_dataset(
+    options: Options,
+    world: World,
+    *,
+    corpus: Corpus | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreparedDataset:
     """Open the corpus, load or train the tokenizer, and tokenize what is not cached; or open token shards.
 
     Run it inside `World.main_first`: rank 0 fills the caches and the other ranks read them. Therefore
     `--overwrite_cache` applies to rank 0 only.
 
+    Args:
+        options: of the run.
+        world: the processes of the run.
+        corpus: the text; None: the options name it.
+        tokenizer: encodes the text; None: the options name it.
+
     Raises:
         UserError: the text or the tokenizer is missing or is not of the kind that the options state.
     """
     if options.data.train_dir or any(map(is_token_file, options.data.train_file or ())):
-        return _open_tokens(options)
+        return _open_tokens(options, tokenizer)
     cache_dir = Path(constants.HF_HOME) / "llm"
-    corpus = open_corpus(options.data)
-    tokenizer = load_tokenizer(
-        options.tokenizer,
-        options.model,
-        # Held-out characters are included: a character without an id could be neither predicted nor measured.
-        texts=lambda: corpus.texts(include_validation=options.tokenizer.tokenizer_name == CHARACTERS),
-        corpus_fingerprint=corpus.fingerprint,
-        cache_dir=cache_dir,
-    )
+    corpus = open_corpus(options.data) if corpus is None else corpus
+    tokenizer = _tokenizer_of_text(options, corpus, cache_dir) if tokenizer is None else tokenizer
     identity = tokenizer_hash(tokenizer)
     with text_progress_bar() as on_progress:
         text = load_or_tokenize(
@@ -270,12 +275,23 @@ def prepare_dataset(options: Options, world: World) -> PreparedDataset:
     return PreparedDataset(corpus.name, tokenizer, identity, text)
 
 
-def _open_tokens(options: Options) -> PreparedDataset:
+def _tokenizer_of_text(options: Options, corpus: Corpus, cache_dir: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(
+        options.tokenizer,
+        options.model,
+        # Held-out characters are included: a character without an id could be neither predicted nor measured.
+        texts=lambda: corpus.texts(include_validation=options.tokenizer.tokenizer_name == CHARACTERS),
+        corpus_fingerprint=corpus.fingerprint,
+        cache_dir=cache_dir,
+    )
+
+
+def _open_tokens(options: Options, tokenizer: PreTrainedTokenizerBase | None) -> PreparedDataset:
     """Open text that is tokenized already: folders of shards or token files, also those of other programs."""
     data = options.data
     weighted = parse_weighted_dirs(data.train_dir or ())
     folders = [resolve_folder(entry.name, "--train_dir") for entry in weighted]
-    tokenizer = _tokenizer_of_tokens(options, folders)
+    tokenizer = _tokenizer_of_tokens(options, folders) if tokenizer is None else tokenizer
     # With --validation_dir nothing of --train_dir is held out.
     percentage = 0 if data.validation_dir is not None else data.validation_split_percentage
     reader = _TokenReader(tokenizer, tokenizer_hash(tokenizer), vocabulary_size(tokenizer), data.document_mask)

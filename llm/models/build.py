@@ -181,7 +181,7 @@ def _folder_of(source: str) -> Path | None:
 
 
 def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Resize the embeddings to the length of the tokenizer, and replace special ids that lie beyond it."""
+    """Resize the embeddings to the length of the tokenizer, and fit the special ids."""
     embeddings: Any = model.get_input_embeddings()
     num_rows: int = embeddings.weight.shape[0]
     if num_rows != len(tokenizer):
@@ -190,6 +190,11 @@ def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         num_added = len(tokenizer) - num_rows
         change = f"{num_added} new rows" if num_added > 0 else f"{-num_added} rows without a token dropped"
         log.info("embeddings: resized from %d rows to the %d of the tokenizer (%s)", num_rows, len(tokenizer), change)
+    fit_special_ids(model, tokenizer)
+
+
+def fit_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Replace, in place, special ids of the configurations that lie beyond the tokenizer by those of the tokenizer."""
     special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for settings in (model.config.get_text_config(decoder=True), model.generation_config):
         for name, token_id in special_ids.items():

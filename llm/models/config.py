@@ -111,6 +111,16 @@ def context_limit(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase |
     return min(limits, default=UNLIMITED)
 
 
+def is_same_vocabulary(vocab_size: int, num_tokens: int) -> bool:
+    """Return whether `vocab_size` rows of embeddings can be those of a tokenizer of `num_tokens` tokens.
+
+    The rows may be padded, and a tokenizer may have a few added tokens.
+    """
+    difference = vocab_size - num_tokens
+    is_padding = 0 <= difference <= MAX_PADDING and vocab_size % 64 == 0
+    return is_padding or abs(difference) <= min(MAX_PADDING, vocab_size // 20)
+
+
 def parse_overrides(text: str, config: PretrainedConfig) -> dict[str, Any]:
     """Return `n_layer=4,n_embd=128` as a dictionary; each value has the type of the configuration's current value.
 
@@ -270,11 +280,7 @@ def _requested_vocab_size(options: ModelOptions, config: PretrainedConfig) -> in
 def _require_same_vocabulary(name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer of another origin whose length does not match the weights."""
     vocab_size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
-    if vocab_size is None or tokenizer.name_or_path == name:
-        return
-    difference = vocab_size - len(tokenizer)
-    is_padding = 0 <= difference <= MAX_PADDING and vocab_size % 64 == 0
-    if is_padding or abs(difference) <= min(MAX_PADDING, vocab_size // 20):
+    if vocab_size is None or tokenizer.name_or_path == name or is_same_vocabulary(vocab_size, len(tokenizer)):
         return
     raise UserError(
         f"vocabulary mismatch: the weights of {name} have {vocab_size} tokens, the tokenizer has {len(tokenizer)}; "

@@ -31,7 +31,7 @@ class RunFacts:
 
     Attributes:
         name: name of the run, the heading of the card.
-        command: command line that made the model, without secrets.
+        command: command line, or call of `llm.train`, that made the model, without secrets.
         architecture: class of the model, such as ``GPT2LMHeadModel``.
         model_type: type of the model in transformers, such as ``gpt2``.
         num_parameters: number of parameters; shared weights are counted once.
@@ -106,7 +106,7 @@ def model_card(facts: RunFacts, *, repo_id: str | None = None) -> str:
         "## Training",
         _table(("fact", "value"), _training_rows(facts)),
         "The command:",
-        _code_block("bash", facts.command),
+        _code_block("python" if facts.command.startswith("train(") else "bash", facts.command),
         *_optional_table("### Hyperparameters", ("option", "value"), facts.hyperparameters),
         *_optional_table("### Versions", ("library", "version"), facts.versions),
         "## Limits",

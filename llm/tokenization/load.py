@@ -191,14 +191,27 @@ def _from_name(flag: str, name: str, trust_remote_code: bool) -> PreTrainedToken
             f"{flag} {name}: no tokenizer there (no tokenizer.json, vocab.json or tokenizer.model); {_fix(flag)}"
         )
     tokenizer: PreTrainedTokenizerBase = loaded
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= len(tokenizer):
-        raise UserError(
-            f"{flag} {name}: its ids have gaps (the highest is {highest}, but there are {len(tokenizer)} tokens), "
-            "so tables of the tokenizer's length cannot hold them; name another"
-        )
+    require_dense_ids(f"{flag} {name}", tokenizer)
     log.info("tokenizer: %s, %d tokens", name, len(tokenizer))
     return tokenizer
+
+
+def require_dense_ids(origin: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that every id is below the length of the tokenizer.
+
+    Args:
+        origin: the tokenizer's name in the message.
+        tokenizer: the tokenizer.
+
+    Raises:
+        UserError: the ids have gaps.
+    """
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= len(tokenizer):
+        raise UserError(
+            f"{origin}: its ids have gaps (the highest is {highest}, but there are {len(tokenizer)} tokens), "
+            "so tables of the tokenizer's length cannot hold them; name another"
+        )
 
 
 def _name_error(flag: str, name: str, error: Exception) -> UserError:

@@ -49,8 +49,13 @@ def build_language_model(
         UserError: as `build_model`, or the model cannot keep documents apart although `--document_mask` asks for it.
     """
     model, origin = build_model(model_options, config, tokenizer)
-    log.info("weights: %s (%s parameters)", origin, f"{model.num_parameters():,}")
+    log_weights(model, origin)
     return prepare_language_model(model, options, compute, plan, keep_attention=model_options.attn_implementation)
+
+
+def log_weights(model: PreTrainedModel, origin: str) -> None:
+    """Log where the weights of a model come from, and how many parameters it has."""
+    log.info("weights: %s (%s parameters)", origin, f"{model.num_parameters():,}")
 
 
 def prepare_language_model(

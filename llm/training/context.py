@@ -39,6 +39,7 @@ class RunContext:
         saver: writes checkpoints; on rank 0 of a run with a folder, None elsewhere.
         stop: whether this process was asked to stop.
         watchdog: knows what the run is doing.
+        base_model: Hub name, folder or description of the weights that are trained further; None: random ones.
     """
 
     options: Options
@@ -55,3 +56,4 @@ class RunContext:
     saver: AsyncSaver | None
     stop: StopRequest
     watchdog: Watchdog
+    base_model: str | None

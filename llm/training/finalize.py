@@ -184,7 +184,7 @@ def _facts(context: RunContext, results: dict[str, Any], command: str) -> RunFac
         data_hash=results["data_hash"],
         num_steps=results["step"],
         num_tokens=results["tokens"],
-        base_model=options.model.model_name_or_path,
+        base_model=context.base_model,
         hub_dataset=data.dataset_name if from_hub and not Path(str(data.dataset_name)).exists() else None,
         tokenizer=options.tokenizer.tokenizer_name or tokenizer.name_or_path or None,
         vocab_size=len(tokenizer),

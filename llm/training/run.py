@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llm.config.errors import Stopped
 from llm.config.options import Options
@@ -20,9 +20,10 @@ from llm.data.streaming.dataset import open_dataset as open_named_dataset
 from llm.distributed.world import World
 from llm.hub.connection import come_online
 from llm.hub.push import check_hub_access
-from llm.models.config import context_limit, load_config, read_config
+from llm.models.config import context_limit
+from llm.models.language_model import LanguageModel
 from llm.training.accelerator import Compute, restore_process, start_compute
-from llm.training.build import build_language_model, build_updater
+from llm.training.build import build_updater, prepare_language_model
 from llm.training.callbacks.checkpointing import CheckpointingCallback
 from llm.training.callbacks.evaluation import EvaluationCallback
 from llm.training.callbacks.metrics import MetricsCallback
@@ -33,8 +34,10 @@ from llm.training.checkpoints.store import set_aside
 from llm.training.context import RunContext
 from llm.training.estimates import dry_run_lines, require_disk_space
 from llm.training.finalize import finish
+from llm.training.initial_model import InitialModel, NamedModel
 from llm.training.loop import Callback, run_updates
 from llm.training.plan import Plan, check_training, choose_block_size, plan_run, plan_schedule, resolve_options
+from llm.training.result import TrainResult
 from llm.training.run_dir.console import ProgressBar, setup_logging, teardown_logging
 from llm.training.run_dir.folder import RunDirectory, claim_run_dir
 from llm.training.run_dir.trackers import Tracking, choose_trackers
@@ -69,30 +72,14 @@ class OpenDataset(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended.
-
-    Attributes:
-        exit_code: 0 when all updates were made, 75 when a signal or a deadline stopped the run after saving it.
-        output_dir: the run's folder, which `from_pretrained` loads when the exit code is 0; None if nothing was kept.
-        step: finished updates.
-        train_loss: nats a token over the updates of the newest record; None before the first.
-        eval_loss: nats a token of the newest evaluation; None before the first.
-        best_eval_loss: the lowest of all evaluations; None before the first.
-    """
-
-    exit_code: int
-    output_dir: Path | None = None
-    step: int = 0
-    train_loss: float | None = None
-    eval_loss: float | None = None
-    best_eval_loss: float | None = None
-
-
 def train(
-    options: Options, *, command: str, started: float | None = None, open_dataset: OpenDataset = open_named_dataset
-) -> RunResult:
+    options: Options,
+    *,
+    command: str,
+    started: float | None = None,
+    open_dataset: OpenDataset = open_named_dataset,
+    initial_model: InitialModel | None = None,
+) -> TrainResult:
     """Train a model as the options say.
 
     Args:
@@ -100,6 +87,7 @@ def train(
         command: the command line that made them, without secrets; goes into the model card.
         started: when the process began, in seconds since the epoch: `--max_time` counts from there; now when None.
         open_dataset: opens the text of the run; by default that which the options name.
+        initial_model: the model that the run starts with; None: the options name it.
 
     Raises:
         UserError: something outside the program is wrong; its message is one line.
@@ -118,14 +106,15 @@ def train(
             if run_dir is not None and not options.output.dry_run:
                 options = as_restarted(options, run_dir.checkpoints)
                 stack.enter_context(claim_run_dir(run_dir, options, world, stop.interruptible))
-            result = _Run(options, command, compute, run_dir, stop, watchdog, open_dataset).make(stack)
+            model = NamedModel() if initial_model is None else initial_model
+            result = _Run(options, command, compute, run_dir, stop, watchdog, open_dataset, model).make(stack)
         compute.release()
         return result
     except Stopped as stopped:
         # Before the first update, on all ranks; later stops are handled by the run itself.
         log.info("stopped by %s before an update was made", stopped)
         compute.release()
-        return RunResult(EXIT_STOPPED, run_dir.path if run_dir is not None else None)
+        return TrainResult(EXIT_STOPPED, run_dir.path if run_dir is not None else None)
     finally:
         # Leave the process as it was: a notebook, or the next run in it, may need the Hub and a failed run's memory.
         restore_process()
@@ -144,8 +133,9 @@ class _Run:
     stop: StopRequest
     watchdog: Watchdog
     open_dataset: OpenDataset
+    initial_model: InitialModel
 
-    def make(self, stack: ExitStack) -> RunResult:
+    def make(self, stack: ExitStack) -> TrainResult:
         """Make the run in its order: checkpoint, text, plan, model, updates, end."""
         options = self.options
         world = self.compute.world
@@ -160,14 +150,15 @@ class _Run:
         options = start.with_global_batch(options)
         self.compute.use_checkpoint_precision(start.precision)
         # Before the text is read: names, overrides and a block beyond the model are known from one small file.
-        limit = context_limit(read_config(start.model))
+        early_config = self.initial_model.read_config(start)
+        limit = context_limit(early_config)
         choose_block_size(options.data.block_size, limit, limit)
         check_training(options, num_ranks=world.size)
-        kfac_bytes(read_config(start.model), options.kfac)  # refuses a model that K-FAC has no layer of
+        kfac_bytes(early_config, options.kfac)  # refuses a model that K-FAC has no layer of
         with self.watchdog.phase("the text"):
             revision = start.dataset_revision(options.data.dataset_name)
             dataset = stack.enter_context(self.open_dataset(options, world, revision, self.stop))
-        config = load_config(start.model, dataset.tokenizer)
+        config = self.initial_model.load_config(start, dataset.tokenizer)
         block_size = choose_block_size(options.data.block_size, limit, context_limit(config, dataset.tokenizer))
         document_mask = options.data.document_mask
         blocks, validation = dataset.blocks(block_size, document_mask=document_mask)
@@ -178,14 +169,13 @@ class _Run:
         _log_lines(*dataset.opening_lines(blocks, num_samples=plan.num_samples, document_mask=document_mask), str(plan))
         if options.output.dry_run:
             _log_lines(*dry_run_lines(config, plan, options.optimizer, schedule, options.output, options.kfac))
-            return RunResult(EXIT_DONE)
+            return TrainResult(EXIT_DONE)
 
         if run_dir is not None:
             world.run_on_main(lambda: _require_disk_space(run_dir, config, options, start))
         seed_weights(start.seed)
         with self.watchdog.phase("the model"), self.stop.interruptible():
-            model = build_language_model(options, start.model, config, dataset.tokenizer, self.compute, plan)
-            start.load_weights(model.model)
+            model = self._build(start, config, dataset.tokenizer, plan)
         updater = build_updater(options, self.compute, model, schedule, plan)
         _log_lines(*updater.summary())
         state = start.resume(updater)
@@ -206,12 +196,25 @@ class _Run:
             saver=_saver(options, run_dir) if world.is_main else None,
             stop=self.stop,
             watchdog=self.watchdog,
+            base_model=self.initial_model.base_model(options.model),
         )
         context.tracking.start(trackers, options, first_step=state.step)
-        return _train_and_finish(context, self.command)
+        result = _train_and_finish(context, self.command)
+        self.initial_model.receive(updater.full_weights(), world)
+        return result
+
+    def _build(
+        self, start: Start, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, plan: Plan
+    ) -> LanguageModel:
+        """Build the model on the CPU, with the weights that the run starts with."""
+        model = self.initial_model.build(start, config, tokenizer)
+        attention = start.model.attn_implementation
+        language_model = prepare_language_model(model, self.options, self.compute, plan, keep_attention=attention)
+        start.load_weights(model)
+        return language_model
 
 
-def _train_and_finish(context: RunContext, command: str) -> RunResult:
+def _train_and_finish(context: RunContext, command: str) -> TrainResult:
     """Make the remaining updates, then what follows the last one, or what follows a stop."""
     state = context.state
     evaluation = EvaluationCallback(context)
@@ -232,13 +235,16 @@ def _train_and_finish(context: RunContext, command: str) -> RunResult:
             pass  # an evaluation was stopped, on all ranks
         if exit_code == EXIT_STOPPED:
             checkpointing.stop()
-    return RunResult(
+    return TrainResult(
         exit_code=exit_code,
         output_dir=context.run_dir.path if context.run_dir is not None else None,
         step=state.step,
+        tokens=state.tokens,
         train_loss=state.train_loss,
         eval_loss=state.eval_loss,
         best_eval_loss=state.best_eval_loss,
+        perplexity=evaluation.newest.perplexity if evaluation.newest is not None else None,
+        bits_per_byte=evaluation.newest.bits_per_byte if evaluation.newest is not None else None,
     )
 
 

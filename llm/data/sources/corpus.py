@@ -160,7 +160,7 @@ def _python_corpus(options: DataOptions) -> Corpus:
     percentage = options.validation_split_percentage
     train, validation = python_library.open_python_library(percentage)
     identity = [train.identity, validation.identity if validation else None]
-    return _make_corpus(options, python_library.NAME, train, validation, identity)
+    return make_corpus(options, python_library.NAME, train, validation, identity)
 
 
 def _files_corpus(options: DataOptions, train_file: tuple[str, ...]) -> Corpus:
@@ -194,7 +194,7 @@ def _corpus_of_files(
     def source(files: tuple[TextFile, ...]) -> FileSource:
         return FileSource(files, options.text_column, not options.no_keep_linebreaks)
 
-    corpus = _make_corpus(
+    corpus = make_corpus(
         options,
         name,
         source(train),
@@ -213,12 +213,21 @@ def _table_corpus(options: DataOptions, name: str, splits: Mapping[str, Any]) ->
     sources = {split: table_source(name, table, options.text_column) for split, table in tables.items()}
     # The fingerprint that `datasets` gives a table: a hash of its origin and of all changes to it.
     identity = {split: table._fingerprint for split, table in tables.items()}
-    return _make_corpus(options, name, sources["train"], sources.get("validation"), identity)
+    return make_corpus(options, name, sources["train"], sources.get("validation"), identity)
 
 
-def _make_corpus(
+def make_corpus(
     options: DataOptions, name: str, train: TextSource, validation: TextSource | None, identity: object
 ) -> Corpus:
+    """Make a corpus of two sources.
+
+    Args:
+        options: the percentage to hold out, and what else decides the text.
+        name: the text's name in messages.
+        train: the text for training, or the whole text.
+        validation: separate validation text; None if there is none.
+        identity: a JSON value that changes when the text of the sources may have changed.
+    """
     percentage = 0 if validation is not None else options.validation_split_percentage
     key = [_FORMAT, identity, options.text_column, options.no_keep_linebreaks, percentage]
     fingerprint = blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()

@@ -91,7 +91,7 @@ def rows_to_documents(rows: Iterable[object], skipped: Skipped) -> Iterator[Text
     """
     is_running = False
     for row in rows:
-        reason = _skip_reason(row)
+        reason = skip_reason(row)
         if reason is not None:
             skipped[reason] += 1
             continue
@@ -108,8 +108,8 @@ def rows_to_documents(rows: Iterable[object], skipped: Skipped) -> Iterator[Text
         yield TextChunk("", ends=True)
 
 
-def _skip_reason(row: object) -> str | None:
-    """Return the reason for skipping a row, or None if the row is text."""
+def skip_reason(row: object) -> str | None:
+    """Return the reason for skipping a row, such as `empty`, or None if the row is text."""
     if row is None:
         return "null"
     if isinstance(row, bytes):
