@@ -30,7 +30,7 @@ from llm.training.callbacks.metrics import MetricsCallback
 from llm.training.callbacks.sampling import SamplingCallback
 from llm.training.checkpoints.async_saver import AsyncSaver
 from llm.training.checkpoints.resume import Start, as_restarted, choose_start
-from llm.training.checkpoints.store import set_aside
+from llm.training.checkpoints.store import abandon_newer
 from llm.training.context import RunContext
 from llm.training.estimates import dry_run_lines, require_disk_space
 from llm.training.finalize import finish
@@ -353,7 +353,7 @@ def _begin(run_dir: RunDirectory, options: Options, start: Start, state: TrainSt
     """Write the resolved options and the status, and move checkpoints beyond this start's out of the way."""
     run_dir.require_lock()
     if start.checkpoint is not None:
-        set_aside(run_dir.checkpoints, state.step)
+        abandon_newer(run_dir.checkpoints, state.step)
     run_dir.begin(options, fresh=start.checkpoint is None)
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: complete `from_pretrained` folders with everything that the next update depends on.
 
-A checkpoint is written into a temporary folder, its manifest (sizes and hashes) last, and takes its name
-by one rename, so that it is finished or does not exist. Safetensors and JSON only; nothing is pickled.
+A checkpoint is written into a temporary folder, its manifest (sizes and hashes) last, and gets its name by one rename:
+it is finished or does not exist. It consists of safetensors and JSON files; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from llm.training.checkpoints.layout import (
     eval_loss,
     external_optimizer,
     is_external,
-    left_alone,
     read_state,
     reasons_and_loss,
     saved_steps,
+    unmanaged_paths,
 )
 
 log = logging.getLogger(__name__)
 
-# Why a checkpoint was saved decides how long it is kept: those that --save_total_limit counts, and those of
-# which the newest few are.
+# The reasons for a save decide how long the checkpoint is kept. --save_total_limit counts the regular ones; of the
+# rolling ones the newest _NUM_ROLLING are kept.
 _REGULAR = frozenset({"regular", "end"})
 _ROLLING = frozenset({"timed", "asked", "stop"})
 _NUM_ROLLING = 2
-_NUM_NAMED = 5
+_NUM_LISTED = 5
 
 
 class NotFiniteError(UserError):
-    """The weights are not numbers any more: such a checkpoint would only be taken for the newest good one."""
+    """A weight is nan or inf; the checkpoint is not written, because a resume would take it for the newest good one."""
 
 
 class CheckpointReader:
@@ -72,7 +72,7 @@ class CheckpointReader:
         }
 
     def read(self, name: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Tensor:
-        """Return a tensor, or a slice of it, in the saved dtype on the CPU; `StateReader.read` has the arguments."""
+        """Return a tensor in the saved dtype on the CPU, or its slice with this offset and shape; see `StateReader`."""
         if offset is None or shape is None or not self.shapes[name]:
             tensor: Tensor = self._file.get_tensor(name)
             return tensor
@@ -83,13 +83,13 @@ class CheckpointReader:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A good checkpoint on disk.
+    """A verified checkpoint on disk.
 
     Attributes:
         path: its folder, which `from_pretrained` loads.
         step: finished updates.
-        state: what `save` was given: `progress`, `plan`, `identity`, `updater`, `mixed_precision`, `reasons`,
-            `world`.
+        state: content of training_state.json: `progress`, `plan`, `identity`, `updater`, `mixed_precision`, `reasons`,
+            `world`, `step`, `version`.
     """
 
     path: Path
@@ -98,7 +98,7 @@ class Checkpoint:
 
     @property
     def eval_loss(self) -> float:
-        """Nats a token of the evaluation of these very weights; inf if they were not evaluated."""
+        """Evaluation loss of exactly these weights, in nats a token; inf if they were not evaluated."""
         return eval_loss(self.state)
 
     def updater_state(self) -> CheckpointReader:
@@ -123,25 +123,25 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Path:
-    """Writes `folder/step_N`; returns when it is durable.
+    """Write `folder/step_N`, and return its path when it is durable.
 
     Args:
         folder: the run's `checkpoints/`.
         step: finished updates.
-        model: how transformers saves the weights; its own may have moved on since.
-        tokenizer: saved beside it.
-        weights: the model's at that step, of any shape and dtype, on the CPU, each at least under its first name.
-        tensors: the updater's by name, of any shape and dtype, on the CPU.
-        state: everything else, as JSON holds it.
+        model: its class and configuration are used, not its weights, which a later update may have changed.
+        tokenizer: saved in the same folder.
+        weights: the model's weights at that step, any shape and dtype, on the CPU, each at least under its first name.
+        tensors: the updater's tensors by name, any shape and dtype, on the CPU.
+        state: everything else, as values that JSON holds.
 
     Raises:
-        NotFiniteError: a weight is not a number; nothing is written.
-        UserError: the disk is full or the folder cannot be written; older checkpoints are as they were.
+        NotFiniteError: a weight is nan or inf; nothing is written.
+        UserError: the disk is full or the folder cannot be written; older checkpoints are unchanged.
     """
     path = folder / f"step_{step}"
     bad = [name for name, tensor in weights.items() if tensor.is_floating_point() and not _is_finite(tensor)]
     if bad:
-        raise NotFiniteError(f"step {step} is not saved: {bad[0]} is not finite; the older checkpoints stay")
+        raise NotFiniteError(f"step {step} is not saved: {bad[0]} is not finite; the older checkpoints are kept")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_folder(path) as temporary:
@@ -153,103 +153,125 @@ def save_checkpoint(
             write_manifest(temporary)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"checkpoint {path} cannot be written ({error}); make room: the older ones are whole"
+            f"checkpoint {path} cannot be written ({error}); make room; the older checkpoints are complete"
         ) from error
     return path
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # The largest and the smallest say it without a second tensor in memory.
+    # nan and inf show in the minimum and maximum, which need no second tensor of this size in memory.
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
-def set_aside(folder: Path, step: int) -> None:
-    """Moves what lies beyond update `step` into `folder/abandoned`: the run goes on from there, on a branch of its own.
+def abandon_newer(folder: Path, step: int) -> None:
+    """Move the checkpoints of later updates than `step` into `folder/abandoned`: the run continues from `step`.
 
-    Left in place, they would be taken for newer than what this start saves, by a resume and by `superseded`. What
-    stays, and is no checkpoint of ours or too damaged to be one, is named: no run removes it.
+    If they stayed, a resume and `superseded` would take them for newer than the checkpoints of this start. The log
+    names what else is in the folder, damaged or not this run's: no run removes it.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        step: the update that this start continues from.
     """
-    for beyond, path in saved_steps(folder):
-        if beyond > step:
-            aside = folder / ABANDONED / path.name
-            aside.parent.mkdir(exist_ok=True)
-            earlier = ", in the place of an earlier one, which is removed" if aside.exists() else ""
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            told = (path.name, step, aside, earlier)
-            log.warning("checkpoint %s is beyond step %d, where this run goes on: moved to %s%s", *told)
-    if others := left_alone(folder):
-        names = ", ".join(path.name for path in others[:_NUM_NAMED]) + ", ..." * (len(others) > _NUM_NAMED)
-        log.info("in %s, damaged or not this run's, and removed by no run: %s", folder, names)
+    for later_step, path in saved_steps(folder):
+        if later_step > step:
+            destination = folder / ABANDONED / path.name
+            destination.parent.mkdir(exist_ok=True)
+            replaced = ", replacing an earlier one" if destination.exists() else ""
+            shutil.rmtree(destination, ignore_errors=True)
+            path.rename(destination)
+            log.warning(
+                "checkpoint %s is later than step %d, from which this run continues: moved to %s%s",
+                path.name,
+                step,
+                destination,
+                replaced,
+            )
+    unmanaged = unmanaged_paths(folder)
+    if unmanaged:
+        names = ", ".join(path.name for path in unmanaged[:_NUM_LISTED])
+        more = ", ..." if len(unmanaged) > _NUM_LISTED else ""
+        log.info("in %s, damaged or not this run's, and removed by no run: %s%s", folder, names, more)
 
 
 def superseded(folder: Path, limit: int | None) -> list[Path]:
-    """The checkpoints that nobody needs any more.
+    """Return the checkpoints that can be removed, oldest first.
 
-    Kept are: the newest one; of the regular saves (`--checkpointing_steps`, and the run's end) the newest
+    Kept are: the newest checkpoint; of the regular saves (`--checkpointing_steps`, and the run's end) the newest
     `limit`, or all; of the others (by the clock, on request, at a stop) the newest two; and the one with the
-    lowest evaluation loss. What cannot be read, or is another program's, is left for its owner to see.
+    lowest evaluation loss. Unreadable checkpoints and those of other programs are never returned.
+
+    Args:
+        folder: the run's `checkpoints/`.
+        limit: number of regular checkpoints to keep; None keeps all.
     """
-    found = [(path, *facts) for _, path in saved_steps(folder) if (facts := reasons_and_loss(path)) is not None]
-    regular = [path for path, reasons, _ in found if reasons & _REGULAR]
-    rolling = [path for path, reasons, _ in found if reasons & _ROLLING and not reasons & _REGULAR]
-    measured = [(loss, path) for path, _, loss in found if math.isfinite(loss)]
-    kept = {path for path, *_ in found[-1:]}
-    kept |= set(regular if limit is None else regular[-limit:]) | set(rolling[-_NUM_ROLLING:])
-    if measured:
-        kept.add(min(measured)[1])
-    return [path for path, *_ in found if path not in kept]
+    checkpoints = [(path, *facts) for _, path in saved_steps(folder) if (facts := reasons_and_loss(path)) is not None]
+    regular = [path for path, reasons, _ in checkpoints if reasons & _REGULAR]
+    rolling = [path for path, reasons, _ in checkpoints if reasons & _ROLLING and not reasons & _REGULAR]
+    evaluated = [(loss, path) for path, _, loss in checkpoints if math.isfinite(loss)]
+    kept = {path for path, *_ in checkpoints[-1:]}
+    kept.update(regular if limit is None else regular[-limit:])
+    kept.update(rolling[-_NUM_ROLLING:])
+    if evaluated:
+        kept.add(min(evaluated)[1])
+    return [path for path, *_ in checkpoints if path not in kept]
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint, first its name: a kill in between leaves none that is half there."""
-    gone = path.with_name(f".{path.name}.gone")
-    path.rename(gone)
-    shutil.rmtree(gone)
+    """Remove a checkpoint; rename it first, so that a kill in between leaves no incomplete one under its name."""
+    hidden = path.with_name(f".{path.name}.gone")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
 
 
-def find_checkpoint(asked: bool | str, folder: Path | None) -> Checkpoint | ExternalCheckpoint | None:
-    """The checkpoint that `--resume_from_checkpoint` names.
+def find_checkpoint(requested: bool | str, folder: Path | None) -> Checkpoint | ExternalCheckpoint | None:
+    """Return the checkpoint that `--resume_from_checkpoint` names.
 
-    A bare flag takes the newest good one of the run's own folder, saying which newer ones are damaged; it
-    is None when nothing was saved yet. `latest` and `best` insist on one; anything else is a path.
+    Args:
+        requested: False: none. True (the bare flag): the newest good checkpoint in `folder`, or None if nothing was
+            saved yet; the log names newer ones that are damaged. `latest` or `best`: that checkpoint in `folder`, which
+            must exist. Anything else: a path.
+        folder: the run's `checkpoints/`; None where nothing is kept.
 
     Raises:
-        UserError: what was insisted on is missing or damaged.
+        UserError: the requested checkpoint is missing or damaged.
     """
-    if asked is False:
+    if requested is False:
         return None
-    if asked is not True and asked not in ("latest", "best"):
-        return open_checkpoint(Path(str(asked)).expanduser())
+    if requested is not True and requested not in ("latest", "best"):
+        return open_checkpoint(Path(str(requested)).expanduser())
     if folder is None:
-        if asked is True:
+        if requested is True:
             return None
-        raise UserError(f"--resume_from_checkpoint {asked} looks into --output_dir, and none was given")
-    good = _good_ones(folder, all_of_them=asked == "best")
-    if asked == "best":
-        good = sorted((c for c in good if math.isfinite(c.eval_loss)), key=lambda c: c.eval_loss)
-    if not good and asked is not True:
-        raise UserError(f"--resume_from_checkpoint {asked}: there is no such checkpoint in {folder}")
+        raise UserError(f"--resume_from_checkpoint {requested} needs --output_dir, which was not given")
+    good = _good_checkpoints(folder, newest_only=requested != "best")
+    if requested == "best":
+        evaluated = [checkpoint for checkpoint in good if math.isfinite(checkpoint.eval_loss)]
+        good = sorted(evaluated, key=lambda checkpoint: checkpoint.eval_loss)
+    if not good and requested is not True:
+        raise UserError(f"--resume_from_checkpoint {requested}: there is no such checkpoint in {folder}")
     if not good and saved_steps(folder):
-        # A fresh run would remove them, and what can still be saved of them.
+        # A fresh run would remove the damaged ones, and with them what could still be recovered.
         raise UserError(
             f"--resume_from_checkpoint: none of the checkpoints in {folder} is good; name another one, or "
-            "begin anew with --overwrite_output_dir and without --resume_from_checkpoint"
+            "start from scratch with --overwrite_output_dir and without --resume_from_checkpoint"
         )
     return good[0] if good else None
 
 
 def open_checkpoint(path: Path) -> Checkpoint | ExternalCheckpoint:
-    """Verifies every byte of a checkpoint; of another program's, which has no hashes, that it can be read.
+    """Open the checkpoint in the folder `path`, and verify the hash of every file.
+
+    Another program's checkpoint has no hashes: that its files can be read is all that is checked.
 
     Raises:
-        UserError: it is none, or it is damaged.
+        UserError: the folder is not a checkpoint, or it is damaged.
     """
     if is_external(path):
         return open_external(path)
     if not (path / STATE).is_file() and not (path / MANIFEST).is_file():
         raise UserError(
-            f"--resume_from_checkpoint {path} is no checkpoint: it has no {STATE}; "
+            f"--resume_from_checkpoint {path} is not a checkpoint: it has no {STATE}; "
             "name a folder like OUTPUT_DIR/checkpoints/step_100"
         )
     problem = find_damage(path)
@@ -261,18 +283,18 @@ def open_checkpoint(path: Path) -> Checkpoint | ExternalCheckpoint:
     return Checkpoint(path=path, step=int(state["step"]), state=state)
 
 
-def _good_ones(folder: Path, *, all_of_them: bool) -> list[Checkpoint | ExternalCheckpoint]:
-    """Good checkpoints, newest first; only the newest one unless `all_of_them`."""
+def _good_checkpoints(folder: Path, *, newest_only: bool) -> list[Checkpoint | ExternalCheckpoint]:
+    """Return the good checkpoints, newest first."""
     good: list[Checkpoint | ExternalCheckpoint] = []
     for _, path in reversed(saved_steps(folder)):
         try:
             if is_external(path) and external_optimizer(path) is None:
-                # What is left of one of ours, killed while it was removed, may look like this.
+                # A run that was killed while it removed its own checkpoint may leave such a folder.
                 raise UserError(f"checkpoint {path} is incomplete")
             good.append(open_checkpoint(path))
         except UserError as error:
             log.warning("%s; taking an older one", error)
             continue
-        if not all_of_them:
+        if newest_only:
             break
     return good

@@ -16,9 +16,9 @@ from llm.training.checkpoints.layout import (
     ABANDONED,
     eval_loss,
     is_external,
-    left_alone,
     read_state,
     saved_steps,
+    unmanaged_paths,
 )
 from llm.training.run_dir.layout import CHECKPOINTS, CONFIG, LOCK, METRICS, SIGNS_OF_A_START, STATUS
 
@@ -144,7 +144,7 @@ def read_run(path: Path, *, verify: bool) -> RunSummary:
         # A run that goes on removes what it does not need while we look.
         checkpoints=[checkpoint for checkpoint in found if checkpoint.path.is_dir()],
         num_abandoned=len(saved_steps(folder / ABANDONED)),
-        left_alone=left_alone(folder),
+        left_alone=unmanaged_paths(folder),
     )
 
 

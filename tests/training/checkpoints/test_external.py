@@ -185,7 +185,7 @@ def test_resume_when_the_trainer_saved_it_then_goes_on(
     updater.model.model.load_state_dict(GPT2LMHeadModel.from_pretrained(path).state_dict())
     assert resume(path, updater) == 3
     # The groups are the same here, and so is the decay.
-    assert "decayed otherwise" not in said()
+    assert "weight decay differs" not in said()
     assert_goes_on(loop, updater)
 
 
@@ -222,11 +222,11 @@ def test_resume_when_done_then_says_what_is_not_in_it(
     assert "the state of AdamW (optimizer.bin)" in lines
     assert "not restored: data position (continuing at step 3 of this run's own order" in lines
     assert "the seed" in lines
-    assert "not read: kfac.pt, random_states_0.pkl, scheduler.bin; the learning rate" in lines
-    assert "its optimizer had betas (0.9, 0.999), this run has (0.9, 0.95)" in lines
+    assert "not read: kfac.pt, random_states_0.pkl, scheduler.bin;" in lines
+    assert "optimizer had betas (0.9, 0.999), this run has (0.9, 0.95)" in lines
     assert "weight_decay" not in lines
     # Theirs takes a norm for one by its name, which is another in GPT-2.
-    assert "decayed otherwise: transformer.h.0.ln_1.weight and 4 others did, and do not here" in lines
+    assert "transformer.h.0.ln_1.weight and 4 other weights are no longer decayed" in lines
 
 
 def test_resume_when_there_is_only_a_model_then_says_that_the_optimizer_starts_from_scratch(
@@ -267,7 +267,7 @@ def test_epoch_when_it_is_named_then_its_optimizer_says_the_step(folder: Path) -
     path = folder.rename(folder.parent / "epoch_0")
     assert open_checkpoint(path).step == 3
     (path / "optimizer.bin").unlink()
-    with pytest.raises(UserError, match="does not say after how many updates"):
+    with pytest.raises(UserError, match="epoch_0 does not hold its number of updates"):
         open_checkpoint(path)
 
 
@@ -308,9 +308,9 @@ def test_file_when_cut_then_is_refused_before_anything_is_built(name: str, folde
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "holds no table"),
-        ({"weights": torch.zeros(2)}, "holds no optimizer's state"),
-        ({"state": {0: {"exp_avg": "x"}}, "param_groups": [{"params": [0]}]}, "holds no optimizer's state"),
+        ([1, 2], "not a dictionary"),
+        ({"weights": torch.zeros(2)}, "holds no optimizer state"),
+        ({"state": {0: {"exp_avg": "x"}}, "param_groups": [{"params": [0]}]}, "holds no optimizer state"),
         (
             {"state": {0: {"square_avg": torch.zeros(2)}}, "param_groups": [{"params": [0]}]},
             "not the state of AdamW or SGD",
@@ -347,8 +347,8 @@ def test_weights_when_of_another_model_then_name_the_difference(
 
     saved = load_file(folder / "model.safetensors")
     changes = [
-        ({**saved, "transformer.wte.weight": torch.zeros(9, 32)}, r"transformer.wte.weight is \[9, 32\] and would be"),
-        ({**saved, "transformer.h.2.ln_1.bias": torch.zeros(32)}, r"transformer.h.2.ln_1.bias is too much"),
+        ({**saved, "transformer.wte.weight": torch.zeros(9, 32)}, r"transformer.wte.weight is \[9, 32\]"),
+        ({**saved, "transformer.h.2.ln_1.bias": torch.zeros(32)}, r"transformer.h.2.ln_1.bias is unexpected"),
         ({n: t for n, t in saved.items() if n != "transformer.ln_f.bias"}, "transformer.ln_f.bias is missing"),
     ]
     for weights, message in changes:
@@ -363,7 +363,7 @@ def test_weights_when_of_another_model_then_name_the_difference(
 def test_weights_when_in_shards_or_absent_then_says_so(tmp_path: Path) -> None:
     path = tmp_path / "step_4"
     path.mkdir()
-    with pytest.raises(UserError, match=r"the weights are not there \(no model.safetensors\)"):
+    with pytest.raises(UserError, match=r"the weights are missing \(no model.safetensors\)"):
         open_checkpoint(path)
     (path / "pytorch_model_fsdp_0").mkdir()
     with pytest.raises(UserError, match="the weights are in shards"):

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm.config.errors import UserError
 from llm.training.checkpoints.store import (
     NotFiniteError,
+    abandon_newer,
     find_checkpoint,
     open_checkpoint,
     save_checkpoint,
     saved_steps,
-    set_aside,
     superseded,
 )
 
@@ -222,21 +222,21 @@ def test_aside_when_set_then_those_beyond_are_moved_and_what_no_run_removes_is_n
     folder = tmp_path / "checkpoints"
     for step in (1, 2, 3, 4):
         save(step)
-    set_aside(folder, 4)
+    abandon_newer(folder, 4)
     assert caplog.text == ""
     (folder / "step_1" / "training_state.json").write_text("{")
     (folder / "epoch_0").mkdir()
     (folder / ".step_9.gone").mkdir()
-    set_aside(folder, 3)
+    abandon_newer(folder, 3)
     assert (folder / "abandoned" / "step_4").is_dir()
     moved, alone = [record.getMessage() for record in caplog.records]
-    assert "step_4 is beyond step 3" in moved
+    assert "step_4 is later than step 3" in moved
     assert alone == f"in {folder}, damaged or not this run's, and removed by no run: epoch_0, step_1"
     assert "removed" not in moved
     save(4)
     caplog.clear()
-    set_aside(folder, 3)
-    assert "in the place of an earlier one, which is removed" in caplog.records[0].getMessage()
+    abandon_newer(folder, 3)
+    assert "replacing an earlier one" in caplog.records[0].getMessage()
 
 
 def test_find_when_there_is_none_then_only_a_bare_flag_is_content(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_find_when_there_is_none_then_only_a_bare_flag_is_content(tmp_path: Path
     for asked in ("latest", "best"):
         with pytest.raises(UserError, match=f"{asked}: there is no such checkpoint in {tmp_path}"):
             find_checkpoint(asked, tmp_path)
-        with pytest.raises(UserError, match=f"{asked} looks into --output_dir"):
+        with pytest.raises(UserError, match=f"{asked} needs --output_dir"):
             find_checkpoint(asked, None)
 
 
@@ -257,7 +257,7 @@ def test_find_when_a_path_is_named_then_only_that_one_will_do(save, tmp_path: Pa
     damage_it(second, "model.safetensors")
     with pytest.raises(UserError, match=r"step_2 is damaged: model\.safetensors has other content"):
         find_checkpoint(str(second), tmp_path / "checkpoints")
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         find_checkpoint(str(tmp_path), None)
 
 
