@@ -1,4 +1,4 @@
-"""The run's words: lines on the console (rank 0 only), the same lines in log.txt, a bar on a terminal."""
+"""Logging of a run: lines on the console (rank 0 only), the same lines in log.txt, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -19,56 +19,67 @@ _LOGGER = logging.getLogger("llm")
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes lines above a progress bar, where there is one."""
+    """Writes log records as lines on the console, above the progress bar if there is one.
+
+    Args:
+        to_stderr: whether all records go to the standard error; otherwise only warnings and errors do.
+    """
 
     def __init__(self, *, to_stderr: bool) -> None:
         super().__init__()
         self.to_stderr = to_stderr
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes one record as one line; the stream is looked up now, since tests and notebooks swap it."""
+        """Write one record as one line, to the stream of this moment, because notebooks and tests replace streams."""
         stream = sys.stderr if self.to_stderr or record.levelno >= logging.WARNING else sys.stdout
-        text = self.format(record)
-        if stream is None:  # started with its output closed
+        line = self.format(record)
+        if stream is None:  # the process was started with this stream closed
             return
         try:
-            # A terminal of another encoding gets \u2013 where it has no dash.
+            # A terminal whose encoding has no dash shows \u2013 instead.
             encoding = getattr(stream, "encoding", None) or "utf-8"
-            tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+            tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
             stream.flush()
         except (OSError, ValueError):
-            # The terminal, or the reader of a pipe, went away; the run goes on and log.txt has the lines.
+            # The terminal or the reader of a pipe no longer exists. The run continues, and log.txt has the lines.
             pass
 
 
 class FileHandler(logging.FileHandler):
-    """Appends lines with their time to a file; where it cannot, it says so once, and the run goes on."""
+    """Appends log records with their time to a file; a failure to write is reported once, and the run continues."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8")
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self._is_said = False
+        self._has_reported_failure = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        """Called where a line could not be written."""
+        """Report on the standard error, once, that a line could not be written."""
         reason = sys.exc_info()[1]
-        if not self._is_said and sys.stderr is not None:
-            self._is_said = True
+        if not self._has_reported_failure and sys.stderr is not None:
+            self._has_reported_failure = True
             with suppress(OSError, ValueError):
-                sys.stderr.write(f"{self.baseFilename} takes no more lines ({reason})\n")
+                sys.stderr.write(
+                    f"{self.baseFilename} cannot be written ({reason}): the lines that follow are missing there\n"
+                )
 
     def close(self) -> None:
-        """Closes the file, with or without what it did not take."""
+        """Close the file, even if its last lines cannot be written."""
         with suppress(OSError):
             super().close()
 
 
 def setup_logging(*, is_main: bool, rank: int) -> None:
-    """Sends the package's lines to the console: all of rank 0's; of the others', what they wait for."""
+    """Send the package's log records to the console: on rank 0 all of them, on other ranks only what they wait for.
+
+    Args:
+        is_main: whether this process is rank 0.
+        rank: of this process, which the lines of other ranks name.
+    """
     teardown_logging()
     console = ConsoleHandler(to_stderr=not is_main)
     if not is_main:
-        # What they say of options and text, rank 0 says too.
+        # Other ranks log the same lines about options and text as rank 0: keep only those of the waiting.
         console.addFilter(logging.Filter(LOGGER_NAME))
     console.setFormatter(logging.Formatter("%(message)s" if is_main else f"[rank {rank}] %(message)s"))
     _LOGGER.addHandler(console)
@@ -78,12 +89,12 @@ def setup_logging(*, is_main: bool, rank: int) -> None:
 
 
 def add_log_file(path: Path) -> None:
-    """Appends the lines of this process to a file too, with their time."""
+    """Append the log records of this process to a file too, with their time."""
     _LOGGER.addHandler(FileHandler(path))
 
 
 def teardown_logging() -> None:
-    """Closes what `setup_logging` and `add_log_file` opened."""
+    """Remove and close the handlers that `setup_logging` and `add_log_file` added."""
     for handler in list(_LOGGER.handlers):
         _LOGGER.removeHandler(handler)
         handler.close()
@@ -91,7 +102,13 @@ def teardown_logging() -> None:
 
 
 class ProgressBar:
-    """A progress bar of updates below the lines; on a terminal only."""
+    """A progress bar of updates below the log lines, shown on a terminal only.
+
+    Args:
+        first_step: finished updates at the start.
+        num_steps: updates of the run.
+        is_main: whether this process is rank 0; other ranks show no bar.
+    """
 
     def __init__(self, first_step: int, num_steps: int, *, is_main: bool) -> None:
         self.bar = tqdm(
@@ -105,38 +122,38 @@ class ProgressBar:
         )
 
     def advance(self, _: object = None) -> None:
-        """One more update."""
+        """Advance the bar by one update."""
         self.bar.update()
 
     def __enter__(self) -> ProgressBar:
-        """Shows the bar."""
+        """Return the bar, which is shown already."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Removes the bar."""
+        """Remove the bar from the terminal."""
         self.bar.close()
 
 
 def _silence_known_noise() -> None:
-    """Lines of libraries that say nothing about this run."""
+    """Suppress messages of libraries that carry no information about this run."""
     warnings.filterwarnings("ignore", message=r".*pin_memory.*no accelerator.*")
     warnings.filterwarnings("ignore", message=r".*`broadcast_buffers` is deprecated.*")
     warnings.filterwarnings("ignore", message=r".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*")
     for name in ("accelerate", "transformers", "datasets", "huggingface_hub", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Bars of libraries would tear ours and the lines apart.
+    # Progress bars of libraries would be mixed with the bar and the lines of the run.
     transformers.utils.logging.disable_progress_bar()
     if getattr(threading.excepthook, "__module__", None) != __name__:
-        threading.excepthook = _without_tensorboard(threading.excepthook)
+        threading.excepthook = _ignoring_tensorboard(threading.excepthook)
 
 
-def _without_tensorboard(
-    say: Callable[[threading.ExceptHookArgs], object],
+def _ignoring_tensorboard(
+    report: Callable[[threading.ExceptHookArgs], object],
 ) -> Callable[[threading.ExceptHookArgs], object]:
-    """What a thread's failure is told to; that of TensorBoard's own is raised again by the next record."""
+    """Return a `threading.excepthook` that ignores TensorBoard's threads: the next record raises their error again."""
 
     def hook(failure: threading.ExceptHookArgs) -> None:
         if not type(failure.thread).__module__.startswith("tensorboard."):
-            say(failure)
+            report(failure)
 
     return hook

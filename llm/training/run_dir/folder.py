@@ -1,4 +1,4 @@
-"""A run's folder: what lies where in it, whose it is, and how the run in it stands."""
+"""The folder of a run: its paths, its lock and its status file."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class RunDirectory:
-    """Paths of a run's folder, and its status file. Made on every rank; only rank 0 writes.
+    """The paths in a run's folder, and its status file. Every rank has one; only rank 0 writes.
 
     Attributes:
+        path: the folder itself; the other paths bear the names of `llm.training.run_dir.layout`.
         claim: the lock, while rank 0 holds it.
     """
 
@@ -50,14 +51,14 @@ class RunDirectory:
         self.claim: Lock | None = None
 
     def __str__(self) -> str:
-        """One line: where it is."""
+        """Return the line that names the folder."""
         return f"output: {self.path}"
 
     def check(self, options: OutputOptions) -> None:
-        """Makes the folder, and makes sure that no other run's results are in the way.
+        """Create the folder, and check that this run does not replace the results of another run.
 
         Raises:
-            UserError: it cannot be written, or holds another run that is neither resumed nor overwritten.
+            UserError: the folder cannot be written, or holds another run that is neither resumed nor overwritten.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -68,29 +69,30 @@ class RunDirectory:
             raise UserError(
                 f"--output_dir {self.path} cannot be written ({error.strerror}); choose another folder"
             ) from error
-        strange = sorted(path.name for path in self._written() if not self._is_ours())
-        if strange:
-            raise UserError(
-                f"--output_dir {self.path} holds {strange[0]}, which no run wrote and this one would replace; choose "
-                "another folder"
-            )
-        used = any((self.path / name).exists() for name in layout.SIGNS_OF_TRAINING)
-        finished = any((self.path / name).exists() for name in layout.WEIGHTS)
-        if options.resume_from_checkpoint is True and finished and not saved_steps(self.checkpoints):
+        if not self._has_a_run():
+            external = sorted(path.name for path in self._run_files())
+            if external:
+                raise UserError(
+                    f"--output_dir {self.path} holds {external[0]}, which no run wrote and this run would replace; "
+                    "choose another folder"
+                )
+        is_used = any((self.path / name).exists() for name in layout.SIGNS_OF_TRAINING)
+        is_finished = any((self.path / name).exists() for name in layout.WEIGHTS)
+        if options.resume_from_checkpoint is True and is_finished and not saved_steps(self.checkpoints):
             raise UserError(
                 f"--output_dir {self.path} holds a finished run without a checkpoint to continue from; train it "
                 f"further with --model_name_or_path {self.path} into another folder, or replace it with "
                 "--overwrite_output_dir and without --resume_from_checkpoint"
             )
-        if used and not options.overwrite_output_dir and not options.resume_from_checkpoint:
+        if is_used and not options.overwrite_output_dir and not options.resume_from_checkpoint:
             raise UserError(
                 f"--output_dir {self.path} holds another run; continue it with --resume_from_checkpoint, "
                 "replace it with --overwrite_output_dir, or choose another folder"
             )
 
-    def empty(self) -> None:
-        """Removes what an earlier run wrote, by its names, and nothing else; not the log and the status."""
-        for entry in self._written():
+    def remove_run_files(self) -> None:
+        """Remove the files and folders of an earlier run, by their names, except the log and the status file."""
+        for entry in self._run_files():
             if entry in (self.log, self.status):
                 continue
             if entry.is_dir() and not entry.is_symlink():
@@ -99,153 +101,157 @@ class RunDirectory:
                 entry.unlink()
 
     def require_lock(self, *, reread: bool = True) -> None:
-        """Makes sure that no other run took the folder over; before anything of it is written or removed.
+        """Check that no other run has taken the folder over; called before a file in it is written or removed.
 
         Args:
-            reread: whether to read the lock; otherwise what its heartbeat saw, some seconds ago, must do.
+            reread: whether to read the lock file now; otherwise the result of the lock's last heartbeat, which is some
+                seconds old, is used.
 
         Raises:
-            LockLostError: one did.
+            LockLostError: another run has taken the folder over.
         """
         if self.claim is not None and (reread or self.claim.is_lost):
             self.claim.check()
 
     def begin(self, options: Options, *, fresh: bool) -> None:
-        """The run is going to train: clears the place of an earlier one, if it starts anew, and says how it runs.
+        """Write the options and the status `running`; remove an earlier run's files first if this run is fresh.
 
         Args:
-            options: as they were resolved; written in a form that `--config` takes back.
-            fresh: whether nothing is continued; `check` has seen to it that then nothing is lost unasked.
+            options: the resolved options; they are written in a form that `--config` accepts.
+            fresh: whether the run starts from scratch. `check` has already refused to overwrite another run.
         """
         if fresh:
-            self.empty()
+            self.remove_run_files()
         write_text(self.config, to_toml(options))
         self.write_status("running")
 
-    def _written(self) -> list[Path]:
-        return [
-            entry
-            for entry in self.path.iterdir()
-            if any(fnmatch.fnmatch(entry.name, pattern) for pattern in layout.WRITTEN)
-        ]
-
-    def _is_ours(self) -> bool:
-        # A start that was killed early leaves its lock, and a log.
-        return any(path.exists() for path in (self.status, self.metrics, self.checkpoints, self.lock))
-
     def remove_leftovers(self) -> None:
-        """Removes what a killed run left half written; called under the lock."""
+        """Remove the temporary files of a killed run; the caller holds the lock."""
         restore_replaced(self.checkpoints, "step_*")
         for parent, pattern in ((self.path, ".export.*"), (self.checkpoints, ".step_*")):
             for leftover in parent.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def read_status(self) -> str:
-        """The status file as it is; empty where there is none."""
+        """Return the content of the status file, or an empty string if the file cannot be read."""
         try:
             return self.status.read_text()
         except OSError:
             return ""
 
     def write_status(self, state: str, **facts: Any) -> None:
-        """Replaces status.json, unless it is another run's by now: `state` is running, done, stopped or failed.
+        """Replace status.json, unless another run has taken the folder over.
+
+        Args:
+            state: running, done, stopped or failed.
+            facts: further keys, such as `step`, `reason` and `exit_code`.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         if self.claim is not None and not self.claim.is_held():
             return
         status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), **facts}
-        text = json.dumps(status, indent=1) + "\n"
+        content = json.dumps(status, indent=1) + "\n"
         try:
-            write_text(self.status, text)
+            write_text(self.status, content)
         except OSError:
             if not self.status.exists():
                 raise
-            # A full disk has no room for a second file, but that of the first one.
+            # A full disk has no room for a second file, but the blocks of the existing file can be overwritten.
             with open(self.status, "r+", encoding="utf-8") as file:
-                file.write(text)
+                file.write(content)
                 file.truncate()
 
     def write_final_status(self, state: str, **facts: Any) -> None:
-        """`write_status` where something else ends the run, which must be heard whether this can be written or not."""
+        """Call `write_status`; only log a failure to write, so that it does not hide the error that ends the run."""
         try:
             self.write_status(state, **facts)
         except OSError as error:
-            log.warning("%s cannot be written (%s): it says what was before", self.status, error.strerror)
+            log.warning("%s cannot be written (%s); it still has its earlier content", self.status, error.strerror)
 
     def write_forced_exit(self, reason: str, exit_code: int) -> None:
-        """`write_final_status` of a start that does not come to it any more; that of another start stays."""
+        """Write the status `failed` before the process is ended at once; the status of another start is kept."""
         try:
             status = json.loads(self.read_status())
-            is_ours = (status["state"], status["pid"]) == ("running", os.getpid())
+            is_this_start = (status["state"], status["pid"]) == ("running", os.getpid())
         except (ValueError, KeyError, TypeError):
             return
-        if is_ours:
+        if is_this_start:
             self.write_final_status("failed", reason=reason, exit_code=exit_code)
+
+    def _run_files(self) -> list[Path]:
+        return [
+            entry
+            for entry in self.path.iterdir()
+            if any(fnmatch.fnmatch(entry.name, pattern) for pattern in layout.WRITTEN)
+        ]
+
+    def _has_a_run(self) -> bool:
+        # A start that was killed early leaves its lock and a log.
+        return any(path.exists() for path in (self.status, self.metrics, self.checkpoints, self.lock))
 
 
 @contextmanager
 def claim_run_dir(
-    folder: RunDirectory,
+    run_dir: RunDirectory,
     options: Options,
     world: World,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[None]:
-    """Holds a run's folder for one start of the run.
+    """Hold the lock of a run's folder during one start of the run.
 
-    Nothing of an earlier run is touched before this one is going to train (`RunDirectory.begin`). However the
-    block ends after that, status.json says so: `done` and `stopped` are written by the run itself, a mistake,
-    a crash or a stop before the first update here.
+    No file of an earlier run is changed before this run begins to train (`RunDirectory.begin`). After that,
+    status.json always records how the block ended: the run itself writes `done` and `stopped`; this function writes the
+    status after an error, a crash or a stop before the first update.
 
     Args:
-        folder: the run's.
+        run_dir: the run's folder.
         options: of the run.
-        world: its processes.
-        interruptible: what waiting for another run's lock is done in.
+        world: the processes of the run.
+        interruptible: makes the context in which rank 0 waits for the lock of another run.
 
     Raises:
-        UserError: on every rank, when the folder is another run's or cannot be written.
-        Stopped: on every rank, by `interruptible`.
+        UserError: on every rank, if the folder belongs to another run or cannot be written.
+        Stopped: on every rank, if `interruptible` raises it on rank 0.
     """
     with ExitStack() as stack:
 
         def claim() -> None:
-            folder.check(options.output)
+            run_dir.check(options.output)
             resumes = bool(options.output.resume_from_checkpoint)
             with interruptible():
-                folder.claim = stack.enter_context(locked(folder.lock, job=job_id(), wait_for_stale=resumes))
-                stack.callback(setattr, folder, "claim", None)
-            if options.output.overwrite_output_dir and not options.output.resume_from_checkpoint:
-                _refuse_to_remove_what_is_read(folder, options)
-            folder.remove_leftovers()
-            add_log_file(folder.log)
+                run_dir.claim = stack.enter_context(locked(run_dir.lock, job=job_id(), wait_for_stale=resumes))
+                stack.callback(setattr, run_dir, "claim", None)
+            if options.output.overwrite_output_dir and not resumes:
+                _refuse_to_remove_inputs(run_dir, options)
+            run_dir.remove_leftovers()
+            add_log_file(run_dir.log)
 
-        earlier = folder.read_status() if world.is_main else ""
+        earlier = run_dir.read_status() if world.is_main else ""
         world.run_on_main(claim)
         try:
             yield
         except Stopped as stopped:
             if world.is_main:
-                steps = [step for step, _ in saved_steps(folder.checkpoints)]
-                facts = {"step": max(steps, default=0), "reason": str(stopped), "exit_code": stopped.exit_code}
-                folder.write_final_status("stopped", **facts)
+                last_step = max((step for step, _ in saved_steps(run_dir.checkpoints)), default=0)
+                run_dir.write_final_status("stopped", step=last_step, reason=str(stopped), exit_code=stopped.exit_code)
             raise
         except BaseException as error:
-            if world.is_main and (not earlier or folder.read_status() != earlier):
+            if world.is_main and (not earlier or run_dir.read_status() != earlier):
                 code = getattr(error, "exit_code", 1)
-                folder.write_final_status("failed", reason=f"{type(error).__name__}: {error}", exit_code=code)
+                run_dir.write_final_status("failed", reason=f"{type(error).__name__}: {error}", exit_code=code)
             raise
 
 
-def _refuse_to_remove_what_is_read(folder: RunDirectory, options: Options) -> None:
-    named = {
+def _refuse_to_remove_inputs(run_dir: RunDirectory, options: Options) -> None:
+    inputs = {
         "--model_name_or_path": options.model.model_name_or_path,
         "--config_name": options.model.config_name,
         "--tokenizer_name": options.tokenizer.tokenizer_name,
     }
-    for flag, name in named.items():
-        if name and Path(name).exists() and Path(name).resolve().is_relative_to(folder.path.resolve()):
+    for flag, name in inputs.items():
+        if name and Path(name).exists() and Path(name).resolve().is_relative_to(run_dir.path.resolve()):
             raise UserError(
                 f"--overwrite_output_dir would remove {flag} {name} before it is read; choose another --output_dir"
             )

@@ -1,4 +1,4 @@
-"""The console's lines, one a record."""
+"""Format the console lines of a run, one line a record. Their form is an interface: users search them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ from typing import Any
 
 from llm.system.units import format_duration, format_quantity
 
-# Below that share of the time nobody would train faster with faster data.
-_NOTABLE_WAIT = 0.01
-_LONG_PERPLEXITY = 1e6
+# A smaller share of the time spent waiting for data is not shown: faster data would not make training faster.
+_MIN_DATA_WAIT = 0.01
+# From here on a perplexity is shown with three significant digits.
+_LARGE_PERPLEXITY = 1e6
 
 
 def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seconds: float) -> str:
-    """Such as `step 120/2000 | loss 3.512 | lr 5.8e-04 | grad_norm 0.91 | 48.2k tok/s | eta 0:12:31`."""
+    """Return `step 120/2000 | loss 3.512 | lr 5.8e-04 | grad_norm 0.91 | 48.2k tok/s | eta 0:12:31`.
+
+    Args:
+        step: finished updates.
+        num_steps: updates of the run.
+        record: the record of metrics.jsonl: `loss` in nats a token (None if no loss was finite), `lr`, `grad_norm`,
+            `tokens_per_second`, `data_wait` as a share of the time, `num_skipped`; `mfu` if the peak speed is known.
+        eta_seconds: estimated time until the last update.
+    """
     parts = [
         f"step {step}/{num_steps}",
         f"loss {record['loss']:.3f}" if record["loss"] is not None else "loss not finite",
@@ -22,7 +31,7 @@ def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seco
     ]
     if "mfu" in record:
         parts.append(f"mfu {record['mfu']:.1%}")
-    if record["data_wait"] > _NOTABLE_WAIT:
+    if record["data_wait"] > _MIN_DATA_WAIT:
         parts.append(f"data_wait {record['data_wait']:.1%}")
     if record["num_skipped"]:
         parts.append(f"skipped {record['num_skipped']}")
@@ -30,8 +39,13 @@ def training_line(step: int, num_steps: int, record: dict[str, Any], *, eta_seco
 
 
 def evaluation_line(step: int, record: dict[str, Any]) -> str:
-    """Such as `eval step 500 | loss 3.204 | ppl 24.63 | bits/byte 1.402`."""
+    """Return `eval step 500 | loss 3.204 | ppl 24.63 | bits/byte 1.402`.
+
+    Args:
+        step: finished updates.
+        record: the record of metrics.jsonl: `eval_loss` in nats a token, `perplexity`, `bits_per_byte`.
+    """
     perplexity = record["perplexity"]
-    # Of a run that went astray: two hundred digits would say no more.
-    shown = f"{perplexity:.2f}" if perplexity < _LONG_PERPLEXITY else f"{perplexity:.3g}"
+    # A diverged run may have a perplexity of two hundred digits.
+    shown = f"{perplexity:.2f}" if perplexity < _LARGE_PERPLEXITY else f"{perplexity:.3g}"
     return f"eval step {step} | loss {record['eval_loss']:.3f} | ppl {shown} | bits/byte {record['bits_per_byte']:.3f}"

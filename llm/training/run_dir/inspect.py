@@ -1,4 +1,7 @@
-"""What a run's folder says about the run from outside, without torch: how it ended, what it saved, how it goes on."""
+"""Summary of a run from its folder: how it ended, which checkpoints it has, and the command that resumes it.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ from llm.training.checkpoints.layout import (
 )
 from llm.training.run_dir.layout import CHECKPOINTS, CONFIG, LOCK, METRICS, SIGNS_OF_A_START, STATUS
 
-# The last record is in the last bytes of metrics.jsonl, unless it holds long samples.
+# The last record of metrics.jsonl is in its last bytes, unless it holds long samples.
 _TAIL_BYTES = 1 << 16
-# Where the nodes meet; torchrun's own default.
-_PORT = 29400
+# Port of the rendezvous of the nodes. Source: the default of torchrun.
+_RENDEZVOUS_PORT = 29400
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,9 @@ class SavedCheckpoint:
         step: finished updates.
         num_bytes: its size on disk.
         saved_at: seconds since 1970.
-        problem: what is wrong with it; None for a good one.
-        state: its training state; empty where it cannot be read.
-        is_external: another program wrote it.
+        problem: the damage that was found; None for a good checkpoint.
+        state: its training state; empty if it cannot be read.
+        is_external: whether another program wrote it.
     """
 
     path: Path
@@ -57,29 +60,29 @@ class SavedCheckpoint:
 
     @property
     def train_loss(self) -> float | None:
-        """Nats a token of the newest record before it."""
+        """Training loss in nats a token of the newest record before the checkpoint; None if there is none."""
         loss = self.state["progress"]["train_loss"] if self.state else None
         return None if loss is None else float(loss)
 
     @property
     def eval_loss(self) -> float | None:
-        """Nats a token, if it was evaluated."""
+        """Evaluation loss in nats a token; None if the weights were not evaluated."""
         loss = eval_loss(self.state) if self.state else math.inf
         return loss if math.isfinite(loss) else None
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run's folder as it is now.
+    """The state of a run's folder.
 
     Attributes:
-        path: the folder, as it was named.
-        status: what status.json says; empty where there is none.
-        holder: host and process of the start that goes on now; None when none does.
-        last_step: update of the last record; None before the first.
+        path: the folder, as the caller named it.
+        status: the content of status.json; empty if it cannot be read.
+        holder: host and process id of the start that uses the folder now; None if there is none.
+        last_step: step of the last record in metrics.jsonl; None before the first record.
         checkpoints: oldest first.
-        num_abandoned: checkpoints of branches that a resume left.
-        left_alone: what lies in `checkpoints/` and no run removes.
+        num_abandoned: checkpoints that a resume from an older checkpoint moved to `checkpoints/abandoned`.
+        left_alone: entries of `checkpoints/` that no run removes.
     """
 
     path: Path
@@ -92,28 +95,28 @@ class RunSummary:
 
     @property
     def good(self) -> list[SavedCheckpoint]:
-        """The good checkpoints, oldest first."""
+        """The checkpoints without damage, oldest first."""
         return [checkpoint for checkpoint in self.checkpoints if checkpoint.problem is None]
 
     @property
     def best(self) -> SavedCheckpoint | None:
-        """The good one with the lowest evaluation loss, which `--resume_from_checkpoint best` takes."""
-        measured = [(c.eval_loss, -c.step, c) for c in self.good if c.eval_loss is not None]
-        return min(measured)[2] if measured else None
+        """The good checkpoint with the lowest evaluation loss, which `--resume_from_checkpoint best` takes."""
+        evaluated = [(c.eval_loss, -c.step, c) for c in self.good if c.eval_loss is not None]
+        return min(evaluated)[2] if evaluated else None
 
     @property
     def num_steps(self) -> int | None:
-        """Updates of the whole run, if a checkpoint says it."""
+        """Updates of the complete run; None if no checkpoint records them."""
         return next((int(c.state["plan"]["num_steps"]) for c in reversed(self.good) if c.state), None)
 
     @property
     def num_nodes(self) -> int:
-        """Machines of the start that saved the newest checkpoint; 1 if none says it."""
+        """Nodes of the start that saved the newest checkpoint; 1 if no checkpoint records them."""
         return int(self._world.get("num_nodes", 1))
 
     @property
     def num_processes(self) -> int:
-        """Processes of that start on each of them."""
+        """Processes on each node of the start that saved the newest checkpoint; 1 if no checkpoint records them."""
         return -(-int(self._world.get("num_processes", 1)) // self.num_nodes)
 
     @property
@@ -123,34 +126,35 @@ class RunSummary:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a run has written into this folder."""
+    """Return whether a run has written into this folder."""
     return any((path / name).exists() for name in SIGNS_OF_A_START)
 
 
 def read_run(path: Path, *, verify: bool) -> RunSummary:
-    """Reads a run's folder, which may be in use.
+    """Read a run's folder, which may be in use.
 
     Args:
         path: the folder.
-        verify: whether every byte of every checkpoint is read; otherwise names, sizes and manifests are looked at.
+        verify: whether to read every byte of every checkpoint; otherwise only names, sizes and manifests are checked.
     """
-    folder = path / CHECKPOINTS
-    found = [_checkpoint(step, saved, verify) for step, saved in saved_steps(folder)]
+    checkpoints_dir = path / CHECKPOINTS
+    checkpoints = [_read_checkpoint(step, saved, verify) for step, saved in saved_steps(checkpoints_dir)]
     return RunSummary(
         path=path,
         status=_read_status(path / STATUS),
         holder=lock_holder(path / LOCK),
         last_step=_last_step(path / METRICS),
-        # A run that goes on removes what it does not need while we look.
-        checkpoints=[checkpoint for checkpoint in found if checkpoint.path.is_dir()],
-        num_abandoned=len(saved_steps(folder / ABANDONED)),
-        left_alone=unmanaged_paths(folder),
+        # An active run may have removed a checkpoint while it was read here.
+        checkpoints=[checkpoint for checkpoint in checkpoints if checkpoint.path.is_dir()],
+        num_abandoned=len(saved_steps(checkpoints_dir / ABANDONED)),
+        left_alone=unmanaged_paths(checkpoints_dir),
     )
 
 
 def status_line(run: RunSummary) -> str:
-    """One line: whether the run goes on, or why its last start ended."""
-    status, step = run.status, run.status.get("step", run.last_step)
+    """Return one line: whether the run is running, or why its last start ended."""
+    status = run.status
+    step = status.get("step", run.last_step)
     at_step = f" after step {step}" if step is not None else ""
     if not status:
         ended = "no status.json can be read: no start got as far as training"
@@ -167,52 +171,67 @@ def status_line(run: RunSummary) -> str:
 
 
 def resume_command(run: RunSummary) -> str | None:
-    """The shell command that continues the run from its newest good checkpoint; None without its config.toml.
+    """Return the shell command that resumes the run from its newest good checkpoint; None if config.toml is missing.
 
-    A run with relative paths goes on in the folder where it was started. Of a run on several nodes it is what starts
-    on each of them, with FIRST_NODE for the name of one.
+    A run with a relative output folder is resumed in the folder where it was started. For a run on several nodes, the
+    command must be started on each node, and the user replaces FIRST_NODE by the name of one node.
     """
     config = run.path / CONFIG
     try:
-        named = Path(tomllib.loads(config.read_text())["output"]["output_dir"])
+        output_dir = Path(tomllib.loads(config.read_text())["output"]["output_dir"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    before, more = "", []
-    if not (named.exists() and named.samefile(run.path)):
-        whole = run.path.resolve()
-        if not named.is_absolute() and ".." not in named.parts and whole.parts[-len(named.parts) :] == named.parts:
-            before = f"cd {shlex.quote(str(whole.parents[len(named.parts) - 1]))} && "
-            config = named / config.name
-        else:  # it was moved
-            more = ["--output_dir", str(run.path)]
-    words = [*_launcher(run), "-m", "llm.trainers.gpt", "--config", str(config), *more, "--resume_from_checkpoint"]
-    return before + shlex.join(words)
+    change_dir = ""
+    arguments = []
+    if not (output_dir.exists() and output_dir.samefile(run.path)):
+        absolute = run.path.resolve()
+        is_relative = not output_dir.is_absolute() and ".." not in output_dir.parts
+        if is_relative and absolute.parts[-len(output_dir.parts) :] == output_dir.parts:
+            change_dir = f"cd {shlex.quote(str(absolute.parents[len(output_dir.parts) - 1]))} && "
+            config = output_dir / config.name
+        else:  # the folder was moved
+            arguments = ["--output_dir", str(run.path)]
+    command = [*_launcher(run), "-m", "llm.trainers.gpt", "--config", str(config), *arguments]
+    return change_dir + shlex.join([*command, "--resume_from_checkpoint"])
 
 
 def _launcher(run: RunSummary) -> list[str]:
     if run.num_nodes == 1 and run.num_processes == 1:
         return ["python"]
-    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"FIRST_NODE:{_PORT}"]
-    nodes = ["--nnodes", str(run.num_nodes), *meeting] if run.num_nodes > 1 else []
+    nodes = []
+    if run.num_nodes > 1:
+        rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"FIRST_NODE:{_RENDEZVOUS_PORT}"]
+        nodes = ["--nnodes", str(run.num_nodes), *rendezvous]
     return ["torchrun", *nodes, "--nproc_per_node", str(run.num_processes)]
 
 
-def _checkpoint(step: int, path: Path, verify: bool) -> SavedCheckpoint:
-    foreign = is_external(path)
-    problem = None if foreign else find_damage(path, read_content=verify)
+def _read_checkpoint(step: int, path: Path, verify: bool) -> SavedCheckpoint:
+    from_other_program = is_external(path)
+    problem = None if from_other_program else find_damage(path, read_content=verify)
     state: dict[str, Any] = {}
-    sizes = [0]
+    num_bytes = 0
     saved_at = 0.0
     try:
-        if not foreign and problem is None:
+        if not from_other_program and problem is None:
             state = read_state(path)
         files = [file.stat() for file in path.rglob("*") if file.is_file()]
-        sizes = [file.st_size for file in files]
-        written = path / MANIFEST
-        saved_at = written.stat().st_mtime if written.is_file() else max((file.st_mtime for file in files), default=0.0)
+        num_bytes = sum(file.st_size for file in files)
+        manifest = path / MANIFEST
+        if manifest.is_file():
+            saved_at = manifest.stat().st_mtime
+        else:
+            saved_at = max((file.st_mtime for file in files), default=0.0)
     except (OSError, ValueError) as error:
         problem = problem or f"cannot be read ({error})"
-    return SavedCheckpoint(path, step, sum(sizes), saved_at, problem, state, foreign)
+    return SavedCheckpoint(
+        path=path,
+        step=step,
+        num_bytes=num_bytes,
+        saved_at=saved_at,
+        problem=problem,
+        state=state,
+        is_external=from_other_program,
+    )
 
 
 def _read_status(path: Path) -> dict[str, Any]:
@@ -235,5 +254,5 @@ def _last_step(metrics: Path) -> int | None:
         try:
             return int(json.loads(line)["step"])
         except (ValueError, KeyError, TypeError):
-            continue  # torn by a kill, or by our own cut
+            continue  # cut by a kill, or by the seek above
     return None

@@ -1,4 +1,4 @@
-"""Records: one line on the console, one in metrics.jsonl, and the trackers of Accelerate."""
+"""Records of a run: lines in metrics.jsonl, and the experiment trackers of Accelerate."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ log = logging.getLogger(__name__)
 
 
 def choose_trackers(options: TrackingOptions) -> list[str]:
-    """The trackers that this run reports to, TensorBoard first, checked before any work.
+    """Return the names of the trackers that this run reports to, TensorBoard first.
 
     Raises:
-        UserError: a tracker is unknown, not installed, or not logged in.
+        UserError: a requested tracker is unknown, not installed, or not logged in.
     """
     chosen = ["tensorboard"]
     if not options.with_tracking:
         if options.report_to != "all":
-            log.info("--report_to %s needs --with_tracking; records go to TensorBoard alone", options.report_to)
+            log.info(
+                "--report_to %s has no effect without --with_tracking: records go to TensorBoard only",
+                options.report_to,
+            )
         return chosen
     available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
-    asked = [name.strip() for name in options.report_to.split(",") if name.strip()]
-    for name in asked:
+    requested = [name.strip() for name in options.report_to.split(",") if name.strip()]
+    for name in requested:
         if name == "all":
-            # `all` is what the machine has; a tracker that waits for a login is left out, aloud.
+            # `all` means all installed trackers; one that needs a login is left out with a warning.
             chosen += [other for other in sorted(available) if _is_usable(other)]
         elif name != "none":
             _check_tracker(name, known, available)
@@ -50,7 +53,7 @@ def choose_trackers(options: TrackingOptions) -> list[str]:
 
 def _check_tracker(name: str, known: list[str], available: set[str]) -> None:
     if name not in known:
-        raise UserError(f"--report_to {name} is no tracker that is known here; known are all, {', '.join(known)}")
+        raise UserError(f"--report_to {name}: unknown tracker; choose all, or from {', '.join(known)}")
     if name not in available:
         raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}")
     if name == "wandb" and not _wandb_is_logged_in():
@@ -61,7 +64,7 @@ def _check_tracker(name: str, known: list[str], available: set[str]) -> None:
 
 def _is_usable(name: str) -> bool:
     if name == "wandb" and not _wandb_is_logged_in():
-        log.warning("wandb is installed but not logged in: it is left out (run wandb login)")
+        log.warning("wandb is installed but not logged in: no records go there (run wandb login)")
         return False
     return True
 
@@ -74,16 +77,26 @@ def _wandb_is_logged_in() -> bool:
 
 
 class Tracking:
-    """Where the records of a run go. Made on every rank; only rank 0 writes."""
+    """Writes the records of a run. Every rank has one; only rank 0 writes.
 
-    def __init__(self, accelerator: Accelerator, folder: RunDirectory | None) -> None:
+    Args:
+        accelerator: opens the trackers.
+        run_dir: the run's folder; None if nothing is kept.
+    """
+
+    def __init__(self, accelerator: Accelerator, run_dir: RunDirectory | None) -> None:
         self.accelerator = accelerator
-        self.metrics = folder.metrics if folder else None
-        self.identity = folder.trackers if folder else None
-        self._sampled: set[int] = set()
+        self.metrics = run_dir.metrics if run_dir else None
+        self._run_id_file = run_dir.trackers if run_dir else None
+        self._sampled_steps: set[int] = set()
 
     def start(self, trackers: list[str], options: Options, *, first_step: int) -> None:
-        """Opens the trackers and cuts metrics.jsonl back to update `first_step`.
+        """Open the trackers, and remove the records after step `first_step` from metrics.jsonl.
+
+        Args:
+            trackers: their names, as `choose_trackers` returns them.
+            options: of the run; trackers record them without secrets.
+            first_step: finished updates at the start; 0 for a run from scratch.
 
         Raises:
             UserError: a tracker refuses to start.
@@ -91,33 +104,37 @@ class Tracking:
         if self.metrics is None:
             return
         if self.accelerator.is_main_process:
-            self._sampled = _cut_back(self.metrics, first_step)
-        # Built here and not by name, because its folder is not called after the project.
+            self._sampled_steps = _truncate_records(self.metrics, first_step)
+        # Accelerate would name the folder of a tracker that it builds itself after the project.
         purge = {"purge_step": first_step + 1} if first_step else {}
         tensorboard = TensorBoardTracker(TENSORBOARD, self.metrics.parent, **purge)
         self.accelerator.project_configuration.set_directories(str(self.metrics.parent))
         self.accelerator.log_with = [tensorboard, *(name for name in trackers if name != "tensorboard")]
         try:
-            # A run that is resumed goes on under its name in the tracker, too.
-            continued = {"wandb": {"id": self._run_id(first_step), "resume": "allow"}}
+            # A resumed run continues under the same id in the tracker.
+            init_kwargs = {"wandb": {"id": self._run_id(first_step), "resume": "allow"}}
             name = options.output.run_name or self.metrics.parent.resolve().name
-            self.accelerator.init_trackers(name, init_kwargs=continued)
+            self.accelerator.init_trackers(name, init_kwargs=init_kwargs)
             for tracker in self.accelerator.trackers:
                 if tracker is not tensorboard:
-                    tracker.store_init_configuration(_flat(options))
+                    tracker.store_init_configuration(_flatten_options(options))
         except Exception as error:  # every tracker has its own kinds of failure
             names = ", ".join(trackers)
-            raise UserError(f"one of the trackers {names} does not start: {first_line(error)}") from error
+            raise UserError(f"--report_to: one of the trackers {names} does not start: {first_line(error)}") from error
 
     def has_samples(self, step: int) -> bool:
-        """Whether an earlier start has recorded the samples of this update already; asked on rank 0."""
-        return step in self._sampled
+        """Return whether an earlier start of the run has recorded samples of this step; valid on rank 0 only."""
+        return step in self._sampled_steps
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Writes one record: finite numbers go to the trackers, everything to metrics.jsonl (JSON has no nan).
+        """Write one record: all values to metrics.jsonl, and the numbers among them to the trackers.
+
+        Args:
+            step: finished updates.
+            values: by key; nan and infinite numbers become None, because JSON has no nan.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the record cannot be written.
         """
         if self.metrics is None or not self.accelerator.is_main_process:
             return
@@ -129,44 +146,44 @@ class Tracking:
         except OSError as error:
             raise UserError(
                 f"the records of step {step} cannot be written into {self.metrics.parent} ({error.strerror or error}); "
-                "make room: the checkpoints are whole"
+                "make room; the finished checkpoints are complete"
             ) from error
 
     def _track(self, step: int, values: dict[str, Any]) -> None:
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
         for tracker in self.accelerator.trackers if numbers else ():
-            # What a killed start of this run has sent already cannot be sent again, or taken back.
+            # W&B accepts no record for a step that a killed start of this run has sent already.
             if tracker.name != "wandb" or step >= tracker.tracker.step:
                 tracker.log(numbers, step=step)
 
     def _run_id(self, first_step: int) -> str:
-        """The name of this run in trackers, kept in its folder over all its starts."""
-        assert self.identity is not None
+        """Return the id of this run in trackers; all starts of a run use the id in its folder."""
+        assert self._run_id_file is not None
         try:
-            kept = json.loads(self.identity.read_text())["run_id"] if first_step else None
+            stored = json.loads(self._run_id_file.read_text())["run_id"] if first_step else None
         except (OSError, ValueError, KeyError, TypeError):
-            kept = None
-        run_id = str(kept or uuid.uuid4().hex)
-        if self.accelerator.is_main_process and kept is None:
-            write_text(self.identity, json.dumps({"run_id": run_id}) + "\n")
+            stored = None
+        run_id = str(stored or uuid.uuid4().hex)
+        if self.accelerator.is_main_process and stored is None:
+            write_text(self._run_id_file, json.dumps({"run_id": run_id}) + "\n")
         return run_id
 
     def close(self) -> None:
-        """Ends the trackers (Accelerate's `end_training` would give up the process group too)."""
+        """Close the trackers. Accelerate's `end_training` is not used, because it destroys the process group too."""
         for tracker in self.accelerator.trackers:
             try:
                 tracker.finish()
             except OSError as error:
-                # The run's end, good or bad, must be heard, not this.
-                log.info("%s did not end well (%s)", tracker.name, error.strerror or error)
+                # Not raised, because it would hide the error that ended the run.
+                log.info("tracker %s could not be closed (%s)", tracker.name, error.strerror or error)
 
 
 def _is_nan_or_inf(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _flat(options: Options) -> dict[str, Any]:
-    """Options as trackers take them: flat, no secrets, numbers and text."""
+def _flatten_options(options: Options) -> dict[str, Any]:
+    """Return the options as trackers accept them: by flag name, without secrets, as numbers and strings."""
     values: dict[str, Any] = {}
     for flag in flags_of(Options).values():
         value = getattr(getattr(options, flag.group), flag.name)
@@ -175,23 +192,25 @@ def _flat(options: Options) -> dict[str, Any]:
     return values
 
 
-def _cut_back(metrics: Path, last_step: int) -> set[int]:
-    """Keeps the records up to update `last_step`, so that a resumed run writes none of them twice.
+def _truncate_records(metrics: Path, last_step: int) -> set[int]:
+    """Remove the records after step `last_step`, so that a resumed run does not write records twice.
 
     Returns:
-        The updates that samples are kept of: those are made after the checkpoint at a run's end.
+        The steps up to `last_step` that have samples. Samples are drawn after the checkpoint of their step is saved, so
+        that a start that resumes from it has to know whether they exist.
     """
     if not metrics.exists():
         return set()
-    kept, sampled = [], set()
+    kept = []
+    sampled_steps = set()
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # torn by the kill that made the resume necessary
+            continue  # cut by the kill that made the resume necessary
         if record["step"] <= last_step:
             kept.append(line + "\n")
             if "samples" in record:
-                sampled.add(int(record["step"]))
+                sampled_steps.add(int(record["step"]))
     write_text(metrics, "".join(kept))
-    return sampled
+    return sampled_steps

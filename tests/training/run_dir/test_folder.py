@@ -71,7 +71,7 @@ def test_empty_when_asked_then_removes_a_runs_files_and_no_others(tmp_path: Path
     mine = ("notes.txt", "model.py", "data.jsonl", "my_model.safetensors", "README.txt")
     for name in (*written, *mine):
         (tmp_path / name).touch()
-    RunDirectory(tmp_path).empty()
+    RunDirectory(tmp_path).remove_run_files()
     assert set(os.listdir(tmp_path)) == {*mine, "data", "log.txt", "status.json"}
     assert (tmp_path / "data" / "README.md").exists()
 
@@ -81,7 +81,7 @@ def test_empty_when_checkpoints_is_a_link_then_what_it_points_to_stays(tmp_path:
     (tmp_path / "scratch" / "step_1").touch()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
-    RunDirectory(tmp_path / "run").empty()
+    RunDirectory(tmp_path / "run").remove_run_files()
     assert os.listdir(tmp_path / "run") == []
     assert (tmp_path / "scratch" / "step_1").exists()
 
@@ -238,4 +238,4 @@ def test_journal_when_its_disk_is_full_then_says_so_once_and_the_run_goes_on(
     teardown_logging()
     out, err = capsys.readouterr()
     assert out == "line 0\nline 1\nline 2\n"
-    assert err == "/dev/full takes no more lines ([Errno 28] No space left on device)\n"
+    assert err.count("/dev/full") == err.count("\n") == 1 and "No space left on device" in err

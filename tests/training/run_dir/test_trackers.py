@@ -49,12 +49,10 @@ def test_trackers_when_tracking_is_off_then_only_tensorboard_and_nothing_is_chec
     assert chosen("nonsense", with_tracking=False) == ["tensorboard"]
 
 
-@pytest.mark.parametrize(
-    ("report_to", "mend"), [("wandbb", "known are all, .*wandb"), ("mlflow", "pip install mlflow")]
-)
+@pytest.mark.parametrize(("report_to", "fix"), [("wandbb", "choose all, .*wandb"), ("mlflow", "pip install mlflow")])
 @pytest.mark.usefixtures("installed")
-def test_trackers_when_one_is_not_there_then_is_refused(report_to: str, mend: str) -> None:
-    with pytest.raises(UserError, match=mend):
+def test_trackers_when_one_is_not_there_then_is_refused(report_to: str, fix: str) -> None:
+    with pytest.raises(UserError, match=fix):
         chosen(f"wandb,{report_to}")
 
 
@@ -168,7 +166,9 @@ def test_tracking_when_there_is_no_folder_then_keeps_nothing(tmp_path: Path, mon
 
 
 def test_options_when_given_to_trackers_then_are_flat_without_secrets() -> None:
-    flat: dict[str, Any] = tracking._flat(Options(hub=HubOptions(hub_token="hf_secret", hub_model_id="me/gpt")))
+    flat: dict[str, Any] = tracking._flatten_options(
+        Options(hub=HubOptions(hub_token="hf_secret", hub_model_id="me/gpt"))
+    )
     assert flat["learning_rate"] == 5e-5
     assert flat["hub_model_id"] == "me/gpt"
     assert "hf_secret" not in str(flat)
