@@ -1,4 +1,4 @@
-"""A polite stop: the first signal, or the deadline, asks; a second signal ends the process at once."""
+"""Graceful stop: the first signal, or the deadline, requests a stop; a second signal ends the process at once."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-# One request often comes twice: a scheduler signals every process of a job, and torchrun, which is one of
-# them, passes the signal on to the others.
-_ECHO_SECONDS = 2.0
-_LOOK_SECONDS = 0.5
-_LAST_WORDS_SECONDS = 2.0
-_END = 0  # no signal has that number
+# A single request often arrives twice: a scheduler signals every process of a job, and torchrun, which is one of these
+# processes, forwards the signal to the others. Signals within this time after the first count as the same request.
+_REPEAT_SECONDS = 2.0
+_POLL_SECONDS = 0.5
+# The longest wait for `on_forced_exit`.
+_EXIT_GRACE_SECONDS = 2.0
+# Byte in the wake-up pipe that ends the thread; no signal has this number.
+_END = 0
 
 
 class StopRequest:
     """Whether this process was asked to stop, and why.
 
     Attributes:
-        reason: the signal's name, max_time or walltime; None until then.
+        reason: the signal's name, max_time or walltime; None before the request.
         deadline: when the run must stop without a signal.
+        interrupts: whether a request raises `Stopped` in the main thread now.
     """
 
     def __init__(self, deadline: Deadline | None = None) -> None:
@@ -43,20 +46,20 @@ class StopRequest:
         self.interrupts = False
 
     def __call__(self) -> bool:
-        """True once a signal has come or the deadline has passed."""
+        """Return True once a signal has arrived or the deadline has passed."""
         if self.reason is None:
             self.reason = self.deadline.reason()
         return self.reason is not None
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """While the block runs, a stop is raised wherever the main thread is, instead of waiting to be asked for.
+        """Raise `Stopped` in the main thread as soon as a stop is requested while the block runs.
 
-        For long work of which nothing is kept, or that keeps what it has by itself, and in which no other rank
-        is spoken to. In a thread other than the main one a stop is seen before the block only.
+        For long work whose results are not kept, or that saves its results itself, and that does not communicate with
+        other ranks. In a thread other than the main thread, a stop is noticed only before the block.
 
         Raises:
-            Stopped: the stop.
+            Stopped: a stop was requested.
         """
         self.interrupts = True
         try:
@@ -67,7 +70,7 @@ class StopRequest:
             self.interrupts = False
 
     def interrupting(self, work: Callable[[], T]) -> Callable[[], T]:
-        """The work as it is done `interruptible`."""
+        """Return a function that does the work inside `interruptible`."""
 
         def interrupted() -> T:
             with self.interruptible():
@@ -75,29 +78,32 @@ class StopRequest:
 
         return interrupted
 
-    def note(self, number: int, _: FrameType | None = None) -> None:
-        """A signal, in the main thread."""
+    def on_signal(self, number: int, _: FrameType | None = None) -> None:
+        """Record a signal; Python calls this handler in the main thread.
+
+        Raises:
+            Stopped: inside `interruptible`.
+        """
         self.reason = self.reason or signal.Signals(number).name
         if self.interrupts:
-            # Once: the blocks that are left now have something to tidy up.
+            # Raise once only, so that the clean-up of the blocks that are left is not interrupted.
             self.interrupts = False
             raise Stopped(self.reason)
 
 
 @contextmanager
 def catch_stop_signals(
-    deadline: Deadline | None = None, last_words: Callable[[str, int], None] | None = None
+    deadline: Deadline | None = None, on_forced_exit: Callable[[str, int], None] | None = None
 ) -> Iterator[StopRequest]:
-    """Catches SIGTERM, SIGINT and SIGUSR1 while the block runs; outside the main thread only the deadline counts.
+    """Catch SIGTERM, SIGINT and SIGUSR1 while the block runs; outside the main thread only the deadline applies.
 
-    A second signal ends the process, with 128 + its number, also where the main thread hangs in a collective
-    or in a library; not sooner than two seconds after the first, which until then is taken for the same
-    request.
+    A second signal ends the process with exit code 128 + its number, even if the main thread hangs in a collective
+    or in a library. Signals in the first two seconds after the first one count as the same request.
 
     Args:
         deadline: when the run must stop without a signal.
-        last_words: called with the reason and the exit code before a second signal ends the process, which waits
-            for it for two seconds at most.
+        on_forced_exit: called with the reason and the exit code before a second signal ends the process, which waits
+            at most two seconds for it.
     """
     request = StopRequest(deadline)
     if threading.current_thread() is not threading.main_thread():
@@ -105,19 +111,20 @@ def catch_stop_signals(
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = {number: signal.signal(number, request.note) for number in SIGNALS}
-    # Python runs a handler when the main thread is back from whatever it is in; the number of the signal is in
-    # the pipe at once.
-    other = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    _wakeups.append(writer)
-    thread = threading.Thread(target=_Ears(request, reader, last_words).listen, name="signals", daemon=True)
+    previous_handlers = {number: signal.signal(number, request.on_signal) for number in SIGNALS}
+    # Python runs a handler only when the main thread returns from C code; the number of the signal is in the pipe
+    # immediately.
+    previous_wakeup_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    _wakeup_fds.append(writer)
+    watcher = _SignalThread(request, reader, on_forced_exit)
+    thread = threading.Thread(target=watcher.run, name="signals", daemon=True)
     thread.start()
     try:
         yield request
     finally:
-        _wakeups.remove(writer)
-        signal.set_wakeup_fd(other)
-        for number, handler in before.items():
+        _wakeup_fds.remove(writer)
+        signal.set_wakeup_fd(previous_wakeup_fd)
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
         os.write(writer, bytes([_END]))
         thread.join()
@@ -125,67 +132,79 @@ def catch_stop_signals(
         os.close(reader)
 
 
-class _Ears:
-    """The thread that counts signals, and sees the deadline where the main thread does not look."""
+class _SignalThread:
+    """Counts signals, and checks the deadline while the main thread is busy, in a thread of its own.
 
-    def __init__(self, request: StopRequest, reader: int, last_words: Callable[[str, int], None] | None = None) -> None:
-        self._request, self._reader, self._last_words = request, reader, last_words
-        self._first: float | None = None
-        self._nudges = 0
-        self._is_said = False
+    Args:
+        request: records the first signal.
+        reader: end of the wake-up pipe, one byte a signal.
+        on_forced_exit: see `catch_stop_signals`.
+    """
 
-    def listen(self) -> None:
-        """Returns when the pipe says so."""
+    def __init__(
+        self, request: StopRequest, reader: int, on_forced_exit: Callable[[str, int], None] | None = None
+    ) -> None:
+        self._request = request
+        self._reader = reader
+        self._on_forced_exit = on_forced_exit
+        self._first_signal_time: float | None = None
+        self._num_own_signals = 0
+        self._has_announced = False
+
+    def run(self) -> None:
+        """Read signals from the pipe until it contains `_END`."""
         while True:
-            if select.select([self._reader], [], [], _LOOK_SECONDS)[0]:
+            if select.select([self._reader], [], [], _POLL_SECONDS)[0]:
                 numbers = os.read(self._reader, 512)
                 if _END in numbers:
                     return
                 for number in numbers:
-                    if number in SIGNALS:  # SIGCHLD and others come here too
-                        self._hear(number)
+                    if number in SIGNALS:  # the pipe receives SIGCHLD and others too
+                        self._count(number)
             if self._request():
-                self._say()
-                if self._request.interrupts and self._first is None:
-                    self._nudges += 1
-                    # Any signal of ours makes the main thread look; this one is not counted.
+                self._announce()
+                if self._request.interrupts and self._first_signal_time is None:
+                    self._num_own_signals += 1
+                    # The deadline has passed: any signal of SIGNALS makes the main thread raise. `_count` ignores it.
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
-    def _hear(self, number: int) -> None:
-        if number == signal.SIGUSR1 and self._nudges:
-            self._nudges -= 1
+    def _count(self, number: int) -> None:
+        """Record the first signal; end the process at the second."""
+        if number == signal.SIGUSR1 and self._num_own_signals:
+            self._num_own_signals -= 1
             return
         now = time.monotonic()
-        if self._first is None:
-            self._first = now
+        if self._first_signal_time is None:
+            self._first_signal_time = now
             self._request.reason = self._request.reason or signal.Signals(number).name
-        elif now - self._first >= _ECHO_SECONDS:
-            # Nothing is said through logging: the main thread may hang with its lock in its hands.
-            reason, code = f"a second signal ({signal.Signals(number).name}): ended at once", 128 + number
+        elif now - self._first_signal_time >= _REPEAT_SECONDS:
+            # Written past logging, because the main thread may hang while it holds the lock of logging.
+            reason = f"a second signal ({signal.Signals(number).name}): ended at once"
+            exit_code = 128 + number
             os.write(2, f"{reason}\n".encode())
-            if self._last_words is not None:
-                # In a thread: the disk may be what the run hangs in.
-                said = threading.Thread(target=self._last_words, args=(reason, code), daemon=True)
-                said.start()
-                said.join(_LAST_WORDS_SECONDS)
-            os._exit(code)
+            if self._on_forced_exit is not None:
+                # In a thread, because the run may hang in the disk that this call writes to.
+                writer = threading.Thread(target=self._on_forced_exit, args=(reason, exit_code), daemon=True)
+                writer.start()
+                writer.join(_EXIT_GRACE_SECONDS)
+            os._exit(exit_code)
 
-    def _say(self) -> None:
-        if not self._is_said:
-            self._is_said = True
+    def _announce(self) -> None:
+        if not self._has_announced:
+            self._has_announced = True
             line = f"{self._request.reason}: the run saves and stops; a second signal ends it at once"
-            # A console that takes no more lines must not make this thread deaf.
-            threading.Thread(target=log.info, args=(line,), name="say", daemon=True).start()
+            # In a thread, because a console that blocks must not keep this thread from counting signals.
+            threading.Thread(target=log.info, args=(line,), name="announce-stop", daemon=True).start()
 
 
-# Ends of pipes that signals are written to now.
-_wakeups: list[int] = []
+# Write ends of the pipes that receive signals now.
+_wakeup_fds: list[int] = []
 
 
-def _forget_in_child() -> None:
-    """A forked process (that reads blocks ahead) must not write its own signals into its parent's pipe."""
-    if _wakeups:
+def _reset_wakeup_fd_in_child() -> None:
+    """Keep a forked process (a data loader worker) from writing its own signals into the pipe of its parent."""
+    if _wakeup_fds:
         signal.set_wakeup_fd(-1)
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(after_in_child=_reset_wakeup_fd_in_child)

@@ -1,4 +1,4 @@
-"""Whether the run still moves: a hung update ends it, with the stacks of all threads; other waiting is named."""
+"""Watchdog: an update that hangs ends the run with the stacks of all threads; other long waits are logged."""
 
 from __future__ import annotations
 
@@ -17,38 +17,54 @@ from llm.training.run_dir.folder import RunDirectory
 
 log = logging.getLogger(__name__)
 
-_LEAST_LIMIT_SECONDS = 300.0
-# The first update compiles, and starts the device's libraries: nobody knows yet how long one takes.
+_MIN_LIMIT_SECONDS = 300.0
+# The first update compiles and starts the libraries of the device: how long an update takes is not known yet.
 _FIRST_LIMIT_SECONDS = 1800.0
+# The limit in units of the median update.
 _LIMIT_FACTOR = 20
-_NUM_REMEMBERED = 101
-_LINE_SECONDS = 60.0
-_LOOK_SECONDS = 1.0
-# A process that was suspended, or a machine that slept, is not hung: of a longer pause between two looks only
-# this much counts.
-_LONGEST_LOOK_SECONDS = 5.0
-# Rank 0 ends the run, and the launcher then the other ranks: they get so long to show their stacks first.
-_GRACE_SECONDS = 10.0
-_LAST_WORDS_SECONDS = 20.0
+# The median is over this many of the newest updates.
+_NUM_MEASURED_UPDATES = 101
+_LOG_SECONDS = 60.0
+_CHECK_SECONDS = 1.0
+# A process that was suspended, or whose computer slept, does not hang: a longer pause between two checks counts as
+# this much.
+_MAX_CHECK_SECONDS = 5.0
+# Rank 0 ends the run, and then the launcher ends the other ranks: they have this long to write their stacks first.
+_EXIT_GRACE_SECONDS = 10.0
+# The longest wait for writes to a disk that may hang.
+_WRITE_TIMEOUT_SECONDS = 20.0
 
 
 class _Phase:
-    """What goes on, and for how long it has."""
+    """An activity of the run, and how long it has lasted.
+
+    Attributes:
+        name: for the log.
+        is_update: whether it is an update, which has a time limit.
+        seconds: duration so far.
+        logged_seconds: `seconds` at its newest log line.
+        is_reported: whether it was reported as hanging.
+    """
 
     def __init__(self, name: str, *, is_update: bool = False) -> None:
-        self.name, self.is_update = name, is_update
-        self.seconds = self.said = 0.0
+        self.name = name
+        self.is_update = is_update
+        self.seconds = 0.0
+        self.logged_seconds = 0.0
         self.is_reported = False
 
 
 class Watchdog:
-    """Is told what goes on, and looks once a second.
+    """Measures how long each activity of a run lasts; its owner calls `check` once a second.
 
     Args:
         report: called once with a line about an update that hangs.
-        end: called after that, when the run is to end.
-        grace_seconds: how long between the two.
-        clock: seconds.
+        end: called after that with the same line, when the run must end.
+        grace_seconds: time between the two calls.
+        clock: returns the time in seconds from any fixed origin.
+
+    Attributes:
+        last_log_time: time of the newest log record, by `clock`.
     """
 
     def __init__(
@@ -59,15 +75,20 @@ class Watchdog:
         grace_seconds: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._report, self._end, self._grace_seconds, self._clock = report, end, grace_seconds, clock
+        self._report = report
+        self._end = end
+        self._grace_seconds = grace_seconds
+        self._clock = clock
         self._phase = _Phase("the start")
-        self._looked = self.heard = clock()
-        self._update_seconds: deque[float] = deque(maxlen=_NUM_REMEMBERED)
+        self._last_check_time = clock()
+        self.last_log_time = self._last_check_time
+        self._update_seconds: deque[float] = deque(maxlen=_NUM_MEASURED_UPDATES)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """While the block runs, that is what a line a minute says is waited for."""
-        outer, self._phase = self._phase, _Phase(name)
+        """Log `waiting for <name>` once a minute while the block runs."""
+        outer = self._phase
+        self._phase = _Phase(name)
         try:
             yield
         finally:
@@ -75,8 +96,9 @@ class Watchdog:
 
     @contextmanager
     def update(self) -> Iterator[None]:
-        """One update of the weights: the block that must not hang."""
-        outer, self._phase = self._phase, _Phase("an update", is_update=True)
+        """Apply the time limit of an update while the block runs; the block is one update of the weights."""
+        outer = self._phase
+        self._phase = _Phase("an update", is_update=True)
         started = self._clock()
         try:
             yield
@@ -86,16 +108,17 @@ class Watchdog:
 
     @property
     def limit_seconds(self) -> float:
-        """How long an update may take."""
+        """The time limit of an update: 20 times the median update, at least 300 s; 1800 s for the first update."""
         if not self._update_seconds:
             return _FIRST_LIMIT_SECONDS
-        return max(_LEAST_LIMIT_SECONDS, _LIMIT_FACTOR * statistics.median(list(self._update_seconds)))
+        return max(_MIN_LIMIT_SECONDS, _LIMIT_FACTOR * statistics.median(list(self._update_seconds)))
 
-    def look(self) -> None:
-        """Says what is waited for, or ends what hangs."""
-        now, phase = self._clock(), self._phase
-        phase.seconds += min(now - self._looked, _LONGEST_LOOK_SECONDS)
-        self._looked = now
+    def check(self) -> None:
+        """Log what the run waits for; report and end an update that exceeds its limit."""
+        now = self._clock()
+        phase = self._phase
+        phase.seconds += min(now - self._last_check_time, _MAX_CHECK_SECONDS)
+        self._last_check_time = now
         if phase.is_update:
             limit = self.limit_seconds
             line = f"no update finished for {phase.seconds:.0f} s (the limit is {limit:.0f} s)"
@@ -104,77 +127,82 @@ class Watchdog:
                 self._report(line)
             if phase.seconds > limit + self._grace_seconds:
                 self._end(line)
-        elif phase.seconds - phase.said >= _LINE_SECONDS and now - self.heard >= _LINE_SECONDS:
-            phase.said = phase.seconds
+        elif phase.seconds - phase.logged_seconds >= _LOG_SECONDS and now - self.last_log_time >= _LOG_SECONDS:
+            phase.logged_seconds = phase.seconds
             log.info("waiting for %s (%d min)", phase.name, phase.seconds // 60)
 
 
 @contextmanager
-def start_watchdog(world: World, folder: RunDirectory | None) -> Iterator[Watchdog]:
-    """A watchdog with a thread of its own, which ends with the block.
+def start_watchdog(world: World, run_dir: RunDirectory | None) -> Iterator[Watchdog]:
+    """Run a watchdog in a thread of its own while the block runs.
 
-    Every rank shows its stacks when its update hangs; rank 0 then writes status.json and ends its process, and
-    the launcher the others.
+    Every rank writes its stacks when its update hangs; rank 0 then writes status.json and ends its process, and the
+    launcher ends the others.
+
+    Args:
+        world: the processes of the run.
+        run_dir: the run's folder; None if nothing is kept.
     """
-    watchdog = Watchdog(
-        report=lambda line: _with_patience(lambda: _show_stacks(line, world.rank, folder if world.is_main else None)),
-        end=(lambda line: _die(line, folder)) if world.is_main else _wait_for_the_launcher,
-        grace_seconds=_GRACE_SECONDS if world.size > 1 else 0.0,
-    )
+
+    def report(line: str) -> None:
+        _with_timeout(lambda: _write_stacks(line, world.rank, run_dir if world.is_main else None))
+
+    def end(line: str) -> None:
+        # Only rank 0 ends the run, because only rank 0 knows whether it saves or draws samples meanwhile.
+        if world.is_main:
+            _exit(line, run_dir)
+
+    watchdog = Watchdog(report, end, grace_seconds=_EXIT_GRACE_SECONDS if world.size > 1 else 0.0)
     ended = threading.Event()
 
-    def watch() -> None:
-        while not ended.wait(_LOOK_SECONDS):
-            watchdog.look()
+    def check_regularly() -> None:
+        while not ended.wait(_CHECK_SECONDS):
+            watchdog.check()
 
-    ears = _Ears(watchdog)
-    logging.getLogger("llm").addHandler(ears)
-    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    handler = _LogTimeHandler(watchdog)
+    logging.getLogger("llm").addHandler(handler)
+    thread = threading.Thread(target=check_regularly, name="watchdog", daemon=True)
     thread.start()
     try:
         yield watchdog
     finally:
         ended.set()
         thread.join()
-        logging.getLogger("llm").removeHandler(ears)
+        logging.getLogger("llm").removeHandler(handler)
 
 
-class _Ears(logging.Handler):
-    """Notes when the run last said something: what speaks for itself needs no line about it."""
+class _LogTimeHandler(logging.Handler):
+    """Records the time of the newest log record: an activity that logs lines needs no line of the watchdog."""
 
     def __init__(self, watchdog: Watchdog) -> None:
         super().__init__()
         self._watchdog = watchdog
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Notes the time."""
-        self._watchdog.heard = time.monotonic()
+        """Record the time."""
+        self._watchdog.last_log_time = time.monotonic()
 
 
-def _show_stacks(line: str, rank: int, folder: RunDirectory | None) -> None:
-    """To the standard error, and into the run's log; past logging, whose lock the hung thread may hold."""
-    text = f"[rank {rank}] {line}; the stacks of all threads:\n".encode()
-    os.write(2, text)
+def _write_stacks(line: str, rank: int, run_dir: RunDirectory | None) -> None:
+    """Write the stacks to the standard error and log.txt, past logging, whose lock the hanging thread may hold."""
+    header = f"[rank {rank}] {line}; the stacks of all threads:\n".encode()
+    os.write(2, header)
     faulthandler.dump_traceback(file=2, all_threads=True)
-    if folder is not None and folder.log.exists():
-        with open(folder.log, "ab", buffering=0) as file:
-            file.write(text)
+    if run_dir is not None and run_dir.log.exists():
+        with open(run_dir.log, "ab", buffering=0) as file:
+            file.write(header)
             faulthandler.dump_traceback(file=file.fileno(), all_threads=True)
 
 
-def _die(line: str, folder: RunDirectory | None) -> None:
-    if folder is not None and folder.status.exists():
-        _with_patience(lambda: folder.write_final_status("failed", reason=line, exit_code=1))
-    # Nothing else ends a process whose main thread does not come back.
+def _exit(line: str, run_dir: RunDirectory | None) -> None:
+    if run_dir is not None and run_dir.status.exists():
+        _with_timeout(lambda: run_dir.write_final_status("failed", reason=line, exit_code=1))
+    # No other call ends a process whose main thread hangs in C code.
     os._exit(1)
 
 
-def _wait_for_the_launcher(line: str) -> None:
-    """Rank 0 knows whether it saves or writes samples meanwhile, so that only it ends the run."""
-
-
-def _with_patience(work: Callable[[], None]) -> None:
-    """Does the work, but not for long: the disk may be what hangs."""
-    thread = threading.Thread(target=work, name="last-words", daemon=True)
+def _with_timeout(work: Callable[[], None]) -> None:
+    """Do the work, but wait for it only a limited time, because the disk may be the cause of the hang."""
+    thread = threading.Thread(target=work, name="watchdog-write", daemon=True)
     thread.start()
-    thread.join(_LAST_WORDS_SECONDS)
+    thread.join(_WRITE_TIMEOUT_SECONDS)

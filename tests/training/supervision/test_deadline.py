@@ -1,4 +1,4 @@
-"""When a run must stop by itself."""
+"""The times at which a run must stop without a signal."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Clock:
         return self.now
 
 
-def test_deadline_when_there_is_none_then_never_comes() -> None:
+def test_deadline_when_no_time_is_set_then_there_is_no_reason_to_stop() -> None:
     deadline = Deadline()
     assert deadline.reason() is None
     assert deadline.lines() == []
 
 
-def test_deadline_when_max_time_is_over_then_says_so_to_the_second() -> None:
+def test_deadline_when_max_time_is_over_then_it_is_the_reason_to_the_second() -> None:
     clock = Clock()
     deadline = Deadline(max_time=1060, clock=clock)
     clock.now = 1059.9
@@ -36,7 +36,7 @@ def test_deadline_when_max_time_is_over_then_says_so_to_the_second() -> None:
     assert "--max_time" in deadline.lines()[0]
 
 
-def test_walltime_when_saves_are_short_then_is_kept_with_two_minutes() -> None:
+def test_walltime_when_saves_are_short_then_the_margin_is_two_minutes() -> None:
     clock = Clock()
     deadline = Deadline(walltime=4600, clock=clock)
     assert deadline.margin_seconds == 120
@@ -62,7 +62,7 @@ def test_walltime_when_the_job_is_short_then_half_of_it_is_used() -> None:
     assert deadline.reason() == "walltime"
 
 
-def test_deadline_when_found_then_is_of_the_option_and_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_deadline_when_the_option_and_the_job_set_times_then_both_apply(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     now = time.time()
     monkeypatch.setenv("LLM_END_TIME", str(now + 3600))

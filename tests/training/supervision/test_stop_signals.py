@@ -1,4 +1,4 @@
-"""The first signal, or the deadline, asks for a stop; the second signal stops."""
+"""The first signal, or the deadline, requests a stop; the second signal ends the process."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from llm.training.supervision.stop_signals import SIGNALS, catch_stop_signals
 
 @pytest.fixture(autouse=True)
 def caught() -> Iterator[list[int]]:
-    """Handlers of the test's own stand before, so that nothing kills the test; the signals they got."""
-    got: list[int] = []
+    """Install handlers that only record signals, so that none ends the test; give the recorded signals."""
+    numbers: list[int] = []
 
     def catch(number: int, _: FrameType | None) -> None:
-        got.append(number)
+        numbers.append(number)
 
     previous = {number: signal.signal(number, catch) for number in SIGNALS}
-    yield got
+    yield numbers
     for number, handler in previous.items():
         signal.signal(number, handler)
 
 
 def run(program: str, *, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """A program that imports what the tests need."""
+    """Run a program after the imports that all these programs need."""
     head = (
         "import os, signal, sys, threading, time\n"
         "from llm.training.supervision.stop_signals import catch_stop_signals\n"
@@ -45,7 +45,7 @@ def run(program: str, *, timeout: float = 60) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signal_when_the_first_then_is_noted_with_its_name(number: int, caught: list[int]) -> None:
+def test_signal_when_it_is_the_first_then_its_name_is_recorded(number: int, caught: list[int]) -> None:
     with catch_stop_signals() as stop:
         assert not stop()
         os.kill(os.getpid(), number)
@@ -54,7 +54,7 @@ def test_signal_when_the_first_then_is_noted_with_its_name(number: int, caught: 
     assert caught == []
 
 
-def test_signal_when_a_launcher_repeats_it_at_once_then_is_the_same_request(caught: list[int]) -> None:
+def test_signal_when_a_launcher_repeats_it_immediately_then_counts_as_the_same_request(caught: list[int]) -> None:
     with catch_stop_signals() as stop:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -63,8 +63,8 @@ def test_signal_when_a_launcher_repeats_it_at_once_then_is_the_same_request(caug
     assert caught == []
 
 
-def test_signal_when_the_second_then_ends_a_process_whose_main_thread_hangs() -> None:
-    # A lock that nobody opens, taken in C: Python's own handlers never get their turn there.
+def test_signal_when_it_is_the_second_then_ends_a_process_whose_main_thread_hangs() -> None:
+    # A C mutex that is locked twice: while the main thread hangs in C code, Python runs no signal handlers.
     result = run(
         "import ctypes\n"
         "libc = ctypes.CDLL(None)\n"
@@ -81,7 +81,23 @@ def test_signal_when_the_second_then_ends_a_process_whose_main_thread_hangs() ->
     assert result.stderr == "a second signal (SIGINT): ended at once\n"
 
 
-def test_handlers_when_the_block_ends_or_fails_then_are_the_old_ones(caught: list[int]) -> None:
+def test_signal_when_it_is_the_second_then_on_forced_exit_gets_reason_and_code_and_may_hang() -> None:
+    result = run(
+        "def on_forced_exit(reason, code):\n"
+        "    print(reason, code, flush=True)\n"
+        "    time.sleep(60)\n"
+        "with catch_stop_signals(on_forced_exit=on_forced_exit):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(2.2)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(30)\n",
+        timeout=20,
+    )
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert result.stdout == "a second signal (SIGTERM): ended at once 143\n"
+
+
+def test_handlers_when_the_block_ends_or_fails_then_the_previous_ones_are_restored(caught: list[int]) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     threads = threading.active_count()
     with catch_stop_signals():
@@ -95,25 +111,25 @@ def test_handlers_when_the_block_ends_or_fails_then_are_the_old_ones(caught: lis
     assert caught == [signal.SIGUSR1]
 
 
-def test_block_when_interruptible_then_a_signal_is_raised_in_it_and_once() -> None:
+def test_interruptible_when_a_signal_arrives_then_stopped_is_raised_once() -> None:
     with catch_stop_signals() as stop:
-        tidied: list[bool] = []
+        cleaned_up: list[bool] = []
 
         def work() -> None:
             try:
                 os.kill(os.getpid(), signal.SIGUSR1)
                 time.sleep(10)
             finally:
-                os.kill(os.getpid(), signal.SIGUSR1)  # the launcher's echo comes into the tidying up
+                os.kill(os.getpid(), signal.SIGUSR1)  # the launcher repeats the signal during the clean-up
                 time.sleep(0.1)
-                tidied.append(True)
+                cleaned_up.append(True)
 
         with pytest.raises(Stopped, match="SIGUSR1"), stop.interruptible():
             work()
-        assert tidied
+        assert cleaned_up
         with pytest.raises(Stopped), stop.interruptible():
-            pytest.fail("begun although the stop was known")
-        os.kill(os.getpid(), signal.SIGTERM)  # outside of it, it is only noted
+            pytest.fail("the block began after the stop was requested")
+        os.kill(os.getpid(), signal.SIGTERM)  # outside of the block a signal is only recorded
         assert stop.reason == "SIGUSR1"
 
 
@@ -125,7 +141,7 @@ def test_deadline_when_it_passes_then_is_a_reason_like_a_signal() -> None:
         assert stop.reason == "max_time"
 
 
-def test_deadline_when_the_main_thread_is_busy_then_interrupts_it_and_is_no_first_signal() -> None:
+def test_deadline_when_the_main_thread_is_busy_then_interrupts_it_and_does_not_count_as_a_signal() -> None:
     result = run(
         "from llm.config.errors import Stopped\n"
         "with catch_stop_signals(Deadline(max_time=time.time() + 0.5)) as stop:\n"
@@ -144,20 +160,20 @@ def test_deadline_when_the_main_thread_is_busy_then_interrupts_it_and_is_no_firs
     assert result.returncode == 0
 
 
-def test_listening_when_not_in_the_main_thread_then_hears_the_deadline_alone() -> None:
-    found: list[object] = []
+def test_catch_stop_signals_when_not_in_the_main_thread_then_only_the_deadline_applies() -> None:
+    results: list[object] = []
 
     def work() -> None:
         with catch_stop_signals(Deadline(max_time=0)) as stop:
-            found.append(stop())
+            results.append(stop())
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [True]
+    assert results == [True]
 
 
-def test_signal_when_a_forked_process_gets_it_then_its_parent_hears_nothing() -> None:
+def test_signal_when_a_forked_process_gets_it_then_its_parent_is_not_stopped() -> None:
     with catch_stop_signals() as stop:
         child = os.fork()
         if child == 0:
