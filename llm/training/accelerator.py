@@ -1,4 +1,4 @@
-"""The device and the processes of a run: one Accelerator, checked against what the launcher was asked for."""
+"""Device, processes and precision of a run: one `Accelerator`, checked against the request to the launcher."""
 
 from __future__ import annotations
 
@@ -25,24 +25,23 @@ from llm.system.precision import multiplies_bf16
 
 log = logging.getLogger(__name__)
 
-# Minutes, so that a rank that is gone does not cost the others half an hour. What rank 0 does alone for long
-# (text, samples, the last checkpoint, the export) the others wait for at the store; in a collective they wait
-# for an update, for the slowest rank to load the model, and for rank 0 where a save has to wait for the one
-# before it. Longer than the watchdog's five minutes, whose stacks say more than a collective's error.
+# Shorter than half an hour, which the other ranks would lose when a rank has exited. Long work of rank 0 alone (text,
+# samples, the last checkpoint, the export) does not count: the others wait for it at the store. In a collective they
+# wait for an update, for the slowest rank to load the model, and for rank 0 if a save has to wait for the save before
+# it. Longer than the watchdog's five minutes, because its stacks tell more than the error of a collective.
 _COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
-
 
 PrecisionSource = Literal["option", "launcher", "device", "checkpoint"]
 
 
 @dataclass
 class Compute:
-    """What a run computes on.
+    """Device, processes and precision of a run.
 
     Attributes:
-        accelerator: gives autocast, the loss scaler and DDP.
-        world: the processes.
-        precision_source: who chose the arithmetic.
+        accelerator: provides autocast, the loss scaler and DDP.
+        world: the processes of the run, and the device of this process.
+        precision_source: where the precision comes from.
     """
 
     accelerator: Accelerator
@@ -51,91 +50,98 @@ class Compute:
 
     @property
     def precision(self) -> str:
-        """Arithmetic of the forward and backward pass: no (fp32), bf16 or fp16."""
+        """Precision of the forward and backward pass: no (fp32), bf16 or fp16."""
         return str(self.accelerator.mixed_precision)
 
     def use_checkpoint_precision(self, precision: str | None) -> None:
-        """Goes on in the arithmetic of a checkpoint, unless one was asked for here; before a model is prepared.
+        """Use the precision of a checkpoint, unless the option or the launcher set one; call before a model is built.
+
+        Args:
+            precision: no, bf16 or fp16; None if there is no checkpoint.
 
         Raises:
-            UserError: the device cannot do it.
+            UserError: the device does not support the precision.
         """
         if precision is None or precision == self.precision:
             return
         if self.precision_source in ("option", "launcher"):
-            log.warning("the checkpoint was made in %s, this run goes on in %s", _named(precision), self._arithmetic())
+            log.warning(
+                "the checkpoint was made in %s, this run uses %s", _name_of(precision), self._describe_precision()
+            )
             return
-        _refuse_what_is_not_there(precision, on_cpu=self.world.device.type == "cpu")
+        _refuse_unsupported(precision, on_cpu=self.world.device.type == "cpu")
         log.info(
-            "arithmetic: %s, as the checkpoint's, not %s as auto is here; --mixed_precision changes it",
-            _named(precision),
-            _named(self.precision),
+            "precision: %s, as the checkpoint's; auto would choose %s on this device; --mixed_precision sets another",
+            _name_of(precision),
+            _name_of(self.precision),
         )
         self._change_precision(precision)
         self.precision_source = "checkpoint"
 
     def agree_on_precision(self) -> None:
-        """Nodes of several kinds compute as the first one chose."""
-        if self.precision_source == "device" and (first := self.world.broadcast(self.precision)) != self.precision:
-            self._change_precision(first)
+        """Use the precision that rank 0 chose, on all ranks: nodes may have devices of several kinds."""
+        if self.precision_source == "device":
+            precision = self.world.broadcast(self.precision)
+            if precision != self.precision:
+                self._change_precision(precision)
 
     def _change_precision(self, precision: str) -> None:
-        AcceleratorState._reset_state()  # the processes stay joined
-        self.accelerator = _accelerator(precision, on_cpu=self.world.device.type == "cpu")
+        AcceleratorState._reset_state()  # keeps the process group
+        self.accelerator = _build_accelerator(precision, on_cpu=self.world.device.type == "cpu")
 
     def release(self) -> None:
-        """Frees the model and leaves the other processes; nothing may be trained here any more.
+        """Free the model and destroy the process group; this process cannot train after that.
 
-        In this order: DDP's reducer, freed after the process group was given up, would be the last to hold
-        it, and join gloo's threads without letting go of the interpreter that they wait for.
+        The order matters. If DDP's reducer were freed after the process group was destroyed, it would hold the last
+        reference to it, and would join gloo's threads without releasing the GIL that they wait for.
         """
         self.accelerator.free_memory()
         unfreeze_heap()
-        gc.collect()  # DDP stands in a circle of references, which only this breaks
+        gc.collect()  # DDP is part of a reference cycle, which only the garbage collector frees
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def __str__(self) -> str:
-        """One line: device, processes, arithmetic."""
+        """Return one log line: device, processes, precision."""
         device = self.world.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         processes = "1 process" if self.world.size == 1 else f"{self.world.size} processes"
         threads = f" of {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-        return f"device: {name}, {processes}{threads}, {self._arithmetic()}"
+        return f"device: {name}, {processes}{threads}, {self._describe_precision()}"
 
-    def _arithmetic(self) -> str:
-        """The arithmetic, and who chose it where it was not an option."""
+    def _describe_precision(self) -> str:
+        """Return the precision, and where it comes from unless that is the option."""
         native = "native" if self.precision == "bf16" else "no native bf16"
-        reasons = {
+        sources = {
             "launcher": " (the launcher's)",
             "device": f" (auto: {native} here)",
             "checkpoint": " (the checkpoint's)",
         }
-        return _named(self.precision) + reasons.get(self.precision_source, "")
+        return _name_of(self.precision) + sources.get(self.precision_source, "")
 
 
 def start_compute(options: TrainingOptions) -> Compute:
-    """Chooses the device, joins the other processes, and fixes the arithmetic.
+    """Choose the device, create the process group, and choose the precision.
 
-    Without an accelerator several processes form a world over gloo by themselves.
+    Without an accelerator, several processes form a process group over gloo.
 
     Raises:
-        UserError: the processes do not form the world that was asked for, or the device cannot do the
-            arithmetic that was asked for.
+        UserError: the processes do not form the world that the launcher was asked for, or the device does not support
+            the requested precision.
     """
-    _refuse_a_lone_process()
+    _refuse_single_process()
     _refuse_other_engines(options)
-    # A process may hold the state of an earlier run (a notebook, a test); this run starts its own.
+    # The process may contain the state of an earlier run (a notebook, a test).
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    on_cpu = options.use_cpu or not _has_accelerator()
+    on_cpu = options.use_cpu or not _has_build_accelerator()
     precision, precision_source = _choose_precision(options.mixed_precision, on_cpu=on_cpu)
     if options.full_determinism:
-        # cuBLAS reads this when its handle is made, so it has to stand before the first product.
+        # cuBLAS reads this variable when its handle is created, before the first matrix product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
-    accelerator = _accelerator(precision, on_cpu=on_cpu)
+    accelerator = _build_accelerator(precision, on_cpu=on_cpu)
     world = World(
         rank=accelerator.process_index,
         size=accelerator.num_processes,
@@ -145,34 +151,34 @@ def start_compute(options: TrainingOptions) -> Compute:
     if launched_size() != world.size:
         raise UserError(
             f"the launcher started {launched_size()} processes but they form a world of {world.size}: "
-            "each would train and write its own copy; start them with torchrun or accelerate launch"
+            "each would train and write its own copy of the model; start them with torchrun or accelerate launch"
         )
     if on_cpu:
         use_free_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         keep_freed_memory()
     if world.device.type == "cuda":
-        # Products of fp32 matrices in TF32, eight times as fast and three digits shorter.
+        # Products of fp32 matrices in TF32 are eight times as fast, and have three digits less.
         torch.set_float32_matmul_precision("highest" if options.full_determinism else "high")
-    # Each node has one process of that number; no variable says it under every launcher.
+    # Each node has one process with local rank 0; no environment variable has the number of nodes under every launcher.
     num_nodes = int(world.all_reduce_sum(torch.tensor(int(world.local_rank == 0), device=world.device)))
-    machine = Compute(accelerator, replace(world, num_nodes=num_nodes), precision_source)
-    machine.agree_on_precision()
-    return machine
+    compute = Compute(accelerator, replace(world, num_nodes=num_nodes), precision_source)
+    compute.agree_on_precision()
+    return compute
 
 
 def restore_process() -> None:
-    """Undoes what a run, also a failed one, has set in its process, which in a notebook goes on."""
+    """Undo the settings that a run, even a failed one, made in its process, which continues in a notebook."""
     unfreeze_heap()
     return_freed_memory()
 
 
-def _accelerator(precision: str, *, on_cpu: bool) -> Accelerator:
+def _build_accelerator(precision: str, *, on_cpu: bool) -> Accelerator:
     return Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,
-        # Accumulation is the updater's; a number in the launcher's environment would divide gradients by it.
+        # The updater accumulates; with a number from the launcher's environment, Accelerate would divide the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        # Buffers of these models never change, so they are not sent again at every forward pass.
+        # The buffers of these models never change: DDP need not broadcast them in every forward pass.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT),
@@ -180,48 +186,48 @@ def _accelerator(precision: str, *, on_cpu: bool) -> Accelerator:
     )
 
 
-def _has_accelerator() -> bool:
+def _has_build_accelerator() -> bool:
     return bool(torch.accelerator.is_available())
 
 
-def _choose_precision(asked: str, *, on_cpu: bool) -> tuple[str, PrecisionSource]:
-    """The arithmetic, and who chose it: the option, else `accelerate launch`, else the device."""
-    # accelerate launch writes `no` whenever it was told nothing.
+def _choose_precision(requested: str, *, on_cpu: bool) -> tuple[str, PrecisionSource]:
+    """Return the precision and its source: the option, else `accelerate launch`, else the device."""
+    # accelerate launch sets `no` if the user did not choose.
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked != "auto" or launcher in ("bf16", "fp16"):
-        precision = launcher if asked == "auto" else asked
-        _refuse_what_is_not_there(precision, on_cpu=on_cpu)
-        return precision, "launcher" if asked == "auto" else "option"
-    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    if requested != "auto":
+        _refuse_unsupported(requested, on_cpu=on_cpu)
+        return requested, "option"
+    if launcher in ("bf16", "fp16"):
+        _refuse_unsupported(launcher, on_cpu=on_cpu)
+        return launcher, "launcher"
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_build_accelerator()
     return "bf16" if device is not None and multiplies_bf16(device) else "no", "device"
 
 
-def _refuse_what_is_not_there(precision: str, *, on_cpu: bool) -> None:
+def _refuse_unsupported(precision: str, *, on_cpu: bool) -> None:
     if precision == "fp16" and on_cpu:
-        raise UserError(
-            "--mixed_precision fp16 needs an accelerator: its products run on no CPU natively; use bf16 or no"
-        )
+        raise UserError("--mixed_precision fp16 needs an accelerator: no CPU multiplies fp16 natively; use bf16 or no")
     if precision == "bf16" and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise UserError(f"--mixed_precision bf16 is not there on {torch.cuda.get_device_name()}; use fp16 or no")
+        raise UserError(f"--mixed_precision bf16 is not supported by {torch.cuda.get_device_name()}; use fp16 or no")
 
 
-def _named(precision: str) -> str:
+def _name_of(precision: str) -> str:
     return "fp32" if precision == "no" else precision
 
 
 def _refuse_other_engines(options: TrainingOptions) -> None:
-    """What `accelerate launch` was asked for and the updater here does not do: say it instead of ignoring it."""
+    """Refuse what `accelerate launch` was asked for and this package does not support, instead of ignoring it."""
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UserError(
-                f"accelerate launch asks for {name}, which is not here yet; launch with --multi_gpu or torchrun"
+                f"accelerate launch asks for {name}, which is not supported yet; launch with --multi_gpu or torchrun"
             )
     if options.mixed_precision == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
         raise UserError("accelerate launch asks for fp8, which changes nothing in GPT-2's Conv1D blocks; use bf16")
 
 
-def _refuse_a_lone_process() -> None:
-    """`accelerate launch --cpu --num_processes 2` starts one process and says nothing: say it."""
+def _refuse_single_process() -> None:
+    """Refuse `accelerate launch --cpu --num_processes 2`, which starts one process without a warning."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError(

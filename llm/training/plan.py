@@ -1,4 +1,4 @@
-"""The numbers of a run, known before the model is built: blocks, updates, accumulation, seed."""
+"""The numbers of a run that are known before the model is built: blocks, updates, accumulation, seed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _DEFAULT_BLOCK_SIZE = 1024
 
 @dataclass(frozen=True)
 class Plan:
-    """How the training text is cut into updates.
+    """How the training blocks are divided among updates.
 
     Attributes:
         block_size: tokens a block.
-        num_blocks: blocks of one epoch; None of a stream, whose length nobody knows.
-        micro_batch: blocks of one backward on one rank.
-        accumulation: backwards of one update on one rank.
+        num_blocks: blocks of one epoch; None for a stream, whose length is unknown.
+        micro_batch: blocks of one backward pass on one rank.
+        accumulation: backward passes of one update on one rank.
         global_batch: blocks of one update over all ranks.
-        num_steps: updates of the whole run.
-        seed: the seed of the order and of everything random.
-        document_mask: whether attention, positions and loss stay inside a document.
-        num_unread: blocks that the run never reads.
+        num_steps: updates of the complete run.
+        seed: seed of the data order and of all random numbers.
+        document_mask: whether attention, positions and loss are limited to a document.
+        num_unread: training blocks that the run never reads.
     """
 
     block_size: int
@@ -43,26 +43,26 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens predicted in one update, with a document mask less those that begin a document."""
+        """Tokens predicted in one update; an upper bound with a document mask, where first tokens are not predicted."""
         return self.global_batch * self.block_size
 
     @property
     def num_samples(self) -> int:
-        """Blocks that the whole run reads, over all epochs."""
+        """Blocks that the complete run reads, over all epochs."""
         return self.num_steps * self.global_batch
 
     @property
     def num_epochs(self) -> float | None:
-        """Epochs that the updates read, as a fraction; None of a stream."""
+        """Epochs that the updates read, as a fraction; None for a stream."""
         return None if self.num_blocks is None else self.num_steps * self.global_batch / self.num_blocks
 
     @property
     def num_unreached_tokens(self) -> int:
-        """Tokens of the training blocks that the run never reads; 0 of a stream, where nobody knows yet."""
+        """Tokens of the training blocks that the run never reads; 0 for a stream, where their number is unknown."""
         return self.num_unread * self.block_size
 
     def __str__(self) -> str:
-        """One line: updates, what one is, epochs."""
+        """Return one log line: number of updates, size of an update, epochs and seed."""
         epochs = "of a stream" if self.num_epochs is None else f"{self.num_epochs:.2f} epochs"
         unreached = f", {self.num_unreached_tokens:,} tokens never reached" if self.num_unreached_tokens else ""
         return (
@@ -71,42 +71,49 @@ class Plan:
         )
 
 
-def choose_block_size(asked: int | None, model_limit: int, default_limit: int) -> int:
-    """The block size of the run.
+def choose_block_size(requested: int | None, model_limit: int, default_limit: int) -> int:
+    """Return the block size of the run in tokens.
 
     Args:
-        asked: what the option says.
-        model_limit: tokens that the model can read at once.
-        default_limit: the smaller of that and the tokenizer's limit, which binds only the default.
+        requested: `--block_size`; None takes the default, which is at most 1024.
+        model_limit: the longest sequence that the model can read, in tokens.
+        default_limit: the smaller of `model_limit` and the tokenizer's limit; it bounds only the default.
 
     Raises:
-        UserError: the model cannot read blocks that long.
+        UserError: the requested block is longer than `model_limit`.
     """
-    if asked is None:
+    if requested is None:
         return min(_DEFAULT_BLOCK_SIZE, default_limit)
-    if asked > model_limit:
+    if requested > model_limit:
         raise UserError(
-            f"--block_size {asked} is beyond the {model_limit} tokens that the model can read; use --block_size "
+            f"--block_size {requested} is beyond the {model_limit} tokens that the model can read; use --block_size "
             f"{model_limit} or less (a model built from scratch takes more with --config_overrides, such as "
-            f"n_positions={asked} for gpt2)"
+            f"n_positions={requested} for gpt2)"
         )
-    return asked
+    return requested
 
 
 def plan_run(
     options: TrainingOptions, blocks: BlockSource, *, num_ranks: int, seed: int, document_mask: bool = False
 ) -> Plan:
-    """Cuts the training blocks into updates.
+    """Divide the training blocks among updates.
+
+    Args:
+        options: batch sizes, and the length of the run.
+        blocks: the training blocks.
+        num_ranks: ranks that read different blocks.
+        seed: of the run.
+        document_mask: whether attention, positions and loss are limited to a document.
 
     Raises:
-        UserError: the global batch does not divide among the ranks.
-        UsageError: neither the length of the text is known nor that of the run.
+        UserError: the global batch is not divisible by the blocks of one backward pass on all ranks.
+        UsageError: neither the number of blocks nor `--max_train_steps` is known.
     """
-    per_backward, global_batch = _batches(options, num_ranks)
+    per_backward, global_batch = _batch_sizes(options, num_ranks)
     num_steps = options.max_train_steps
     if num_steps is None:
         if blocks.num_blocks is None:
-            raise UsageError("the length of a stream is not known: give --max_train_steps")
+            raise UsageError("the length of a stream is unknown: give --max_train_steps")
         num_steps = math.ceil(options.num_train_epochs * blocks.num_blocks / global_batch)
     return Plan(
         block_size=blocks.block_size,
@@ -122,26 +129,31 @@ def plan_run(
 
 
 def check_training(options: Options, *, num_ranks: int) -> None:
-    """Refuses what can be known wrong about batches and schedule before the text is read.
+    """Refuse batch sizes and schedules that are known to be wrong before the text is read.
+
+    Args:
+        options: of the run.
+        num_ranks: ranks that read different blocks.
 
     Raises:
-        UserError: as `plan_run` and `plan_schedule`.
+        UserError: see `plan_run` and `plan_schedule`.
     """
-    _batches(options.training, num_ranks)
-    # A schedule wrong in itself is so for any number of updates; the warm-up is judged when that is known.
-    any_number = options.training.max_train_steps or options.schedule.num_warmup_steps + 1000
-    build_schedule(options.schedule, any_number, learning_rate=options.optimizer.learning_rate)
+    _batch_sizes(options.training, num_ranks)
+    # A schedule that contradicts itself is wrong for any number of updates. The length of the warm-up is checked when
+    # the number of updates is known.
+    num_steps = options.training.max_train_steps or options.schedule.num_warmup_steps + 1000
+    build_schedule(options.schedule, num_steps, learning_rate=options.optimizer.learning_rate)
 
 
-def _batches(options: TrainingOptions, num_ranks: int) -> tuple[int, int]:
-    """Blocks of one backward on all ranks together, and of one update."""
+def _batch_sizes(options: TrainingOptions, num_ranks: int) -> tuple[int, int]:
+    """Return the blocks of one backward pass on all ranks together, and the blocks of one update."""
     per_backward = options.per_device_train_batch_size * num_ranks
     global_batch = options.global_batch_size or per_backward * options.gradient_accumulation_steps
     if global_batch % per_backward:
         raise UserError(
             f"--global_batch_size {global_batch} does not divide by {per_backward} "
             f"(--per_device_train_batch_size {options.per_device_train_batch_size} x {num_ranks} processes); "
-            f"{_sizes_that_work(global_batch, num_ranks)}"
+            f"{_batch_size_hint(global_batch, num_ranks)}"
         )
     if options.torch_compile == "cudagraphs" and global_batch > per_backward:
         raise UserError(
@@ -153,14 +165,19 @@ def _batches(options: TrainingOptions, num_ranks: int) -> tuple[int, int]:
 
 
 def plan_schedule(options: Options, plan: Plan) -> Callable[[int], float]:
-    """The share of its peak that every learning rate has in update k (0-based), a function of k alone."""
+    """Return the function from step k (0-based) to the factor on every peak learning rate; it depends on k alone."""
     return build_schedule(options.schedule, plan.num_steps, learning_rate=options.optimizer.learning_rate)
 
 
 def resolve_options(options: Options, plan: Plan, *, precision: str) -> Options:
-    """The options with what the run chose itself: the seed, the block size, and the arithmetic.
+    """Return the options with the values that the run chose itself: seed, block size and precision.
 
-    A start from these, on whatever machine, computes as this one did.
+    A start from these options computes the same on any computer.
+
+    Args:
+        options: of the run.
+        plan: of the run.
+        precision: no, bf16 or fp16.
     """
     chosen = {"seed": plan.seed, "mixed_precision": precision}
     return options.model_copy(
@@ -171,12 +188,12 @@ def resolve_options(options: Options, plan: Plan, *, precision: str) -> Options:
     )
 
 
-def choose_seed(asked: int | None) -> int:
-    """The seed of the run: the asked one, or one drawn from the system, which the run then records."""
-    return secrets.randbelow(2**31) if asked is None else asked
+def choose_seed(requested: int | None) -> int:
+    """Return the requested seed, or a random one below 2**31, which the run then records."""
+    return secrets.randbelow(2**31) if requested is None else requested
 
 
-def _sizes_that_work(global_batch: int, num_ranks: int) -> str:
+def _batch_size_hint(global_batch: int, num_ranks: int) -> str:
     if global_batch % num_ranks:
         return f"choose a --global_batch_size that divides by {num_ranks}"
     per_rank = global_batch // num_ranks

@@ -8,7 +8,7 @@ import pytest
 from llm.config.errors import UserError
 from llm.config.options import OptimizerOptions, Options, ScheduleOptions, TrainingOptions
 from llm.data.batches.blocks import Blocks
-from llm.training.plan import Plan, choose_block_size, choose_seed, plan_run, plan_schedule
+from llm.training.plan import Plan, choose_block_size, choose_seed, plan_run, plan_schedule, resolve_options
 
 
 def blocks(number: int, block_size: int = 16) -> Blocks:
@@ -20,7 +20,7 @@ def planned(num_blocks: int = 100, num_ranks: int = 1, **options: object) -> Pla
     return plan_run(training, blocks(num_blocks), num_ranks=num_ranks, seed=5)
 
 
-def test_plan_when_nothing_is_said_then_is_huggingfaces_defaults() -> None:
+def test_plan_when_no_option_is_given_then_has_huggingfaces_defaults() -> None:
     plan = planned()
     assert (plan.micro_batch, plan.accumulation, plan.global_batch) == (8, 1, 8)
     assert plan.num_steps == 38  # 3 epochs of 100 blocks are 37.5 updates of 8
@@ -30,7 +30,7 @@ def test_plan_when_nothing_is_said_then_is_huggingfaces_defaults() -> None:
 @pytest.mark.parametrize(
     ("per_device", "num_ranks", "accumulation"), [(48, 1, 1), (12, 2, 2), (3, 4, 4), (1, 1, 48), (1, 48, 1)]
 )
-def test_accumulation_when_the_global_batch_is_given_then_is_computed(
+def test_accumulation_when_the_global_batch_is_given_then_follows_from_it(
     per_device: int, num_ranks: int, accumulation: int
 ) -> None:
     plan = planned(num_ranks=num_ranks, per_device_train_batch_size=per_device, global_batch_size=48)
@@ -52,7 +52,7 @@ def test_global_batch_when_it_does_not_divide_then_every_size_that_works_is_name
         assert plan.accumulation * int(size) * 2 == 24
 
 
-def test_global_batch_when_no_size_works_then_says_what_to_divide_by() -> None:
+def test_global_batch_when_no_size_works_then_the_divisor_is_named() -> None:
     with pytest.raises(UserError, match="--global_batch_size that divides by 4"):
         planned(num_ranks=4, global_batch_size=30)
 
@@ -67,7 +67,7 @@ def test_epochs_when_not_whole_updates_then_are_rounded_up(num_blocks: int, epoc
     assert plan.num_unreached_tokens == 0
 
 
-def test_steps_when_given_then_win_over_epochs_and_tokens_that_are_never_read_are_said() -> None:
+def test_steps_when_given_then_replace_epochs_and_unread_tokens_are_counted() -> None:
     plan = planned(max_train_steps=4)
     assert plan.num_steps == 4
     assert plan.num_unreached_tokens == (100 - 4 * 8) * 16
@@ -87,38 +87,48 @@ def test_block_size_when_given_then_only_the_model_bounds_it() -> None:
         choose_block_size(65, 64, 64)
 
 
-def test_learning_rate_when_asked_again_then_is_the_same_function_of_the_update() -> None:
+def test_schedule_when_called_in_any_order_then_is_the_same_function_of_the_step() -> None:
     options = Options(optimizer=OptimizerOptions(learning_rate=0.5), schedule=ScheduleOptions(num_warmup_steps=2))
-    share = plan_schedule(options, planned(max_train_steps=10))
-    backwards = [share(step) for step in range(10, -1, -1)]
+    factor = plan_schedule(options, planned(max_train_steps=10))
+    backwards = [factor(step) for step in range(10, -1, -1)]
     assert backwards[::-1] == pytest.approx([0, 0.5, *(left / 8 for left in range(8, -1, -1))])
 
 
-def test_seed_when_given_then_is_kept_and_otherwise_drawn() -> None:
+def test_seed_when_given_then_is_kept_and_otherwise_random() -> None:
     assert choose_seed(0) == 0
-    drawn = {choose_seed(None) for _ in range(20)}
-    assert len(drawn) > 1
-    assert all(0 <= seed < 2**31 for seed in drawn)
+    seeds = {choose_seed(None) for _ in range(20)}
+    assert len(seeds) > 1
+    assert all(0 <= seed < 2**31 for seed in seeds)
 
 
-class Endless(Blocks):
-    """Blocks of which nobody knows how many there are."""
+class EndlessBlocks(Blocks):
+    """Blocks whose number is unknown."""
 
     num_blocks = None  # type: ignore[assignment]
 
 
-def test_plan_when_the_length_of_the_text_is_not_known_then_counts_updates_alone() -> None:
-    text = Endless(np.zeros(17, np.uint16), 16)
-    plan = plan_run(TrainingOptions(max_train_steps=9), text, num_ranks=1, seed=5)
+def test_plan_when_the_length_of_the_text_is_unknown_then_has_updates_only() -> None:
+    endless = EndlessBlocks(np.zeros(17, np.uint16), 16)
+    plan = plan_run(TrainingOptions(max_train_steps=9), endless, num_ranks=1, seed=5)
     assert (plan.num_blocks, plan.num_epochs, plan.num_unreached_tokens) == (None, None, 0)
     assert str(plan) == "updates: 9 of 8 blocks of 16 tokens, of a stream; seed 5"
     with pytest.raises(UserError, match="give --max_train_steps"):
-        plan_run(TrainingOptions(), text, num_ranks=1, seed=5)
+        plan_run(TrainingOptions(), endless, num_ranks=1, seed=5)
 
 
-def test_plan_when_cuda_graphs_are_to_accumulate_then_says_what_to_do_instead() -> None:
+def test_plan_when_cuda_graphs_would_accumulate_then_is_refused_with_the_alternative() -> None:
     assert planned(torch_compile="cudagraphs").accumulation == 1
-    for more in ({"gradient_accumulation_steps": 2}, {"global_batch_size": 24}):
+    for batch in ({"gradient_accumulation_steps": 2}, {"global_batch_size": 24}):
         with pytest.raises(UserError, match=r"overwrites the gradients.*use --torch_compile true"):
-            planned(torch_compile="cudagraphs", **more)
+            planned(torch_compile="cudagraphs", **batch)
     assert planned(torch_compile="max-autotune", gradient_accumulation_steps=2).accumulation == 2
+
+
+def test_resolve_options_when_the_run_chose_values_then_they_are_recorded_and_the_rest_is_kept() -> None:
+    options = Options(training=TrainingOptions(max_train_steps=7))
+    plan = planned(max_train_steps=7)
+    resolved = resolve_options(options, plan, precision="bf16")
+    assert (resolved.training.seed, resolved.training.mixed_precision, resolved.data.block_size) == (5, "bf16", 16)
+    assert resolved.training.max_train_steps == 7
+    assert resolved.optimizer == options.optimizer
+    assert options.training.seed is None
