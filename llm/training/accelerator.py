@@ -134,7 +134,7 @@ def start_compute(options: TrainingOptions) -> Compute:
     # The process may contain the state of an earlier run (a notebook, a test).
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    on_cpu = options.use_cpu or not _has_build_accelerator()
+    on_cpu = options.use_cpu or not _has_accelerator()
     precision, precision_source = _choose_precision(options.mixed_precision, on_cpu=on_cpu)
     if options.full_determinism:
         # cuBLAS reads this variable when its handle is created, before the first matrix product.
@@ -186,7 +186,7 @@ def _build_accelerator(precision: str, *, on_cpu: bool) -> Accelerator:
     )
 
 
-def _has_build_accelerator() -> bool:
+def _has_accelerator() -> bool:
     return bool(torch.accelerator.is_available())
 
 
@@ -200,7 +200,7 @@ def _choose_precision(requested: str, *, on_cpu: bool) -> tuple[str, PrecisionSo
     if launcher in ("bf16", "fp16"):
         _refuse_unsupported(launcher, on_cpu=on_cpu)
         return launcher, "launcher"
-    device = torch.device("cpu") if on_cpu else torch.accelerator.current_build_accelerator()
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
     return "bf16" if device is not None and multiplies_bf16(device) else "no", "device"
 
 
