@@ -109,8 +109,8 @@ def _detailed_lines(run: RunSummary, verified: bool) -> list[str]:
     if run.num_abandoned:
         abandoned = run.path / CHECKPOINTS / ABANDONED
         lines.append(f"  {abandoned} holds {run.num_abandoned} that a resume from an older checkpoint moved there")
-    if run.left_alone:
-        names = ", ".join(path.name for path in run.left_alone)
+    if run.unmanaged_paths:
+        names = ", ".join(path.name for path in run.unmanaged_paths)
         lines.append(f"  damaged or not this run's, and removed by no run: {names}")
     if run.status.get("state") == "done":
         lines.append("  nothing is left to resume")

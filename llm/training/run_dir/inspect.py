@@ -82,7 +82,7 @@ class RunSummary:
         last_step: step of the last record in metrics.jsonl; None before the first record.
         checkpoints: oldest first.
         num_abandoned: checkpoints that a resume from an older checkpoint moved to `checkpoints/abandoned`.
-        left_alone: entries of `checkpoints/` that no run removes.
+        unmanaged_paths: entries of `checkpoints/` that no run removes.
     """
 
     path: Path
@@ -91,7 +91,7 @@ class RunSummary:
     last_step: int | None
     checkpoints: list[SavedCheckpoint]
     num_abandoned: int
-    left_alone: list[Path]
+    unmanaged_paths: list[Path]
 
     @property
     def good(self) -> list[SavedCheckpoint]:
@@ -147,7 +147,7 @@ def read_run(path: Path, *, verify: bool) -> RunSummary:
         # An active run may have removed a checkpoint while it was read here.
         checkpoints=[checkpoint for checkpoint in checkpoints if checkpoint.path.is_dir()],
         num_abandoned=len(saved_steps(checkpoints_dir / ABANDONED)),
-        left_alone=unmanaged_paths(checkpoints_dir),
+        unmanaged_paths=unmanaged_paths(checkpoints_dir),
     )
 
 
