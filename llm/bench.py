@@ -13,7 +13,7 @@ from llm.config.reader import read_options
 
 
 class BenchGroup(OptionGroup):
-    """What is measured, and where the results are written."""
+    """Measurements to make, and the file for the results."""
 
     num_updates: int = option(20, "number of steps that are timed, after some that are not", ge=2, metavar="N")
     sweep: Literal["micro_batch"] | None = option(

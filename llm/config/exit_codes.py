@@ -16,8 +16,8 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 def run_command(command: Callable[[], int]) -> int:
     """Run a command and return its exit code.
 
-    - A `UserError` is printed as ``error: ...`` lines; the exit code is the error's. Of the processes of one
-      node, which all hit most errors, only the first one prints.
+    - A `UserError` is printed as ``error: ...`` lines; the exit code is the error's. Only the first
+      process of a node prints, because most errors happen in all of them.
     - Ctrl-C prints nothing; the exit code is 130.
     - A closed output pipe (head, less) is not an error; the exit code is 0.
     - A full disk and too little memory are one line each; the exit code is 1.

@@ -1,7 +1,7 @@
 """Definition of an option: a name, a type, a default, bounds and a line of help.
 
 A table of options is a pydantic model whose fields are groups (one TOML table each) or options. Options are
-plain pydantic fields. What the command line needs in addition (a metavar, whether the value is a secret) is
+plain pydantic fields. The additional facts for the command line (a metavar, whether the value is a secret) are
 kept in the field's ``json_schema_extra``, so that each option is defined in one place.
 """
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-# What go_offline() changed, so that come_online() can undo exactly that.
+# Values before go_offline() changed them, so that come_online() can undo exactly that.
 _constants_before: dict[tuple[str, str], object] = {}  # (module, attribute): old value
 _variable_before: list[str | None] = []
 

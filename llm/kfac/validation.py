@@ -19,7 +19,7 @@ class Default(float):
 
 @dataclass(frozen=True)
 class _Bound:
-    """What a number has to fulfil: a text for the message, and the test."""
+    """A condition on a number: its text for the error message, and the test."""
 
     text: str
     accepts: Callable[[float], bool]

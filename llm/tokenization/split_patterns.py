@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-# The words of `ByteLevel(use_regex=True)`. Of the alternatives of which at most one can match, the more frequent ones
-# are first, which is faster.
+# The words of `ByteLevel(use_regex=True)`. Where at most one of some alternatives can match, the more
+# frequent ones are first, which is faster.
 # Source: the pattern in section "encoder" of GPT-2's published code; checked against the pattern of tokenizers.
 GPT2_PATTERN = r" ?\p{L}+| ?\p{N}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
 
