@@ -86,7 +86,8 @@ def _train(folder: Path, config_name: str | None, tokenizer: str | None) -> None
     from llm.training.checkpoints.async_saver import AsyncSaver
 
     seconds: dict[str, list[float]] = {"stalls": [], "durable": []}
-    save, write = AsyncSaver.save, AsyncSaver._write
+    save = AsyncSaver.save
+    write = AsyncSaver._write
 
     def timed_save(self: AsyncSaver, *args: Any, **kwargs: Any) -> None:
         save(self, *args, **kwargs)
@@ -98,7 +99,8 @@ def _train(folder: Path, config_name: str | None, tokenizer: str | None) -> None
         seconds["durable"].append(time.monotonic() - started)
         (folder / "stalls.json").write_text(json.dumps(seconds))
 
-    AsyncSaver.save, AsyncSaver._write = timed_save, timed_write  # type: ignore[method-assign]
+    AsyncSaver.save = timed_save  # type: ignore[method-assign]
+    AsyncSaver._write = timed_write  # type: ignore[method-assign]
     args = ["--config_name", config_name] if config_name else ["--model_type", "gpt2"]
     if tokenizer:
         args += ["--tokenizer_name", tokenizer]

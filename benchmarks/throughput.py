@@ -217,7 +217,8 @@ def _result(programs: list[MeasuredProgram], gemm: MeasuredProgram, setting: Set
     gemm_rates = {"fp32": statistics.median(report["fp32"] for report in gemm.rounds)}
     if "bf16" in gemm.rounds[0]:
         gemm_rates["bf16"] = statistics.median(report["bf16"] for report in gemm.rounds)
-    ours, again = programs[0], programs[1]
+    ours = programs[0]
+    again = programs[1]
     flops = ours.process.first_report["flops_per_token"]
     tokens = setting.micro_batch * setting.block_size
     same = ours.median("wall_seconds") / again.median("wall_seconds")

@@ -294,7 +294,8 @@ def _print_summary(folder: Path, streams: TokenizedText) -> None:
         if stream is None:
             print(f"{name}: nothing held out (--validation_split_percentage, --validation_file)")
             continue
-        num_bytes, num_tokens = stream.num_bytes or 0, len(stream.tokens)
+        num_bytes = stream.num_bytes or 0
+        num_tokens = len(stream.tokens)
         print(
             f"{name}: {stream.num_documents or 0:,} documents, {num_tokens:,} tokens,"
             f" {num_bytes / max(num_tokens, 1):.2f} bytes a token"

@@ -198,8 +198,12 @@ class Options(OptionGroup):
 
 def _wrong_combinations(options: Options) -> list[str]:
     """Return one line for each combination of options, or single value, that this program cannot run."""
-    training, schedule, data, output = options.training, options.schedule, options.data, options.output
-    tokenizer, model = options.tokenizer, options.model
+    training = options.training
+    schedule = options.schedule
+    data = options.data
+    output = options.output
+    tokenizer = options.tokenizer
+    model = options.model
     names_text = data.dataset_name is not None or data.train_file is not None
     # (whether it is wrong, the message)
     checks = [

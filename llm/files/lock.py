@@ -243,10 +243,13 @@ def _read(path: Path) -> _LockFile | None:
     except FileNotFoundError:
         return None
     host: str | None = None
-    pid, job = 0, None
+    pid = 0
+    job = None
     try:
         holder = json.loads(content)
-        pid, job, host = int(holder["pid"]), holder.get("job"), str(holder["host"])
+        pid = int(holder["pid"])
+        job = holder.get("job")
+        host = str(holder["host"])
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     return _LockFile(path, content, touched, _now(path) - touched, host, pid, job)

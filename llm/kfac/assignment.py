@@ -36,7 +36,8 @@ def refresh_offsets(layers: Sequence[Layer]) -> list[float]:
     offsets do not depend on the number of ranks, so that any number of ranks makes the same updates.
     """
     offsets = [0.0] * len(layers)
-    total, before = sum(cost for _, cost in _by_falling_cost(layers)), 0
+    total = sum(cost for _, cost in _by_falling_cost(layers))
+    before = 0
     for index, cost in _by_falling_cost(layers):
         offsets[index] = before / total
         before += cost

@@ -117,8 +117,10 @@ class Eigen(Decomposition):
 
     def precondition(self, state: State, gradients: Tensor, damping: float) -> Tensor:
         """Divide gradients, [layers, dim_a, dim_g] of dtype `inv_dtype`, in the basis of the eigenvectors."""
-        basis_a, basis_g = state["basis_a"], state["basis_g"]
-        values_a, values_g = state["values_a"], state["values_g"]
+        basis_a = state["basis_a"]
+        basis_g = state["basis_g"]
+        values_a = state["values_a"]
+        values_g = state["values_g"]
         added = self.formulas.damp_product(damping, values_a.mean(-1), values_g.mean(-1))
         added.clamp_(min=torch.finfo(added.dtype).tiny)
         half = torch.bmm(basis_a.mT, gradients)

@@ -100,7 +100,8 @@ def find_layers(
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError("K-FAC needs whole weights, which FSDP shards; use DistributedDataParallel")
     users = _users(model)
-    layers, skipped = [], {}
+    layers = []
+    skipped = {}
     for name, module in model.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
             continue
@@ -142,7 +143,8 @@ def _skip_reason(name: str, module: nn.Module, users: dict[int, list[str]], patt
 
 
 def _layer(name: str, module: nn.Module) -> Layer:
-    weight, bias = module.weight, getattr(module, "bias", None)
+    weight = module.weight
+    bias = getattr(module, "bias", None)
     assert isinstance(weight, nn.Parameter)
     transposed = _is_conv1d(module)
     num_out, num_in = reversed(weight.shape) if transposed else weight.shape

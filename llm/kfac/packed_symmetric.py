@@ -84,7 +84,8 @@ def add_product(folded: Tensor, n: int, rows: Tensor, weight: float) -> None:
         folded[down + p : down + p + right].add_(product[p:, :p], alpha=weight)
         folded[:right, p - q : p - q + right].add_(product[p:, p:].triu(), alpha=weight)
         return
-    head, tail = rows[:, :p], rows[:, p:]
+    head = rows[:, :p]
+    tail = rows[:, p:]
     folded[down + p : down + p + right].addmm_(tail.t(), head, alpha=weight)
     for start, end in _panels(p):
         panel = head[:, start:end].t()

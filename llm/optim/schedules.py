@@ -41,7 +41,8 @@ def build_schedule(options: ScheduleOptions, num_steps: int, *, learning_rate: f
     Raises:
         UsageError: an argument is unknown to this schedule, missing, or has an invalid value.
     """
-    name, arguments = options.lr_scheduler_type, dict(options.lr_scheduler_kwargs)
+    name = options.lr_scheduler_type
+    arguments = dict(options.lr_scheduler_kwargs)
     if options.min_lr_ratio is not None:
         name = "cosine_with_min_lr"
         arguments.setdefault("min_lr_rate", options.min_lr_ratio)

@@ -94,7 +94,8 @@ class Hosts:
             names: up to 200.
         """
         require("unshare", "nsenter", "ip")
-        self.folder, self.names = folder, tuple(names)
+        self.folder = folder
+        self.names = tuple(names)
         self.home = folder / "home"
         self.home.mkdir()
         (folder / "bin").mkdir()

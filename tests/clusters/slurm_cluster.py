@@ -101,7 +101,8 @@ class Cluster:
         if os.geteuid() != 0:
             give_up("Slurm's daemons start as root only")
         require("slurmctld", "slurmd", "munged", "sbatch", "srun", *(["qsub"] if kind == "pbs" else []))
-        self.hosts, self.kind = hosts, kind
+        self.hosts = hosts
+        self.kind = kind
         self.folder = hosts.folder / kind
         self.folder.mkdir()
         (self.folder / "state").mkdir()

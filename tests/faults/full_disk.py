@@ -51,7 +51,8 @@ class _Filler(logging.Handler):
 
     def __init__(self, disk: Path, room_bytes: int) -> None:
         super().__init__()
-        self.path, self._room_bytes = disk / "filler", room_bytes
+        self.path = disk / "filler"
+        self._room_bytes = room_bytes
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hears `saved step N`."""

@@ -18,7 +18,9 @@ class Mlp(nn.Module):
 
     def __init__(self, linear: Make) -> None:
         super().__init__()
-        self.fc, self.proj, self.head = linear(WIDTH, 7), linear(7, 9), linear(9, CLASSES)
+        self.fc = linear(WIDTH, 7)
+        self.proj = linear(7, 9)
+        self.head = linear(9, CLASSES)
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,9 +32,13 @@ class Block(nn.Module):
 
     def __init__(self, linear: Make, reentrant: bool | None = None) -> None:
         super().__init__()
-        self.norm, self.reentrant = nn.LayerNorm(WIDTH), reentrant
-        self.qkv, self.out = linear(WIDTH, 3 * WIDTH), linear(WIDTH, WIDTH)
-        self.fc, self.proj, self.head = linear(WIDTH, 12), linear(12, WIDTH), linear(WIDTH, CLASSES)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.reentrant = reentrant
+        self.qkv = linear(WIDTH, 3 * WIDTH)
+        self.out = linear(WIDTH, WIDTH)
+        self.fc = linear(WIDTH, 12)
+        self.proj = linear(12, WIDTH)
+        self.head = linear(WIDTH, CLASSES)
 
     def block(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).chunk(3, -1)

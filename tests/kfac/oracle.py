@@ -20,7 +20,8 @@ def observe(model: nn.Module, passes: Sequence[Callable[[nn.Module], Tensor]]) -
     """
     model = copy.deepcopy(model).double()
     for module in model.modules():  # without checkpointing, and without changes in place
-        module.reentrant, module.inplace = None, False
+        module.reentrant = None
+        module.inplace = False
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "nf") or type(layer) is nn.Linear}
     calls: list[tuple[str, Tensor, Tensor]] = []
 
