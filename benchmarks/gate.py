@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _NUM_ERROR_LINES = 15
@@ -99,17 +100,25 @@ class Program:
         command: name of the module and its arguments.
         environment: environment variables, added to those of this process.
         python: path of the Python interpreter.
+        checkout: the folder whose code is run; None for this one.
 
     Attributes:
         first_report: the report of the first step.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], python: str = sys.executable) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        python: str = sys.executable,
+        checkout: Path | None = None,
+    ) -> None:
         self._command = command
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(
             [python, "-m", *command],
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, **({} if checkout is None else {"PYTHONPATH": str(checkout)})},
+            cwd=checkout,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._output,

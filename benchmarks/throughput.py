@@ -17,6 +17,8 @@ last_loss          loss of the last timed step, which stays close
 same_by_same       ours divided by a second process of ours: if it is more than 3 % from 1, the machine was too noisy
                    for any claim
 
+ours_old is ours in another checkout of this repository (--old_checkout DIR), to show that a change costs no time.
+
 ours is the step alone; ours_full_trainer is the command of the trainer with all that it does besides, and it reads the
 blocks in another order.
 """
@@ -61,11 +63,13 @@ SIZES = {
     "124M": Size(layers=12, heads=12, width=768, block=1024, batch=4, vocabulary=50_304, updates=1),
     "2x32": Size(layers=2, heads=2, width=32, block=32, batch=8, vocabulary=97, updates=20),
 }
+# The same program from another checkout of this repository.
+OLD = {"ours_old": "ours"}
 CHOICES = (
     *("ours_full_trainer", "ours_eager", "ours_fp32", "ours_returning", "nanogpt", "nanogpt_bf16", "nanogpt_compile"),
-    *("run_clm", "run_clm_bf16", "trainer", "litgpt", "litgpt_fp32"),
+    *("run_clm", "run_clm_bf16", "trainer", "litgpt", "litgpt_fp32", *OLD),
 )
-_DEFAULT = tuple(name for name in CHOICES if name not in ("nanogpt_compile", "ours_returning"))
+_DEFAULT = tuple(name for name in CHOICES if name not in ("nanogpt_compile", "ours_returning", *OLD))
 
 
 @dataclass
@@ -173,7 +177,9 @@ def _start(
     def start(program: str, name: str) -> MeasuredProgram:
         print(f"starting {name}", flush=True)
         python = options.litgpt if program.startswith("litgpt") else sys.executable
-        return MeasuredProgram(name, Program(["benchmarks.programs", program, str(file)], environment, python), [])
+        checkout = options.old_checkout if program in OLD else None
+        command = ["benchmarks.programs", OLD.get(program, program), str(file)]
+        return MeasuredProgram(name, Program(command, environment, python, checkout), [])
 
     gemm = start("gemm", "gemm")
     programs = [start("ours", "ours"), start("ours", AGAIN)]
@@ -192,6 +198,8 @@ def _reason_to_skip(
     name: str, options: argparse.Namespace, setting: Setting, gemm: dict[str, Any], ours: dict[str, Any]
 ) -> str | None:
     """Why this program is not measured; None if it is. `gemm` and `ours` are the first reports of these programs."""
+    if name in OLD and options.old_checkout is None:
+        return "--old_checkout is not given"
     if name.startswith("litgpt") and setting.model_type != "gpt_neox":
         return "litgpt has no GPT-2 (use --model_type gpt_neox)"
     if name.startswith("litgpt") and not has_litgpt(options.litgpt):
@@ -325,6 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--litgpt", metavar="PYTHON", default=sys.executable, help="a Python interpreter that has litgpt"
     )
+    parser.add_argument("--old_checkout", type=Path, help="another checkout of this repository: ours_old is ours there")
     parser.add_argument("--model_type", choices=("gpt2", "gpt_neox"), default="gpt2", help="(default: gpt2)")
     parser.add_argument("--size", choices=SIZES, default="4x128")
     parser.add_argument("--batch", type=int, help="blocks per step; a GPU needs more of them (default: by the size)")
