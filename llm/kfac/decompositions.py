@@ -79,7 +79,7 @@ class Decomposition(ABC):
 
 
 class Eigen(Decomposition):
-    """Eigendecompositions: Qa [(Qa^T W^T Qg) / (da dg^T + lambda)^power] Qg^T.
+    """Eigendecompositions: Qa [(Qa^T D Qg) / (da dg^T + lambda)^power] Qg^T for the gradient D of [W, b]^T.
 
     At power 1 this is the exact inverse of the damped Kronecker product.
 
@@ -131,7 +131,7 @@ class Eigen(Decomposition):
 
 
 class Inverse(Decomposition):
-    """Inverses of the damped factors: (A + la)^-1 W^T (G + lg)^-1 with la lg = lambda.
+    """Inverses of the damped factors: (A + la)^-1 D (G + lg)^-1 for the gradient D of [W, b]^T, with la lg = lambda.
 
     It needs half of the products of `Eigen`, and its refresh is cheaper.
 

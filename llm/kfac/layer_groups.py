@@ -219,7 +219,7 @@ class LayerGroup:
         return stack
 
     def num_weights(self) -> int:
-        """Return the count of numbers in `read_gradients`."""
+        """Return the number of elements of the tensor that `read_gradients` returns."""
         return len(self.layers) * self.dim_g * self.dim_a
 
     def write_gradients(self, directions: Tensor) -> None:

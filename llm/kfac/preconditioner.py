@@ -27,8 +27,8 @@ class KFACPreconditioner:
     """K-FAC: divide the gradients of linear layers by their curvature, between `backward` and the optimizer's step.
 
     For y = W x + b, with a = [x; 1] and g the gradient of the mean loss over n tokens: A = mean a a^T over the tokens,
-    G = n * sum g g^T, each averaged over the factor updates, and the gradient [W, b]' of [W, b] becomes
-    Qg [(Qg^T [W, b]' Qa) / (dg da^T + lambda)^power] Qa^T with lambda = damping * mean(da) * mean(dg), where
+    G = n * sum g g^T, each averaged over the factor updates, and the gradient D of the matrix [W, b] becomes
+    Qg [(Qg^T D Qa) / (dg da^T + lambda)^power] Qa^T with lambda = damping * mean(da) * mean(dg), where
     Qa da Qa^T = A and Qg dg Qg^T = G. The result does not depend on the size of the batch, the number of ranks,
     gradient accumulation or a loss scale, provided that `step` is told `num_tokens` and `loss_scale`.
 
@@ -208,7 +208,7 @@ class KFACPreconditioner:
             for layer in group.layers
         }
         if "step" not in state:
-            raise ValueError("the state has no `step`: it does not name the step it is of")
+            raise ValueError("the state has no key `step`: it was not made by `state_dict`")
         if state.get("formulas", self._formulas.name) != self._formulas.name:
             raise ValueError(f"the state is of {state['formulas']}'s formulas, and these are {self._formulas.name}'s")
         shapes = {name: tensor.shape for name, tensor in state.items() if name not in ("step", "formulas")}
