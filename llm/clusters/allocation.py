@@ -29,7 +29,7 @@ _ONE_PER_HOST = "`python -m llm.launch job` starts one on each host"
 
 @dataclass(frozen=True)
 class ProcessLauncher:
-    """What the program that launched this process on several hosts (mpiexec, srun) says in its variables.
+    """Environment variables of the program that launched this process on several hosts (mpiexec, srun), as numbers.
 
     Attributes:
         rank: number of this process.

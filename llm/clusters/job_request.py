@@ -1,6 +1,6 @@
-"""What this job requested, so that the next job of a chain can request the same.
+"""Read the resources and options that this job requested, so that the next job of a chain can request the same.
 
-It includes the options that were given to qsub or sbatch on the command line, which the job script does not know.
+The result includes the options that were given to qsub or sbatch on the command line, which are not in the job script.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PBS_OPTIONS = {
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What a job requested from its scheduler.
+    """The request of a job to its scheduler.
 
     Attributes:
         options: of qsub or sbatch.

@@ -23,7 +23,7 @@ DEFAULT_SETUP = ('export PATH="$PWD/.venv/bin:$PATH"',)
 
 @dataclass(frozen=True)
 class _Dialect:
-    """What differs between the scripts of PBS and Slurm.
+    """The differences between the scripts of PBS and Slurm.
 
     Attributes:
         shebang: the first line.
@@ -65,7 +65,7 @@ _DIALECTS: dict[Scheduler, _Dialect] = {
 
 @dataclass(frozen=True)
 class ScriptSettings:
-    """What a job script requests and starts.
+    """The resources that a job script requests, and the process count and environment of what it starts.
 
     Attributes:
         name: of the job.

@@ -1,4 +1,4 @@
-"""What PBS and Slurm say about this job: its name, its end, its attributes; and how their commands are run."""
+"""Facts about this job from PBS or Slurm (its name, its end, its attributes), and calls of their commands."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 The lower triangle of an n x n matrix is cut at p = ceil(n / 2) into two triangles and a rectangle. The second triangle,
 transposed, fills the empty half of the square of the first; the rectangle is placed below. The result is a folded
-matrix of (n | 1) x p numbers, where n | 1 is n or, if n is even, n + 1; the n (n + 1) / 2 numbers are stored once each. No index tensor is needed, which for large n
-would take more memory than the matrix.
+matrix of (n | 1) x p numbers (n | 1 is Python's: n if n is odd, else n + 1), which holds n (n + 1) / 2 numbers once
+each. No index tensor is needed, which for large n would take more memory than the matrix.
 
 The idea is that of LAPACK's rectangular full packed format. Source: Gustavson et al. 2010, Rectangular full packed
 format for Cholesky's algorithm.

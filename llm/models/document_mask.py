@@ -72,7 +72,8 @@ def _relative_difference(model: PreTrainedModel, ids: Tensor, document_lengths: 
         [[i for length in lengths for i in range(length)] for lengths in document_lengths], device=ids.device
     )
     packed = forward_packed(model, ids, positions).logits.float().view(*ids.shape, -1)
-    largest, difference = 0.0, 0.0
+    largest = 0.0
+    difference = 0.0
     for row, lengths in enumerate(document_lengths):
         begin = 0
         for length in lengths:
@@ -85,7 +86,8 @@ def _relative_difference(model: PreTrainedModel, ids: Tensor, document_lengths: 
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> UserError:
-    config, attention = model.config, public_name(model.config._attn_implementation)
+    config = model.config
+    attention = public_name(model.config._attn_implementation)
     return UserError(
         f"--document_mask: {config.model_type} with --attn_implementation {attention} does not keep documents apart "
         f"({reason}); leave out --document_mask, or choose another attention or an architecture such as gpt2 or llama"

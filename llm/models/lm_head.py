@@ -24,7 +24,8 @@ def has_linear_lm_head(model: PreTrainedModel) -> bool:
     must be returned as logits unchanged: a soft cap, a scale or a second output layer would change them, even when the
     model's own logits are too small to show it.
     """
-    lm_head, body = model.get_output_embeddings(), model.base_model
+    lm_head = model.get_output_embeddings()
+    body = model.base_model
     if type(lm_head) is not nn.Linear or body is model:
         return False
     generator = torch.Generator().manual_seed(0)

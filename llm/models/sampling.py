@@ -73,7 +73,7 @@ def sample(
 
 
 class _Agreement:
-    """What ranks that sample together take from rank 0: the logits, and whether to stop."""
+    """Values of rank 0 that all ranks of one sampling use: the logits, and whether to stop."""
 
     def __init__(self, should_stop: Callable[[], bool], broadcast: Callable[[Tensor], Tensor] | None) -> None:
         self._should_stop = should_stop

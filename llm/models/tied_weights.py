@@ -1,4 +1,4 @@
-"""Which names of a model's weights are names of one tensor."""
+"""Names of weights that share one tensor, such as those of a tied output layer and the embeddings."""
 
 from __future__ import annotations
 

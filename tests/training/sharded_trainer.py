@@ -47,7 +47,8 @@ class ShardedUpdater:
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.model = model
         self.data_parallel = DataParallel(self.rank, self.size)
-        self.rate, self.votes_every = rate, votes_every
+        self.rate = rate
+        self.votes_every = votes_every
         self.parameters = dict(model.model.named_parameters())
         self.shards = {name: self.rows(p.detach()).clone() for name, p in self.parameters.items()}
         self.moments = {name: torch.zeros_like(shard) for name, shard in self.shards.items()}

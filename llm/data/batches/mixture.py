@@ -56,7 +56,8 @@ class _Fork:
 
     def num_left(self, num_samples: int) -> int:
         """Return how many of the first samples go to the left: their share, rounded, halves up."""
-        numerator, denominator = self.share.numerator, self.share.denominator
+        numerator = self.share.numerator
+        denominator = self.share.denominator
         return (2 * num_samples * numerator + denominator) // (2 * denominator)
 
 
@@ -93,13 +94,16 @@ class Mixture:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Return the source of a sample of the run, and the sample's number among those of that source."""
-        node, number = self._tree, sample
+        node = self._tree
+        number = sample
         while isinstance(node, _Fork):
             num_left = node.num_left(number)
             if node.num_left(number + 1) > num_left:
-                node, number = node.left, num_left
+                node = node.left
+                number = num_left
             else:
-                node, number = node.right, number - num_left
+                node = node.right
+                number -= num_left
         return node, number
 
     def block(self, sample: int, seed: int) -> Row:

@@ -72,7 +72,8 @@ def _permuted(numbers: NDArray[np.uint64], num_bits: int, keys: tuple[int, ...])
     low_bits = np.uint64(num_bits // 2)
     low_mask = np.uint64((1 << num_bits // 2) - 1)
     high_mask = np.uint64((1 << (num_bits - num_bits // 2)) - 1)
-    high, low = numbers >> low_bits, numbers & low_mask
+    high = numbers >> low_bits
+    low = numbers & low_mask
     for first, second in zip(keys[::2], keys[1::2], strict=True):
         high ^= mix64_array(low ^ np.uint64(first)) & high_mask
         low ^= mix64_array(high ^ np.uint64(second)) & low_mask

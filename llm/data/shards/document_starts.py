@@ -113,7 +113,8 @@ class ConcatenatedStarts:
             begin = self._ends[number] - part.num_tokens
             if stop <= begin:
                 break
-            low, high = max(start - begin, 0), min(stop - begin, part.num_tokens)
+            low = max(start - begin, 0)
+            high = min(stop - begin, part.num_tokens)
             if low == 0 < high:
                 pieces.append(np.array([begin]))
                 low = 1

@@ -353,7 +353,8 @@ def verify(folder: Path) -> Iterator[tuple[Shard, str | None]]:
 
 def _damage(shard: Shard) -> str | None:
     digest = blake2b(digest_size=HASH_BYTES)
-    low, high = shard.vocabulary_size, -1
+    low = shard.vocabulary_size
+    high = -1
     with shard.path.open("rb") as file:
         while data := file.read(_CHUNK_BYTES):
             digest.update(data)

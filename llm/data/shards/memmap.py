@@ -216,6 +216,7 @@ class Tokens:
     def _sliced_segments(self) -> Iterator[TokenSegment]:
         for segment, end in zip(self._segments, self._files.ends, strict=True):
             begin = end - segment.num_tokens
-            first, last = max(begin, self._start), min(end, self._stop)
+            first = max(begin, self._start)
+            last = min(end, self._stop)
             if first < last:
                 yield SlicedSegment(segment, first - begin, last - first)

@@ -16,7 +16,7 @@ from llm.data.sources.hub_streaming import open_streaming_corpus
 from llm.data.sources.validation_split import SplitPoint, find_head_split_point, split_at
 
 # Bytes of text. The length of a stream is unknown, so the held-out percentage is one of this many bytes, about two
-# shards' worth. Of a validation split, this many bytes are taken.
+# shards' worth. From a validation split, this many bytes are taken.
 HEAD_BYTES = 32 << 20
 
 # Raise it when the same stream begins to give another text, or another head.
@@ -42,7 +42,8 @@ class TextStream:
         """Name of the text in logs and in the model card."""
         if self.revision is None:
             return self.corpus.name
-        name, configuration = str(self.options.dataset_name), self.options.dataset_config_name
+        name = str(self.options.dataset_name)
+        configuration = self.options.dataset_config_name
         return name if configuration is None else f"{name}/{configuration}"
 
     @cached_property

@@ -279,7 +279,8 @@ def test_writer_when_the_tokenizer_cannot_be_unpickled_then_one_line(
     class Named(type(byte_tokenizer)):  # type: ignore[misc]
         """A tokenizer class as if it were defined in a notebook."""
 
-    Named.__module__, Named.__qualname__ = "__main__", "Named"
+    Named.__module__ = "__main__"
+    Named.__qualname__ = "Named"
     monkeypatch.setattr(__main__, "Named", Named, raising=False)
     tokenizer = Named(tokenizer_object=byte_tokenizer.backend_tokenizer)
     assert "the stream cannot be written: AttributeError: " in error_of(job(tokenizer, tmp_path, rows))

@@ -195,7 +195,10 @@ class StandIn:
     """The surface of kfac.preconditioner.KFACPreconditioner 0.4: it doubles the gradients, and counts."""
 
     def __init__(self, model: nn.Module, **given: Any) -> None:
-        self.model, self.given, self.steps, self.num_resets = model, given, 0, 0
+        self.model = model
+        self.given = given
+        self.steps = 0
+        self.num_resets = 0
         self.layers: dict[str, dict[str, Tensor | None]] = {"a.b": {"A": torch.eye(2), "G": None}}
 
     def step(self) -> None:
@@ -211,7 +214,8 @@ class StandIn:
         return {"steps": self.steps, "damping": 1.0, "layers": self.layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self.layers = state["steps"], state["layers"]
+        self.steps = state["steps"]
+        self.layers = state["layers"]
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ class Bigrams(nn.Module):
         super().__init__()
         draw = torch.Generator().manual_seed(3)
         self.rows = nn.Parameter(torch.randn(VOCABULARY, VOCABULARY, generator=draw))
-        self.dropout, self.poison = dropout, 0.0
+        self.dropout = dropout
+        self.poison = 0.0
 
     def forward(self, ids: Tensor, targets: Tensor, positions: None = None) -> tuple[Tensor, Tensor]:
         logits = F.dropout(self.rows[ids], self.dropout)
