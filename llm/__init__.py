@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from llm.config.errors import UserError as UserError
     from llm.config.train_options import TrainOptions as TrainOptions
     from llm.training.python_api import train as train
-    from llm.training.result import TrainResult as TrainResult
+    from llm.training.run_dir.result import TrainResult as TrainResult
 
 __all__ = ["TrainOptions", "TrainResult", "UserError", "train"]
 __version__ = "0.1.0"
 
 _MODULES = {
     "TrainOptions": "llm.config.train_options",
-    "TrainResult": "llm.training.result",
+    "TrainResult": "llm.training.run_dir.result",
     "UserError": "llm.config.errors",
     "train": "llm.training.python_api",
 }

@@ -19,7 +19,7 @@ from llm.distributed.world import World
 from llm.tokenization.load import require_dense_ids
 from llm.training import run
 from llm.training.initial_model import GivenModel
-from llm.training.result import TrainResult
+from llm.training.run_dir.result import TrainResult
 
 # Options that an argument of `train` replaces.
 _NAMES_OF_TEXT = (

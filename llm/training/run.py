@@ -37,9 +37,9 @@ from llm.training.finalize import finish
 from llm.training.initial_model import InitialModel, NamedModel
 from llm.training.loop import Callback, run_updates
 from llm.training.plan import Plan, check_training, choose_block_size, plan_run, plan_schedule, resolve_options
-from llm.training.result import TrainResult
 from llm.training.run_dir.console import ProgressBar, setup_logging, teardown_logging
 from llm.training.run_dir.folder import RunDirectory, claim_run_dir
+from llm.training.run_dir.result import TrainResult
 from llm.training.run_dir.trackers import Tracking, choose_trackers
 from llm.training.seeding import seed_weights
 from llm.training.state import TrainState

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm.training.result import TrainResult
+from llm.training.run_dir.result import TrainResult
 
 
 def test_model_dir_when_stopped_then_is_the_newest_checkpoint(tmp_path: Path) -> None:
