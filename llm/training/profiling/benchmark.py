@@ -1,4 +1,4 @@
-"""The story of a measurement: the options of a run in, the figures of its update out."""
+"""The benchmark of a run: from the options of a run to the measurements of its update."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from llm.training.seeding import seed_weights
 log = logging.getLogger(__name__)
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Updates of a run whose length nobody has said.
-_ENDLESS = 1_000_000
-_SOURCES = ("dataset_name", "train_file", "train_dir")
+# Updates of a run whose length the options do not give.
+_DEFAULT_NUM_STEPS = 1_000_000
+_TEXT_OPTIONS = ("dataset_name", "train_file", "train_dir")
 
 
 def bench(
@@ -48,45 +48,45 @@ def bench(
     profile: str | None = None,
     json_file: str | None = None,
 ) -> None:
-    """Measures the update of a run, and logs and writes what was found; nothing is trained that is kept.
+    """Measure the update of a run, log the results and write them to a file; the model is not kept.
 
-    Blocks are random ids, unless the options name a text or tokens.
+    The blocks are random ids, unless the options name a text or tokens.
 
     Args:
-        options: the run.
-        num_updates: updates that are timed.
-        sweep: "micro_batch" to measure several sizes of the micro-batch; None for that of the options alone.
-        profile: file for a trace of three updates.
-        json_file: file for the figures.
+        options: of the run.
+        num_updates: number of timed updates.
+        sweep: "micro_batch" to measure several sizes of the micro-batch; None to measure the size of the options.
+        profile: file for a trace of three updates; None writes no trace.
+        json_file: file for the results; None writes no file.
 
     Raises:
-        UserError: something outside the program is wrong; one line says what.
+        UserError: an option, a file or the device cannot be used; the message is one line.
     """
-    machine = start_compute(options.training)
-    setup_logging(is_main=machine.world.is_main, rank=machine.world.rank)
+    compute = start_compute(options.training)
+    setup_logging(is_main=compute.world.is_main, rank=compute.world.rank)
     try:
         with ExitStack() as stack:
             stack.callback(come_online)
-            stack.callback(restore_process)  # a failed one's memory can go
-            _bench(options, machine, num_updates=num_updates, sweep=sweep, profile=profile, json_file=json_file)
-        machine.release()
+            stack.callback(restore_process)  # frees the memory, also after an error
+            _bench(options, compute, num_updates=num_updates, sweep=sweep, profile=profile, json_file=json_file)
+        compute.release()
     finally:
         teardown_logging()
 
 
 def _bench(
     options: Options,
-    machine: Compute,
+    compute: Compute,
     *,
     num_updates: int,
     sweep: Literal["micro_batch"] | None,
     profile: str | None,
     json_file: str | None,
 ) -> None:
-    world = machine.world
-    log.info("%s", machine)
+    world = compute.world
+    log.info("%s", compute)
     if sweep is not None and world.size > 1:
-        raise UserError("--sweep tries sizes until memory is full or more is no faster, in one process; start one")
+        raise UserError("--sweep runs in one process only, because it fills the memory; start one process")
     if world.is_main:
         _require_writable("profile", profile)
         _require_writable("json_file", json_file)
@@ -94,17 +94,18 @@ def _bench(
     limit = context_limit(read_config(options.model))
     choose_block_size(options.data.block_size, limit, limit)
     check_training(options, num_ranks=world.size)
-    config, tokenizer, samples = _samples(options, machine, limit)
-    plan = _plan(options, samples, world)
+    config, tokenizer, blocks = _open_blocks(options, compute, limit)
+    plan = _plan(options, blocks, world)
     seed_weights(plan.seed)
-    language_model = build_language_model(options, options.model, config, tokenizer, machine, plan)
-    updater = build_updater(options, machine, language_model, plan_schedule(options, plan), plan)
+    language_model = build_language_model(options, options.model, config, tokenizer, compute, plan)
+    updater = build_updater(options, compute, language_model, plan_schedule(options, plan), plan)
     for line in updater.summary():
         log.info("%s", line)
-    runner = StepBenchmark(machine, updater, samples, plan, options.data.dataloader_num_workers)
-    dtype = _DTYPES[machine.precision]
+    benchmark = StepBenchmark(compute, updater, blocks, plan, options.data.dataloader_num_workers)
+    dtype = _DTYPES[compute.precision]
+    device_peak = peak_flops(world.device, dtype)
     facts = {
-        "device": str(machine),
+        "device": str(compute),
         "platform": platform.platform(),
         "torch": torch.__version__,
         "cores": os.cpu_count(),
@@ -113,138 +114,142 @@ def _bench(
         "num_parameters": language_model.model.num_parameters(),
         "block_size": plan.block_size,
         "flops_per_token": flops_per_token(language_model.model, plan.block_size),
-        # Of all devices, as tokens are.
+        # Summed over all devices, as tokens are.
         "measured_flops": measured_flops(world.device, dtype) * world.size,
-        "data_sheet_flops": _times(peak_flops(world.device, dtype), world.size),
+        "data_sheet_flops": None if device_peak is None else device_peak * world.size,
     }
     if sweep is not None:
-        found = []
-        for each in runner.sweep(num_updates, options.training.global_batch_size):
-            found.append(each)
-            log.info("%s", _sweep_line(each, facts))
-        best = max(found, key=lambda each: each.tokens_per_second)
-        log.info("fastest: --per_device_train_batch_size %d", best.micro_batch)
+        measurements = []
+        for measurement in benchmark.sweep(num_updates, options.training.global_batch_size):
+            measurements.append(measurement)
+            log.info("%s", _sweep_line(measurement, facts))
+        fastest = max(measurements, key=lambda measurement: measurement.tokens_per_second)
+        log.info("fastest: --per_device_train_batch_size %d", fastest.micro_batch)
     else:
-        found = [runner.measure(num_updates)]
-        for line in _lines(found[0], facts):
+        measurements = [benchmark.measure(num_updates)]
+        for line in _lines(measurements[0], facts):
             log.info("%s", line)
     if profile is not None:
-        log.info("%s", runner.profile(Path(profile)))
+        log.info("%s", benchmark.profile(Path(profile)))
     if json_file is not None and world.is_main:
-        _write(json_file, facts | {"updates": [_record(each, facts) for each in found]})
+        _write_json(json_file, facts | {"updates": [_record(measurement, facts) for measurement in measurements]})
 
 
-def _plan(options: Options, samples: BlockSource, world: World) -> Plan:
-    """That of the run, where its length is known."""
-    has_an_end = options.training.max_train_steps is not None or samples.num_blocks is not None
-    training = options.training if has_an_end else options.training.model_copy(update={"max_train_steps": _ENDLESS})
-    plan = plan_run(training, samples, num_ranks=world.size, seed=choose_seed(options.training.seed))
-    log.info("%s", plan if has_an_end else f"updates: as of a run that does not end ({_ENDLESS:,})")
+def _plan(options: Options, blocks: BlockSource, world: World) -> Plan:
+    """Return the plan of the run, with very many updates if the options do not give its length."""
+    has_length = options.training.max_train_steps is not None or blocks.num_blocks is not None
+    training = (
+        options.training if has_length else options.training.model_copy(update={"max_train_steps": _DEFAULT_NUM_STEPS})
+    )
+    plan = plan_run(training, blocks, num_ranks=world.size, seed=choose_seed(options.training.seed))
+    log.info("%s", plan if has_length else f"updates: as in a run of unlimited length ({_DEFAULT_NUM_STEPS:,} planned)")
     return plan
 
 
-def _samples(
-    options: Options, machine: Compute, limit: int
+def _open_blocks(
+    options: Options, compute: Compute, limit: int
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None, BlockSource]:
-    """The model's configuration, its tokenizer if there is a text, and the blocks."""
+    """Return the model's configuration, its tokenizer if the options name a text, and the blocks."""
     data = options.data
-    if all(getattr(data, name) is None for name in _SOURCES):
+    if all(getattr(data, name) is None for name in _TEXT_OPTIONS):
         if data.document_mask:
             raise UserError("--document_mask: random ids have no documents; name a text (--train_file FILE)")
-        config = _config_without_a_text(options)
+        config = _config_without_text(options)
         size = int(config.get_text_config(decoder=True).vocab_size)
         log.info("blocks: random ids of a vocabulary of %s", f"{size:,}")
         return config, None, SyntheticBlocks(choose_block_size(data.block_size, limit, limit), size)
-    text = machine.world.main_first("the text", lambda: prepare_dataset(options, machine.world))
-    config = load_config(options.model, text.tokenizer)
-    block_size = choose_block_size(data.block_size, limit, context_limit(config, text.tokenizer))
-    blocks, _ = text.blocks(block_size, document_mask=data.document_mask)
-    return config, text.tokenizer, blocks
+    dataset = compute.world.main_first("the text", lambda: prepare_dataset(options, compute.world))
+    config = load_config(options.model, dataset.tokenizer)
+    block_size = choose_block_size(data.block_size, limit, context_limit(config, dataset.tokenizer))
+    blocks, _ = dataset.blocks(block_size, document_mask=data.document_mask)
+    return config, dataset.tokenizer, blocks
 
 
-def _config_without_a_text(options: Options) -> PretrainedConfig:
-    """The configuration, with the vocabulary of the tokenizer that the options name; its own where they name none.
+def _config_without_text(options: Options) -> PretrainedConfig:
+    """Return the model's configuration, with the vocabulary size of the tokenizer if the options name one.
 
     Raises:
-        UserError: only the text knows the vocabulary.
+        UserError: the vocabulary depends on a text.
     """
-    name, model = options.tokenizer.tokenizer_name, options.model
+    name = options.tokenizer.tokenizer_name
+    model = options.model
     if name == CHARACTERS:
-        raise UserError("--tokenizer_name char: the vocabulary is that of the text; name it (--train_file FILE)")
+        raise UserError("--tokenizer_name char: the vocabulary is that of the text; name a text (--train_file FILE)")
     if name is None or model.model_name_or_path is not None:
         return read_config(model)
     if name == TRAINED:
         size = options.tokenizer.vocab_size or DEFAULT_VOCAB_SIZE
         overrides = ",".join(filter(None, [model.config_overrides, f"vocab_size={size}"]))
         return read_config(model.model_copy(update={"config_overrides": overrides}))
-    nothing = load_tokenizer(options.tokenizer, model, texts=lambda: iter(()), corpus_fingerprint="", cache_dir=Path())
-    return load_config(model, nothing)
+    tokenizer = load_tokenizer(
+        options.tokenizer, model, texts=lambda: iter(()), corpus_fingerprint="", cache_dir=Path()
+    )
+    return load_config(model, tokenizer)
 
 
-def _record(found: Measurement, facts: dict[str, Any]) -> dict[str, Any]:
-    """What the JSON file says of one size of the micro-batch."""
-    flops = facts["flops_per_token"] * found.tokens_per_second
-    sheet = facts["data_sheet_flops"]
+def _record(measurement: Measurement, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON record of the measurements at one size of the micro-batch."""
+    flops = facts["flops_per_token"] * measurement.tokens_per_second
+    data_sheet_flops = facts["data_sheet_flops"]
     return {
-        "micro_batch": found.micro_batch,
-        "tokens": found.tokens,
-        "median_seconds": found.median_seconds,
-        "seconds": found.seconds,
-        "period": found.period,
-        "cpu_seconds": found.cpu_seconds,
-        "tokens_per_second": found.tokens_per_second,
+        "micro_batch": measurement.micro_batch,
+        "tokens": measurement.tokens,
+        "median_seconds": measurement.median_seconds,
+        "seconds": measurement.seconds,
+        "period": measurement.period,
+        "cpu_seconds": measurement.cpu_seconds,
+        "tokens_per_second": measurement.tokens_per_second,
         "flops": flops,
         "share_of_measured_flops": flops / facts["measured_flops"],
-        "mfu": None if sheet is None else flops / sheet,
-        "peak_bytes": found.peak_bytes,
-        "communication_seconds": found.communication_seconds,
-        "shares": found.shares(),
+        "mfu": None if data_sheet_flops is None else flops / data_sheet_flops,
+        "peak_bytes": measurement.peak_bytes,
+        "communication_seconds": measurement.communication_seconds,
+        "shares": measurement.shares(),
     }
 
 
-def _lines(found: Measurement, facts: dict[str, Any]) -> list[str]:
-    record = _record(found, facts)
-    exchange = found.communication_seconds
-    sheet = "its data sheet is not known here" if record["mfu"] is None else f"MFU {record['mfu']:.1%}"
-    means = f" means of {found.period}" if found.period > 1 else ""
-    low, high = min(found.seconds) * 1e3, max(found.seconds) * 1e3
-    return [
-        f"update: {found.median_seconds * 1e3:.1f} ms, the median of {len(found.seconds)}{means} ({low:.1f} to"
-        f" {high:.1f}; CPU {found.cpu_seconds * 1e3:.1f}), of {found.tokens:,} tokens",
-        f"speed: {format_quantity(found.tokens_per_second)} tok/s",
+def _lines(measurement: Measurement, facts: dict[str, Any]) -> list[str]:
+    record = _record(measurement, facts)
+    mfu = "the peak of this device is unknown" if record["mfu"] is None else f"MFU {record['mfu']:.1%}"
+    means = f" means of {measurement.period}" if measurement.period > 1 else ""
+    low = min(measurement.seconds) * 1e3
+    high = max(measurement.seconds) * 1e3
+    lines = [
+        f"update: {measurement.median_seconds * 1e3:.1f} ms, the median of {len(measurement.seconds)}{means}"
+        f" ({low:.1f} to {high:.1f}; CPU {measurement.cpu_seconds * 1e3:.1f}), of {measurement.tokens:,} tokens",
+        f"speed: {format_quantity(measurement.tokens_per_second)} tok/s",
         f"arithmetic: {format_quantity(facts['flops_per_token'])}FLOP a token,"
         f" {format_quantity(record['flops'])}FLOP/s:"
         f" {record['share_of_measured_flops']:.1%} of what this device does in {facts['arithmetic']} products"
-        f" ({format_quantity(facts['measured_flops'])}FLOP/s, measured now); {sheet}",
-        f"memory: {format_quantity(found.peak_bytes)}B at most",
+        f" ({format_quantity(facts['measured_flops'])}FLOP/s, measured now); {mfu}",
+        f"memory: {format_quantity(measurement.peak_bytes)}B at most",
         "time: " + ", ".join(f"{name} {share:.1%}" for name, share in record["shares"].items()),
-        *([] if exchange is None else [f"communication: {exchange * 1e3:.1f} ms of an update that nothing hides"]),
     ]
+    if measurement.communication_seconds is not None:
+        milliseconds = measurement.communication_seconds * 1e3
+        lines.append(f"communication: {milliseconds:.1f} ms of an update that no computation hides")
+    return lines
 
 
-def _sweep_line(found: Measurement, facts: dict[str, Any]) -> str:
-    record = _record(found, facts)
+def _sweep_line(measurement: Measurement, facts: dict[str, Any]) -> str:
+    record = _record(measurement, facts)
     return (
-        f"micro_batch {found.micro_batch} | {found.median_seconds * 1e3:.1f} ms"
-        f" | {format_quantity(found.tokens_per_second)} tok/s"
+        f"micro_batch {measurement.micro_batch} | {measurement.median_seconds * 1e3:.1f} ms"
+        f" | {format_quantity(measurement.tokens_per_second)} tok/s"
         f" | {record['share_of_measured_flops']:.1%} of the products' rate"
-        f" | {format_quantity(found.peak_bytes)}B"
+        f" | {format_quantity(measurement.peak_bytes)}B"
     )
 
 
-def _times(value: float | None, factor: int) -> float | None:
-    return None if value is None else value * factor
-
-
 def _require_writable(option: str, path: str | None) -> None:
-    """Before anything is measured for it.
+    """Check, before the measurements, that a file can be written.
 
     Raises:
         UserError: the file cannot be written.
     """
     if path is None:
         return
-    with _naming(option, path):
+    with _naming_option(option, path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         is_new = not Path(path).exists()
         with open(path, "a"):
@@ -253,13 +258,13 @@ def _require_writable(option: str, path: str | None) -> None:
             Path(path).unlink()
 
 
-def _write(path: str, figures: dict[str, Any]) -> None:
-    with _naming("json_file", path):
+def _write_json(path: str, figures: dict[str, Any]) -> None:
+    with _naming_option("json_file", path):
         Path(path).write_text(json.dumps(figures, indent=1) + "\n")
 
 
 @contextmanager
-def _naming(option: str, path: str) -> Iterator[None]:
+def _naming_option(option: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

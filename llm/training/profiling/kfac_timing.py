@@ -1,4 +1,4 @@
-"""The time that K-FAC takes in a run, from marks that the run does not wait for."""
+"""Time of K-FAC in a run, from marks that are recorded without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from llm.training.updaters.preconditioning import Preconditioner
 
 
 def newest_seconds(preconditioner: Preconditioner, timer: DeviceTimer, num_steps: int) -> float | None:
-    """Return the seconds of the newest steps of K-FAC together, without their factor updates in the backward passes.
+    """Return the total seconds of the newest K-FAC steps, without their factor updates in the backward passes.
 
     Args:
         preconditioner: records when each of its steps began and ended.
-        timer: of the device on which it recorded them.
-        num_steps: how many of the newest steps count.
+        timer: of the device that recorded these times.
+        num_steps: number of the newest steps that are summed.
 
     Returns:
-        None where the preconditioner does not measure its steps.
+        None if the preconditioner does not measure its steps.
     """
     if preconditioner.timings is None:
         return None
@@ -31,12 +31,12 @@ def cost_lines(preconditioner: Preconditioner, timer: DeviceTimer) -> list[str]:
     """Return a line such as `K-FAC took 3.2 ms an update, 41% of an update without it (measured over 200 updates)`.
 
     Factor capture runs inside the backward pass and cannot be timed alone. Its cost is estimated as the difference
-    between updates with and without it, from the end of one step of K-FAC to the beginning of the next. A short run,
-    and a preconditioner that does not measure its steps, have no line.
+    between updates with and without it, from the end of one K-FAC step to the beginning of the next. The list is empty
+    for a short run, and for a preconditioner that does not measure its steps.
 
     Args:
         preconditioner: records when each of its steps began and ended.
-        timer: of the device on which it recorded them.
+        timer: of the device that recorded these times.
     """
     intervals = preconditioner.intervals
     timings = list(preconditioner.timings or ())

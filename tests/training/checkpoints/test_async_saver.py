@@ -120,7 +120,7 @@ def test_save_when_the_weights_are_not_finite_then_the_run_goes_on_without_it(
 def test_reasons_when_the_clock_says_so_then_timed_until_something_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = time.monotonic()
+    now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     one, write = saver(tmp_path, save_minutes=2), Written()
     write.may_go_on.set()
@@ -141,7 +141,7 @@ def test_saves_when_they_cost_more_than_they_may_then_become_rarer_and_say_so(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("llm"), "propagate", True)
     caplog.set_level(logging.INFO, "llm")
-    now = time.monotonic()
+    now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     one, write = saver(tmp_path, save_minutes=1), Written()
     one.save(1, {}.items(), {}, write, ["timed"])
@@ -164,7 +164,7 @@ def test_saves_when_they_cost_more_than_they_may_then_become_rarer_and_say_so(
 def test_reasons_when_a_file_asks_for_it_then_saves_once_and_the_file_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = time.monotonic()
+    now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     one, write = saver(tmp_path), Written()
     write.may_go_on.set()
