@@ -23,6 +23,7 @@ from llm.hub.connection import come_online
 from llm.models.compile import is_compiled
 from llm.models.config import context_limit, load_config, read_config
 from llm.models.flops import flops_per_token, peak_flops
+from llm.models.language_model import LanguageModel
 from llm.system.units import format_quantity
 from llm.tokenization.load import CHARACTERS, DEFAULT_VOCAB_SIZE, TRAINED, load_tokenizer
 from llm.training.accelerator import Compute, restore_process, start_compute
@@ -102,22 +103,7 @@ def _bench(
     for line in updater.summary():
         log.info("%s", line)
     benchmark = StepBenchmark(compute, updater, blocks, plan, options.data.dataloader_num_workers)
-    dtype = _DTYPES[compute.precision]
-    device_peak = peak_flops(world.device, dtype)
-    facts = {
-        "device": str(compute),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "cores": os.cpu_count(),
-        "compiled": is_compiled(language_model),
-        "arithmetic": str(dtype).removeprefix("torch."),
-        "num_parameters": language_model.model.num_parameters(),
-        "block_size": plan.block_size,
-        "flops_per_token": flops_per_token(language_model.model, plan.block_size),
-        # Summed over all devices, as tokens are.
-        "measured_flops": measured_flops(world.device, dtype) * world.size,
-        "data_sheet_flops": None if device_peak is None else device_peak * world.size,
-    }
+    facts = _facts(compute, language_model, plan)
     if sweep is not None:
         measurements = []
         for measurement in benchmark.sweep(num_updates, options.training.global_batch_size):
@@ -133,6 +119,27 @@ def _bench(
         log.info("%s", benchmark.profile(Path(profile)))
     if json_file is not None and world.is_main:
         _write_json(json_file, facts | {"updates": [_record(measurement, facts) for measurement in measurements]})
+
+
+def _facts(compute: Compute, language_model: LanguageModel, plan: Plan) -> dict[str, Any]:
+    """Return what the results of all measurements share, by the keys of the JSON file."""
+    world = compute.world
+    dtype = _DTYPES[compute.precision]
+    device_peak = peak_flops(world.device, dtype)
+    return {
+        "device": str(compute),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "compiled": is_compiled(language_model),
+        "arithmetic": str(dtype).removeprefix("torch."),
+        "num_parameters": language_model.model.num_parameters(),
+        "block_size": plan.block_size,
+        "flops_per_token": flops_per_token(language_model.model, plan.block_size),
+        # Summed over all devices, as tokens are.
+        "measured_flops": measured_flops(world.device, dtype) * world.size,
+        "data_sheet_flops": None if device_peak is None else device_peak * world.size,
+    }
 
 
 def _plan(options: Options, blocks: BlockSource, world: World) -> Plan:
