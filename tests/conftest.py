@@ -1,4 +1,4 @@
-"""What all tests share: a text, a byte tokenizer and a two-layer GPT-2, all made here and offline."""
+"""Fixtures of all tests: a text, a byte tokenizer and a two-layer GPT-2, all created here without a network."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
-# Before any library reads them: one thread a test process, no network, no noise.
+# Set before any library reads them: one thread per test process, no network access, no progress output.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("MKL_NUM_THREADS", None)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# No test reads or fills the user's own caches, or uses the user's own accounts.
+# No test reads or fills the user's caches or uses the user's accounts.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="llm-tests-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 _SCHEDULERS = ("LLM_END_TIME", "SLURM_JOB_ID", "SLURM_JOB_END_TIME", "PBS_JOBID", "TORCHELASTIC_RESTART_COUNT")
@@ -30,19 +32,19 @@ for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "WANDB_API_KEY", "
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Undoes what a run in an earlier test chose for the whole process: sums of other threads end in other bits."""
+    """Reset torch to one thread: a run in an earlier test may have set another number, which changes the last bits."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
 
-# Options of a run that takes for ever; what is this long would be compiled, were nothing said.
+# Options of a run that does not end by itself. A run of this length would be compiled by default.
 FOREVER = ("--max_train_steps", "1000000", "--torch_compile", "false")
 WORDS = "the a king queen sword runs speaks to of and love night day with from into crown blood".split()
 
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text file of about 60 kB: lines of random words, so that a model can learn something."""
+    """Text file of about 60 kB: lines of random words from a small list, so that the loss of a model can fall."""
     draw = random.Random(0)
     lines = [" ".join(draw.choices(WORDS, k=draw.randint(3, 9))) + "." for _ in range(2000)]
     path = tmp_path_factory.mktemp("text") / "tiny.txt"
@@ -52,7 +54,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def byte_tokenizer():  # type: ignore[no-untyped-def]
-    """A fast tokenizer of 257 ids: the 256 bytes (byte-level BPE without merges) and <|endoftext|>."""
+    """Fast tokenizer with 257 ids: the 256 bytes (byte-level BPE without merges) and <|endoftext|>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +67,7 @@ def byte_tokenizer():  # type: ignore[no-untyped-def]
 
 @pytest.fixture
 def tiny_gpt2(byte_tokenizer):  # type: ignore[no-untyped-def]
-    """A random GPT2LMHeadModel: 2 layers, width 32, 64 positions, no dropout, the byte tokenizer's ids."""
+    """Random GPT2LMHeadModel: 2 layers, width 32, 64 positions, no dropout, the vocabulary of `byte_tokenizer`."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -88,7 +90,7 @@ def tiny_gpt2(byte_tokenizer):  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="session")
 def tiny_gpt2_dir(byte_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[no-untyped-def]
-    """A folder that from_pretrained loads: the model of `tiny_gpt2` and the byte tokenizer."""
+    """Folder that `from_pretrained` loads: the model of `tiny_gpt2` and the byte tokenizer."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -108,47 +110,66 @@ def tiny_gpt2_dir(byte_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-@pytest.fixture
-def tiny_options(tiny_text: Path, tiny_gpt2_dir: Path) -> list[str]:
-    """A command line that trains `tiny_gpt2` from scratch on `tiny_text` for 20 updates, in about a second."""
-    return [
+@pytest.fixture(scope="session")
+def tiny_command(tiny_text: Path, tiny_gpt2_dir: Path) -> tuple[str, ...]:
+    """Options that train `tiny_gpt2` from scratch on `tiny_text` for 20 steps, in about a second."""
+    return (
         *("--train_file", str(tiny_text), "--tokenizer_name", str(tiny_gpt2_dir)),
         *("--config_name", str(tiny_gpt2_dir), "--dropout", "0", "--block_size", "32"),
         *("--per_device_train_batch_size", "8", "--max_train_steps", "20"),
         *("--learning_rate", "1e-3", "--seed", "7", "--use_cpu"),
-        # Tests compare bits and losses, whatever the machine that they run on would choose.
+        # Tests compare bits and losses: the precision must not depend on the machine.
         *("--mixed_precision", "no"),
-    ]
+    )
+
+
+@pytest.fixture
+def tiny_options(tiny_command: tuple[str, ...]) -> list[str]:
+    """The options of `tiny_command` as a list that a test may change."""
+    return list(tiny_command)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
     err: str
 
 
+def _exit_code(words: tuple[str | Path, ...]) -> int:
+    """Run the trainer in this process and return its exit code."""
+    from llm.trainers.gpt import main
+
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
 @pytest.fixture
 def train(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Runs the trainer in this process: `train(*words) -> Outcome`."""
-    from llm.trainers.gpt import main
+    """Function that runs the trainer in this process: `train(*words) -> Outcome`."""
 
     def run(*words: str | Path) -> Outcome:
         capfd.readouterr()
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+        code = _exit_code(words)
         out, err = capfd.readouterr()
         return Outcome(code, out, err)
 
     return run
 
 
+def train_for_module(*words: str | Path) -> Outcome:
+    """Run the trainer in this process, for fixtures of a module, which cannot use the fixture `train` of one test."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        code = _exit_code(words)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
 def keep_only(run: Path, step: int) -> None:
-    """Leaves a run's folder with one checkpoint, as if it had been killed after it."""
+    """Remove all checkpoints of a run except that of `step`, as if the run had been killed after saving it."""
     for path in (run / "checkpoints").glob("step_*"):
         if path.name != f"step_{step}":
             shutil.rmtree(path)

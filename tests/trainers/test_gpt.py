@@ -1,14 +1,16 @@
-"""The main program as a user meets it: one command line in, a run's folder out."""
+"""Tests of the main program as a user runs it: from the command line to the files in the run's folder."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +19,55 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import FOREVER, Outcome
+from tests.conftest import FOREVER, Outcome, keep_only, train_for_module
 
 Train = Callable[..., Outcome]
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a folder's model.safetensors by name."""
     return load_file(folder / "model.safetensors")
 
 
-def farthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Return the largest absolute difference of two models' weights, over all elements of all tensors."""
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 def torchrun(*words: str | Path, num_ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """The trainer on several ranks of this machine."""
+    """Run the trainer with torchrun on several ranks of this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(num_ranks), "-m", "llm.trainers.gpt", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
-FOLDER = """config.toml status.json metrics.jsonl log.txt tensorboard checkpoints model.safetensors config.json
+FILES_OF_A_RUN = """config.toml status.json metrics.jsonl log.txt tensorboard checkpoints model.safetensors config.json
 generation_config.json tokenizer.json tokenizer_config.json README.md all_results.json"""
 
 
-def test_run_when_complete_then_leaves_the_whole_folder(train: Train, tiny_options: list[str], tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    outcome = train(
-        *tiny_options, "--output_dir", folder, "--checkpointing_steps", "10", "--eval_steps", "10",
-        "--sample_steps", "10", "--sample_prompt", "the king",
+@pytest.fixture(scope="module")
+def complete_run(tiny_command: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """Folder and outcome of one complete run with evaluations, samples and checkpoints; tests only read it."""
+    folder = tmp_path_factory.mktemp("complete") / "run"
+    outcome = train_for_module(
+        *tiny_command, "--output_dir", folder, "--checkpointing_steps", "10", "--eval_steps", "10",
+        "--sample_steps", "10", "--sample_prompt", "the king", "--logging_steps", "1",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    written = {path.name for path in folder.iterdir()}
-    assert written >= set(FOLDER.split())
-    assert not [name for name in written if name.endswith((".tmp", ".lock", ".probe"))]
+    return folder, outcome
+
+
+def test_run_when_complete_then_its_folder_holds_every_file(complete_run: tuple[Path, Outcome]) -> None:
+    folder, outcome = complete_run
+    names = {path.name for path in folder.iterdir()}
+    assert names >= set(FILES_OF_A_RUN.split())
+    assert not [name for name in names if name.endswith((".tmp", ".lock", ".probe"))]
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     lines = outcome.out.splitlines()
     assert any(line.startswith("step 20/20 | loss ") and line.endswith(" | eta 0:00:00") for line in lines)
@@ -67,27 +79,24 @@ def test_run_when_complete_then_leaves_the_whole_folder(train: Train, tiny_optio
     assert (folder / "log.txt").read_text().count("saved step") == 2
 
 
-def test_run_when_complete_then_the_loss_fell_and_the_model_loads(
-    train: Train, tiny_options: list[str], tmp_path: Path
-) -> None:
-    train(*tiny_options, "--output_dir", tmp_path / "run", "--logging_steps", "1")
-    losses = [record["loss"] for record in records(tmp_path / "run") if "loss" in record]
+def test_run_when_complete_then_the_loss_fell_and_the_model_loads(complete_run: tuple[Path, Outcome]) -> None:
+    folder, _ = complete_run
+    losses = [record["loss"] for record in records(folder) if "loss" in record]
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 0.5
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.vocab_size == len(tokenizer) == 257
     ids = tokenizer("the king speaks", return_tensors="pt")["input_ids"]
     assert torch.isfinite(model(ids).logits).all()
 
 
 def test_results_when_complete_then_agree_with_the_exported_model(
-    train: Train, tiny_options: list[str], tiny_text: Path, tmp_path: Path
+    complete_run: tuple[Path, Outcome], tiny_text: Path
 ) -> None:
-    folder = tmp_path / "run"
-    train(*tiny_options, "--output_dir", folder)
+    folder, _ = complete_run
     results = json.loads((folder / "all_results.json").read_text())
-    # The held-out 5 % of a single text are its last bytes; the byte tokenizer makes one token a byte,
+    # The held-out 5 % of a single text are its last bytes. The byte tokenizer makes one token of each byte,
     # and the end of the text adds one.
     text = tiny_text.read_bytes()
     held_out = text[int(len(text) * 0.95) :]
@@ -109,19 +118,18 @@ def test_results_when_complete_then_agree_with_the_exported_model(
 
 
 def test_ledger_when_complete_then_every_token_is_accounted_for(
-    train: Train, tiny_options: list[str], tiny_text: Path, tmp_path: Path
+    complete_run: tuple[Path, Outcome], tiny_text: Path
 ) -> None:
-    train(*tiny_options, "--output_dir", tmp_path / "run")
-    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    results = json.loads((complete_run[0] / "all_results.json").read_text())
     ledger = results["ledger"]
-    assert sum(ledger.values()) == tiny_text.stat().st_size + 1  # one byte a token, and the end of the text
+    assert sum(ledger.values()) == tiny_text.stat().st_size + 1  # one token per byte, and the end of the text
     assert ledger["dropped_train"] < 32
     assert ledger["dropped_validation"] < 32
     assert results["num_unreached_tokens"] == ledger["train_tokens"] - 1 - 20 * 8 * 32
 
 
 @pytest.mark.parametrize("epsilon", ["1e-6", "1e-8"])
-def test_weights_when_the_batch_is_split_otherwise_then_are_the_same(
+def test_weights_when_the_micro_batch_is_smaller_then_are_the_same(
     train: Train, tiny_options: list[str], tmp_path: Path, epsilon: str
 ) -> None:
     options = [*tiny_options, "--global_batch_size", "8", "--adam_epsilon", epsilon]
@@ -130,7 +138,7 @@ def test_weights_when_the_batch_is_split_otherwise_then_are_the_same(
         assert outcome.code == 0, outcome.err
     bound = 1e-6 if epsilon == "1e-6" else 1e-5
     for size in (4, 2):
-        assert farthest(weights(tmp_path / "8"), weights(tmp_path / str(size))) <= bound
+        assert largest_difference(weights(tmp_path / "8"), weights(tmp_path / str(size))) <= bound
 
 
 def test_two_ranks_when_started_by_torchrun_then_end_like_one(
@@ -146,7 +154,7 @@ def test_two_ranks_when_started_by_torchrun_then_end_like_one(
         assert outcome.returncode == 0, outcome.stderr
         assert "2 processes" in outcome.stdout
         assert outcome.stdout.count("weights: random") == 1
-        assert farthest(weights(tmp_path / "one"), weights(folder)) <= 1e-6
+        assert largest_difference(weights(tmp_path / "one"), weights(folder)) <= 1e-6
         for one, two in zip(records(tmp_path / "one"), records(folder), strict=True):
             for key in one.keys() & {"step", "lr", "tokens", "num_skipped"}:
                 assert one[key] == two[key]
@@ -154,7 +162,7 @@ def test_two_ranks_when_started_by_torchrun_then_end_like_one(
                 assert one[key] == pytest.approx(two[key], rel=1e-4)
 
 
-def test_learning_rate_when_accumulating_then_depends_on_the_update_alone(
+def test_learning_rate_when_gradients_are_accumulated_then_depends_only_on_the_step(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     words = [*tiny_options, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4",
@@ -166,32 +174,30 @@ def test_learning_rate_when_accumulating_then_depends_on_the_update_alone(
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
-def test_resume_when_cut_in_the_middle_then_ends_bit_identical(
+def test_resume_when_killed_in_the_middle_then_ends_bit_identical(
     train: Train, tiny_options: list[str], tmp_path: Path, optim: str
 ) -> None:
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     options = [*tiny_options, "--optim", optim, "--dropout", "0.1", "--checkpointing_steps", "7", "--eval_steps", "5"]
-    assert train(*options, "--output_dir", tmp_path / "whole").code == 0
-    assert train(*options, "--output_dir", tmp_path / "cut").code == 0
-    # As a kill after step 7 leaves it: later checkpoints and the finished model are not there.
-    later = [path for path in (tmp_path / "cut" / "checkpoints").iterdir() if path.name != "step_7"]
-    assert len(later) == 2  # step_14, and the end's, which is the best too
-    for path in (*later, *(tmp_path / "cut" / name for name in ("model.safetensors", "all_results.json"))):
-        subprocess.run(["rm", "-r", path], check=True)
-    outcome = train(*options, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint")
+    assert train(*options, "--output_dir", uninterrupted).code == 0
+    # A kill after step 7 leaves neither later checkpoints nor the finished model.
+    shutil.copytree(uninterrupted, killed)
+    assert len(list((killed / "checkpoints").iterdir())) == 3  # 7, 14, and the last one, which is the best too
+    keep_only(killed, 7)
+    for name in ("model.safetensors", "all_results.json"):
+        (killed / name).unlink()
+    outcome = train(*options, "--output_dir", killed, "--resume_from_checkpoint")
     assert outcome.code == 0, outcome.err
     assert "resumed from step 7" in outcome.out
-    assert farthest(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0.0
+    assert largest_difference(weights(uninterrupted), weights(killed)) == 0.0
     untimed = [
-        [
-            {k: v for k, v in record.items() if "second" not in k and k != "data_wait"}
-            for record in records(tmp_path / name)
-        ]
-        for name in ("whole", "cut")
+        [{k: v for k, v in record.items() if "second" not in k and k != "data_wait"} for record in records(folder)]
+        for folder in (uninterrupted, killed)
     ]
     assert untimed[0] == untimed[1]
 
 
-def test_resume_when_the_newest_is_damaged_then_takes_the_older(
+def test_resume_when_the_newest_checkpoint_is_damaged_then_takes_the_one_before(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     options = [*tiny_options, "--checkpointing_steps", "8", "--output_dir", tmp_path / "run"]
@@ -209,7 +215,7 @@ def test_resume_when_the_newest_is_damaged_then_takes_the_older(
     assert "resumed from step 16" in outcome.out
 
 
-def test_resume_when_there_is_nothing_then_a_bare_flag_starts_fresh_and_a_value_is_refused(
+def test_resume_when_there_is_no_checkpoint_then_a_bare_flag_starts_from_scratch_and_a_value_is_refused(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     folder = ("--output_dir", tmp_path / "run")
@@ -239,7 +245,7 @@ def test_signal_when_training_then_saves_and_exits_75(tiny_options: list[str], t
     assert (folder / "checkpoints" / f"step_{status['step']}" / "manifest.json").exists()
 
 
-def test_output_dir_when_it_holds_a_run_then_is_refused_or_overwritten(
+def test_output_dir_when_it_holds_a_run_then_is_refused_unless_overwrite_is_given(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -253,7 +259,7 @@ def test_output_dir_when_it_holds_a_run_then_is_refused_or_overwritten(
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_no_output_dir_when_training_then_nothing_is_kept(
+def test_training_when_no_output_dir_is_given_then_writes_no_file(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -263,7 +269,7 @@ def test_no_output_dir_when_training_then_nothing_is_kept(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_when_asked_then_says_the_numbers_and_writes_nothing(
+def test_dry_run_when_requested_then_prints_its_estimates_and_writes_nothing(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     outcome = train(*tiny_options, "--output_dir", tmp_path / "run", "--dry_run")
@@ -276,7 +282,7 @@ def test_dry_run_when_asked_then_says_the_numbers_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_when_muon_then_says_both_rates_and_what_it_keeps(
+def test_dry_run_when_muon_then_prints_both_learning_rates_and_counts_its_state(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     outcome = train(*tiny_options, "--optim", "muon", "--dry_run")
@@ -286,19 +292,22 @@ def test_dry_run_when_muon_then_says_both_rates_and_what_it_keeps(
     assert "gradients and muon" in outcome.out
 
 
-@pytest.mark.parametrize(("saved", "asked", "was"), [("adamw", "muon", "AdamW"), ("muon", "adamw", "MuonWithAdamW")])
+@pytest.mark.parametrize(
+    ("saved", "requested", "saved_class"), [("adamw", "muon", "AdamW"), ("muon", "adamw", "MuonWithAdamW")]
+)
 def test_resume_when_the_optimizer_is_another_then_is_refused_in_one_line(
-    train: Train, tiny_options: list[str], tmp_path: Path, saved: str, asked: str, was: str
+    train: Train, tiny_options: list[str], tmp_path: Path, saved: str, requested: str, saved_class: str
 ) -> None:
     words = [*tiny_options, "--max_train_steps", "2", "--checkpointing_steps", "1", "--output_dir", tmp_path / "run"]
     assert train(*words, "--optim", saved).code == 0
-    refused = train(*words, "--optim", asked, "--resume_from_checkpoint", tmp_path / "run/checkpoints/step_1")
+    refused = train(*words, "--optim", requested, "--resume_from_checkpoint", tmp_path / "run/checkpoints/step_1")
     assert refused.code == 1
-    assert f"holds the state of another model, --optim or --kfac (it was {was})" in refused.err
+    assert "--optim or --kfac" in refused.err
+    assert f"(it was {saved_class})" in refused.err
     assert refused.err.count("\n") == 1
 
 
-def test_model_name_when_given_then_weights_are_loaded_all_the_same(
+def test_model_name_when_low_cpu_mem_usage_is_given_then_weights_are_loaded_bit_identical(
     train: Train, tiny_options: list[str], tiny_gpt2_dir: Path, tmp_path: Path
 ) -> None:
     at = tiny_options.index("--config_name")
@@ -308,14 +317,12 @@ def test_model_name_when_given_then_weights_are_loaded_all_the_same(
     outcome = train(*words)
     assert outcome.code == 0, outcome.err
     assert f"weights: loaded from {tiny_gpt2_dir}" in outcome.out
-    assert farthest(weights(tmp_path / "run"), weights(tiny_gpt2_dir)) == 0.0
+    assert largest_difference(weights(tmp_path / "run"), weights(tiny_gpt2_dir)) == 0.0
 
 
-def test_weight_decay_when_the_rate_is_all_there_is_then_touches_matrices_alone(
+def test_weight_decay_when_compared_with_none_then_changes_only_matrices(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
-    from llm.models.build import build_model  # noqa: F401  (the layer under test is the whole program)
-
     words = [*tiny_options, "--max_train_steps", "1", "--weight_decay", "0.5", "--lr_scheduler_type", "constant"]
     assert train(*words, "--output_dir", tmp_path / "decayed").code == 0
     words[words.index("0.5")] = "0"
@@ -325,7 +332,7 @@ def test_weight_decay_when_the_rate_is_all_there_is_then_touches_matrices_alone(
     assert changed == {name for name in plain if plain[name].ndim >= 2}
 
 
-def test_bad_update_when_the_loss_is_not_finite_then_is_skipped_and_counted(
+def test_update_when_the_loss_is_not_finite_then_is_skipped_and_counted(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llm.models.language_model import LanguageModel
@@ -345,7 +352,7 @@ def test_bad_update_when_the_loss_is_not_finite_then_is_skipped_and_counted(
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
 
 
-def test_help_and_mistakes_when_asked_then_cost_little_and_import_no_torch() -> None:
+def test_help_and_usage_errors_when_printed_then_take_under_half_a_second_and_import_no_torch() -> None:
     for words, code in ((["--help"], 0), (["--version"], 0), (["--lerning_rate", "1"], 2)):
         probe = (
             "import sys, time; from llm.trainers.gpt import main\n"
@@ -360,7 +367,7 @@ def test_help_and_mistakes_when_asked_then_cost_little_and_import_no_torch() -> 
         assert cpu < 0.5
 
 
-def test_second_run_in_one_folder_when_the_first_lives_then_is_refused(
+def test_second_run_in_one_folder_when_the_first_is_running_then_is_refused(
     tiny_options: list[str], train: Train, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -378,12 +385,12 @@ def test_second_run_in_one_folder_when_the_first_lives_then_is_refused(
     finally:
         process.kill()
         process.wait()
-    # A killed run leaves its lock; nobody holds it any more.
+    # A killed run leaves its lock file, which no living process holds.
     words[words.index("1000000")] = "4"
     assert train(*words, "--overwrite_output_dir").code == 0
 
 
-def test_resume_when_the_vocabulary_was_fitted_then_takes_the_checkpoints_model(
+def test_resume_when_the_vocabulary_was_resized_then_loads_the_model_of_the_checkpoint(
     train: Train, tiny_text: Path, byte_tokenizer, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -401,7 +408,7 @@ def test_resume_when_the_vocabulary_was_fitted_then_takes_the_checkpoints_model(
     assert "resumed from step 4" in outcome.out
 
 
-def test_checkpoints_when_resumed_from_an_older_one_then_later_ones_are_set_aside(
+def test_checkpoints_when_resumed_from_an_older_one_then_later_ones_move_to_abandoned(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run" / "checkpoints"
@@ -426,7 +433,7 @@ def test_checkpoints_when_resumed_from_an_older_one_then_later_ones_are_set_asid
     ],
     ids=lambda words: words[0],
 )
-def test_run_when_trained_otherwise_then_the_loss_falls_too(
+def test_run_when_trained_with_other_options_then_the_loss_falls_too(
     train: Train, tiny_options: list[str], tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     rate = ("--learning_rate", "0.1") if "sgd" in words else ()
@@ -436,7 +443,7 @@ def test_run_when_trained_otherwise_then_the_loss_falls_too(
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_gradient_when_the_launcher_accumulates_too_then_is_not_divided_twice(
+def test_gradient_when_accelerates_launcher_accumulates_too_then_is_not_divided_twice(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*tiny_options, "--max_train_steps", "1", "--output_dir"]
@@ -447,16 +454,19 @@ def test_gradient_when_the_launcher_accumulates_too_then_is_not_divided_twice(
     assert norms[0] == norms[1]
 
 
-def test_console_when_it_cannot_show_a_character_then_the_run_goes_on(tiny_options: list[str]) -> None:
+def test_console_when_its_encoding_lacks_a_character_then_the_run_continues(
+    train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = [*tiny_options, "--max_train_steps", "2", "--sample_steps", "1", "--sample_prompt", "a \u2013 b"]
-    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
-    command = [sys.executable, "-m", "llm.trainers.gpt", *words]
-    result = subprocess.run(command, capture_output=True, timeout=120, check=False, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert b"a \\u2013 b" in result.stdout
+    output = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(output, encoding="latin-1"))
+    outcome = train(*words)
+    assert outcome.code == 0, outcome.err
+    sys.stdout.flush()
+    assert b"a \\u2013 b" in output.getvalue()
 
 
-def test_export_when_it_cannot_be_verified_then_the_weights_are_kept(
+def test_export_when_its_verification_fails_then_the_weights_are_kept_in_unverified(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import llm.training.export
@@ -470,7 +480,7 @@ def test_export_when_it_cannot_be_verified_then_the_weights_are_kept(
     assert (tmp_path / "run" / "unverified" / "model.safetensors").exists()
 
 
-def test_secrets_when_a_tracker_reads_the_command_line_then_are_not_there(
+def test_secrets_when_a_tracker_reads_the_command_line_then_are_masked(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     assert train(*tiny_options, "--max_train_steps", "1", "--hub_token", "hf_secret").code == 0
@@ -478,7 +488,7 @@ def test_secrets_when_a_tracker_reads_the_command_line_then_are_not_there(
     assert "***" in sys.argv
 
 
-def test_folder_when_a_mistake_is_met_then_the_earlier_run_stands_as_it_was(
+def test_folder_when_a_later_command_fails_then_the_files_of_the_earlier_run_are_unchanged(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -491,7 +501,7 @@ def test_folder_when_a_mistake_is_met_then_the_earlier_run_stands_as_it_was(
     assert before == {name: (folder / name).read_bytes() for name in before}
 
 
-def test_best_when_the_limit_is_reached_then_is_kept_beside_the_newest(
+def test_best_checkpoint_when_save_total_limit_is_reached_then_is_kept_beside_the_newest(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     words = [*tiny_options, "--max_grad_norm", "0", "--lr_scheduler_type", "constant", "--save_total_limit", "1"]
@@ -499,11 +509,10 @@ def test_best_when_the_limit_is_reached_then_is_kept_beside_the_newest(
     assert train(*words).code == 0
     losses = {record["step"]: record["eval_loss"] for record in records(tmp_path) if "eval_loss" in record}
     best = min(losses, key=lambda step: losses[step])
-    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert kept == {f"step_{best}", "step_20"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {f"step_{best}", "step_20"}
 
 
-def test_disk_when_it_is_full_then_one_line_and_the_older_checkpoint_is_whole(
+def test_disk_when_it_is_full_then_one_line_and_the_older_checkpoint_stays(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import llm.training.checkpoints.store
@@ -524,34 +533,34 @@ def test_disk_when_it_is_full_then_one_line_and_the_older_checkpoint_is_whole(
 
 
 @pytest.mark.parametrize("heartbeat_seconds", [0.05, 60.0])
-def test_folder_when_another_run_took_it_over_then_the_run_ends_and_writes_no_more_there(
+def test_folder_when_another_run_has_taken_its_lock_then_the_run_ends_and_writes_nothing_more(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heartbeat_seconds: float
 ) -> None:
     import llm.training.callbacks.checkpointing
 
     run, save = tmp_path / "run", llm.training.callbacks.checkpointing.save_checkpoint
 
-    def taken_over_meanwhile(folder: Path, step: int, **what: Any) -> Path:
-        saved = save(folder, step, **what)
+    def save_and_lose_the_lock(folder: Path, step: int, **state: Any) -> Path:
+        checkpoint = save(folder, step, **state)
         (run / "run.lock").write_text('{"host": "another-host", "pid": 7}')
-        (run / "status.json").write_text("of the other")
-        return saved
+        (run / "status.json").write_text("status of the other run")
+        return checkpoint
 
     monkeypatch.setattr("llm.files.lock._HEARTBEAT_SECONDS", heartbeat_seconds)
-    monkeypatch.setattr(llm.training.callbacks.checkpointing, "save_checkpoint", taken_over_meanwhile)
+    monkeypatch.setattr(llm.training.callbacks.checkpointing, "save_checkpoint", save_and_lose_the_lock)
     outcome = train(*tiny_options, "--checkpointing_steps", "5", "--output_dir", run)
     assert outcome.code == 1
-    said = f"the lock {run / 'run.lock'} is held by another run now (process 7 on another-host)"
-    assert outcome.err.count(f"error: {said}") == 1
+    message = f"the lock {run / 'run.lock'} is held by another run now (process 7 on another-host)"
+    assert outcome.err.count(f"error: {message}") == 1
     assert "Traceback" not in outcome.err
-    assert said in (run / "log.txt").read_text()
+    assert message in (run / "log.txt").read_text()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_5"]
-    assert (run / "status.json").read_text() == "of the other"
+    assert (run / "status.json").read_text() == "status of the other run"
     assert json.loads((run / "run.lock").read_text())["pid"] == 7
     assert not (run / "model.safetensors").exists()
 
 
-def test_resume_when_the_text_is_another_then_says_so_before_weights_are_loaded(
+def test_resume_when_the_text_is_another_then_is_refused_before_weights_are_loaded(
     train: Train, tiny_options: list[str], tmp_path: Path, tiny_text: Path
 ) -> None:
     words = [*tiny_options, "--max_train_steps", "2", "--checkpointing_steps", "1", "--output_dir", tmp_path / "run"]

@@ -1,4 +1,4 @@
-"""A run that is asked to stop, at any moment: everything that was finished is kept, and it continues exactly."""
+"""Tests of runs that are stopped at any moment: everything finished is kept, and the run continues bit-identically."""
 
 from __future__ import annotations
 
@@ -31,21 +31,24 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 
 def status(folder: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((folder / "status.json").read_text())
-    return facts
+    """Return the content of a run's status.json."""
+    content: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return content
 
 
 def steps(folder: Path) -> list[str]:
+    """Return the names of a run's checkpoints."""
     return sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
 
 
 def are_equal(one: Path, other: Path) -> bool:
+    """Whether two runs ended with the same names and bits of weights."""
     first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """The records without what depends on the clock."""
+    """Return the records of a run's metrics.jsonl without the fields that depend on the clock."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if "second" not in key and key != "data_wait"}
@@ -54,13 +57,13 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 class Program:
-    """The trainer in a process of its own."""
+    """The trainer in its own process."""
 
-    def __init__(self, *words: str | Path, launcher: tuple[str, ...] = (), first: str = "", **environment: str) -> None:
-        """`first` is code that runs before the trainer's `main`."""
+    def __init__(self, *words: str | Path, launcher: tuple[str, ...] = (), patch: str = "", **environment: str) -> None:
+        """Start the trainer; `patch` is Python code that runs before the trainer's `main`."""
         command = [sys.executable, *launcher, "-m", "llm.trainers.gpt"]
-        if first:
-            code = f"import sys\nfrom llm.trainers.gpt import main\n{first}\nsys.exit(main(sys.argv[1:]))"
+        if patch:
+            code = f"import sys\nfrom llm.trainers.gpt import main\n{patch}\nsys.exit(main(sys.argv[1:]))"
             command = [sys.executable, "-c", code]
         self.process = subprocess.Popen(
             [*command, *map(str, words)],
@@ -70,9 +73,10 @@ class Program:
             env={**os.environ, **environment},
         )
         self.lines: list[str] = []
-        self.asked = 0.0
+        self.signal_time = 0.0  # when `stop` sent its signal, in seconds since the epoch
 
     def wait_for_line(self, start: str) -> None:
+        """Read the output up to the first line that begins with `start`."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line)
@@ -81,6 +85,7 @@ class Program:
         pytest.fail(f"no line {start!r} in:\n{self.out}")
 
     def wait_for(self, condition: Callable[[], object], seconds: float = 90) -> None:
+        """Wait until a condition holds, while the program runs."""
         end = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.process.communicate()[0]
@@ -88,34 +93,38 @@ class Program:
             time.sleep(0.05)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Sends the signal; the exit code."""
-        self.asked = time.time()
+        """Send the signal, wait for the end of the program and return its exit code."""
+        self.signal_time = time.time()
         self.process.send_signal(number)
         rest, _ = self.process.communicate(timeout=60)
         self.lines += rest.splitlines(keepends=True)
         return self.process.returncode
 
     def seconds_until(self, file: Path) -> float:
-        """From the signal to the last change of a file; launchers wait 10 s at least before they kill."""
-        return file.stat().st_mtime - self.asked
+        """Return the seconds from the signal to the last change of a file.
+
+        Launchers wait at least 10 s before they kill.
+        """
+        return file.stat().st_mtime - self.signal_time
 
     @property
     def out(self) -> str:
+        """What the program has printed, as far as it was read."""
         return "".join(self.lines)
 
     @property
     def last_step(self) -> int:
-        """The last update that a line was printed of."""
+        """Number of the last step whose line was printed."""
         return max(int(line.split("/")[0][5:]) for line in self.lines if line.startswith("step "))
 
 
 @pytest.fixture
 def started() -> Iterator[Callable[..., Program]]:
-    """Starts trainers that do not outlive the test."""
+    """Function that starts a `Program`; programs that still run at the end of the test are killed."""
     running: list[Program] = []
 
-    def start(*words: str | Path, **more: Any) -> Program:
-        running.append(Program(*words, **more))
+    def start(*words: str | Path, **settings: Any) -> Program:
+        running.append(Program(*words, **settings))
         return running[-1]
 
     yield start
@@ -127,7 +136,7 @@ def started() -> Iterator[Callable[..., Program]]:
 
 @pytest.fixture
 def long_text(tiny_text: Path, tmp_path: Path) -> Path:
-    """About 120 MB, which take many seconds to tokenize."""
+    """Text of about 120 MB, which takes many seconds to tokenize."""
     path = tmp_path / "long.txt"
     path.write_bytes(tiny_text.read_bytes() * 2000)
     return path
@@ -135,7 +144,7 @@ def long_text(tiny_text: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["alone", "torchrun"])
-def test_signal_when_tokenizing_then_ends_soon_and_leaves_no_half_made_cache(
+def test_signal_when_tokenizing_then_exits_soon_and_leaves_no_partial_cache(
     tiny_options: list[str], tmp_path: Path, started: Any, long_text: Path, launcher: tuple[str, ...]
 ) -> None:
     cache, folder = tmp_path / "hf", tmp_path / "run"
@@ -143,18 +152,21 @@ def test_signal_when_tokenizing_then_ends_soon_and_leaves_no_half_made_cache(
     program = started(*words, launcher=launcher, HF_HOME=str(cache))
     program.wait_for(lambda: list(cache.glob("llm/tokens/.*.tmp/*")))
     code = program.stop()
-    assert code != 0 if launcher else code == 75, program.out
+    if launcher:
+        assert code != 0, program.out
+    else:
+        assert code == 75, program.out
     assert program.seconds_until(folder / "status.json") < 10, program.out
-    facts = status(folder)
-    assert (facts["state"], facts["reason"], facts["step"], facts["exit_code"]) == ("stopped", "SIGTERM", 0, 75)
-    assert "llm/training/run.py" not in program.out  # no traceback of ours
+    ended = status(folder)
+    assert (ended["state"], ended["reason"], ended["step"], ended["exit_code"]) == ("stopped", "SIGTERM", 0, 75)
+    assert "llm/training/run.py" not in program.out  # no traceback of this package
     assert list(cache.glob("llm/tokens/*")) == []
     assert not (folder / "checkpoints").exists()
     assert not (folder / "run.lock").exists()
 
 
 @pytest.mark.slow
-def test_signal_when_evaluating_then_the_update_before_is_saved_and_the_evaluation_made_up_for(
+def test_signal_when_evaluating_then_the_step_is_saved_and_the_evaluation_repeated_after_the_resume(
     tiny_options: list[str], tmp_path: Path, started: Any, train: Train, tiny_text: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -176,54 +188,54 @@ def test_signal_when_evaluating_then_the_update_before_is_saved_and_the_evaluati
 
 
 @pytest.mark.slow
-def test_signal_when_sampling_then_ends_soon(tiny_options: list[str], tmp_path: Path, started: Any) -> None:
+def test_signal_when_sampling_then_exits_soon(tiny_options: list[str], tmp_path: Path, started: Any) -> None:
     folder = tmp_path / "run"
     program = started(
         *tiny_options, *LONG, "--sample_steps", "5", "--output_dir", folder,
-        first="import llm.training.callbacks.sampling; llm.training.callbacks.sampling._SAMPLE_TOKENS = 10**6",
+        patch="import llm.training.callbacks.sampling; llm.training.callbacks.sampling._SAMPLE_TOKENS = 10**6",
     )  # fmt: skip
     program.wait_for_line("step 5/")
     time.sleep(1)
     assert program.stop(signal.SIGUSR1) == 75, program.out
     assert program.seconds_until(folder / "status.json") < 10, program.out
-    facts = status(folder)
-    assert (facts["state"], facts["reason"], facts["exit_code"]) == ("stopped", "SIGUSR1", 75)
-    assert facts["step"] >= 5
-    assert steps(folder) == [f"step_{facts['step']}"]
+    ended = status(folder)
+    assert (ended["state"], ended["reason"], ended["exit_code"]) == ("stopped", "SIGUSR1", 75)
+    assert ended["step"] >= 5
+    assert steps(folder) == [f"step_{ended['step']}"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_when_torchrun_gets_it_then_every_finished_update_is_saved_and_the_run_continues(
+def test_signal_when_torchrun_receives_it_then_every_finished_step_is_saved_and_the_run_continues(
     tiny_options: list[str], tmp_path: Path, started: Any, train: Train, number: int
 ) -> None:
     folder = tmp_path / "run"
     words = [*tiny_options, *LONG, "--per_device_train_batch_size", "4", "--output_dir", folder]
-    # Readers of their own belong to the group of processes that torchrun signals.
+    # The worker processes of the DataLoader belong to the process group that torchrun signals.
     program = started(*words, "--dataloader_num_workers", "1", launcher=TORCHRUN)
     program.wait_for_line("step 20/")
     assert program.stop(number) != 0
     assert program.seconds_until(folder / "status.json") < 10, program.out
-    facts = status(folder)
-    assert (facts["state"], facts["reason"]) == ("stopped", signal.Signals(number).name), program.out
-    assert facts["step"] >= program.last_step >= 20
-    assert steps(folder) == [f"step_{facts['step']}"]
+    ended = status(folder)
+    assert (ended["state"], ended["reason"]) == ("stopped", signal.Signals(number).name), program.out
+    assert ended["step"] >= program.last_step >= 20
+    assert steps(folder) == [f"step_{ended['step']}"]
     assert "DataLoader worker" not in program.out
-    state = json.loads((folder / "checkpoints" / f"step_{facts['step']}" / "training_state.json").read_text())
+    state = json.loads((folder / "checkpoints" / f"step_{ended['step']}" / "training_state.json").read_text())
     assert state["world"] == {"num_processes": 2, "num_nodes": 1}
-    words[words.index("1000000")] = str(facts["step"] + 2)
+    words[words.index("1000000")] = str(ended["step"] + 2)
     outcome = train(*words, "--per_device_train_batch_size", "8", "--resume_from_checkpoint")
     assert outcome.code == 0, outcome.err
-    assert f"resumed from step {facts['step']}" in outcome.out
+    assert f"resumed from step {ended['step']}" in outcome.out
 
 
 @pytest.mark.slow
-def test_signal_when_an_update_hangs_then_the_second_one_ends_the_run(
+def test_signal_when_an_update_hangs_then_the_second_signal_ends_the_run(
     tiny_options: list[str], tmp_path: Path, started: Any
 ) -> None:
     program = started(
         *tiny_options, *LONG, "--output_dir", tmp_path / "run",
-        first="import time; from llm.training.updaters.synchronous import SynchronousUpdater\n"
+        patch="import time; from llm.training.updaters.synchronous import SynchronousUpdater\n"
         "SynchronousUpdater.update = lambda *_, **__: print('hangs', flush=True) or time.sleep(1000)",
     )  # fmt: skip
     program.wait_for_line("hangs")
@@ -231,31 +243,31 @@ def test_signal_when_an_update_hangs_then_the_second_one_ends_the_run(
     time.sleep(2.5)
     assert program.process.poll() is None
     assert program.stop() == 128 + signal.SIGTERM
-    assert time.time() - program.asked < 5
+    assert time.time() - program.signal_time < 5
     assert "a second signal (SIGTERM): ended at once" in program.out
-    facts = status(tmp_path / "run")
-    assert (facts["state"], facts["exit_code"]) == ("failed", 128 + signal.SIGTERM)
-    said = status_line(read_run(tmp_path / "run", verify=False))
-    assert said == "failed: a second signal (SIGTERM): ended at once (exit code 143)"
+    ended = status(tmp_path / "run")
+    assert (ended["state"], ended["exit_code"]) == ("failed", 128 + signal.SIGTERM)
+    line = status_line(read_run(tmp_path / "run", verify=False))
+    assert line == "failed: a second signal (SIGTERM): ended at once (exit code 143)"
 
 
-def test_max_time_when_it_is_over_then_the_run_saves_and_continues_later(
+def test_max_time_when_it_is_over_then_the_run_saves_and_can_be_resumed(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     words = [*tiny_options, *LONG, "--output_dir", tmp_path]
     outcome = train(*words, "--max_time", "2s")
     assert outcome.code == 75, outcome.err
-    facts = status(tmp_path)
-    assert (facts["state"], facts["reason"]) == ("stopped", "max_time")
+    ended = status(tmp_path)
+    assert (ended["state"], ended["reason"]) == ("stopped", "max_time")
     assert "deadline: " in outcome.out
-    assert f"saved step {facts['step']}" in outcome.out
+    assert f"saved step {ended['step']}" in outcome.out
     again = train(*words, "--max_time", "2s", "--resume_from_checkpoint")
     assert again.code == 75
-    assert status(tmp_path)["step"] > facts["step"] > 0
+    assert status(tmp_path)["step"] > ended["step"] > 0
 
 
 @pytest.mark.slow
-def test_max_time_when_one_of_two_ranks_sees_it_first_then_both_stop_after_the_same_update(
+def test_max_time_when_one_of_two_ranks_reaches_it_first_then_both_stop_after_the_same_step(
     tiny_options: list[str], tmp_path: Path, train: Train
 ) -> None:
     folder = tmp_path / "run"
@@ -268,8 +280,8 @@ def test_max_time_when_one_of_two_ranks_sees_it_first_then_both_stop_after_the_s
         "from llm.training.checkpoints.async_saver import AsyncSaver\n"
         "from llm.trainers.gpt import main\n"
         "update, save, calls = SynchronousUpdater.update, AsyncSaver.save, []\n"
-        "SynchronousUpdater.update = lambda *given, **more: calls.append(1) or update(*given, **more)\n"
-        "AsyncSaver.save = lambda *given, **more: calls.append(1) or save(*given, **more)\n"
+        "SynchronousUpdater.update = lambda *args, **kwargs: calls.append(1) or update(*args, **kwargs)\n"
+        "AsyncSaver.save = lambda *args, **kwargs: calls.append(1) or save(*args, **kwargs)\n"
         "Deadline.reason = lambda _: 'max_time' if len(calls) >= 21 - int(os.environ['RANK']) else None\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
@@ -282,10 +294,10 @@ def test_max_time_when_one_of_two_ranks_sees_it_first_then_both_stop_after_the_s
         timeout=150,
         check=False,
     )
-    facts = status(folder)
-    assert (facts["state"], facts["reason"], facts["exit_code"]) == ("stopped", "max_time", 75), done.stderr
+    ended = status(folder)
+    assert (ended["state"], ended["reason"], ended["exit_code"]) == ("stopped", "max_time", 75), done.stderr
     last = max(int(line.split("/")[0][5:]) for line in done.stdout.splitlines() if line.startswith("step "))
-    assert facts["step"] == last
+    assert ended["step"] == last
     assert 19 <= last <= 20
     assert steps(folder) == [f"step_{last}"]
     words[words.index("1000000")] = str(last + 2)
@@ -294,12 +306,12 @@ def test_max_time_when_one_of_two_ranks_sees_it_first_then_both_stop_after_the_s
     assert f"resumed from step {last}" in outcome.out
 
 
-def test_walltime_when_slurm_says_it_then_the_run_stops_before_it(
+def test_walltime_when_slurm_reports_it_then_the_run_stops_before_it(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = int(time.time()) + 10
-    text = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(end))
-    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho {text}\n")
+    end_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(end))
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho {end_text}\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
@@ -312,63 +324,64 @@ def test_walltime_when_slurm_says_it_then_the_run_stops_before_it(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["between micro-batches", "in an evaluation"])
-def test_run_when_stopped_at_an_awkward_moment_then_continues_bit_identical(
+def test_run_when_stopped_inside_an_update_or_an_evaluation_then_continues_bit_identical(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     words = [*tiny_options, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
     words += ["--dropout", "0.1", "--eval_steps", "5", "--logging_steps", "3", "--checkpointing_steps", "7"]
-    assert train(*words, "--output_dir", tmp_path / "whole").code == 0
-    forward, calls = LanguageModel.forward, {True: 0, False: 0}
-    is_between = moment == "between micro-batches"
+    assert train(*words, "--output_dir", tmp_path / "uninterrupted").code == 0
+    forward = LanguageModel.forward
+    num_calls = {"train": 0, "eval": 0}
+    # The second micro-batch of the tenth update, or the fourth batch of the first evaluation.
+    mode, number, last_step = ("train", 38, 9) if moment == "between micro-batches" else ("eval", 4, 5)
 
-    def signalling(self: LanguageModel, *given: Any) -> Any:
-        calls[self.training] += 1
-        # The second micro-batch of the tenth update, or the fourth batch of the first evaluation.
-        if (calls[True] == 38) if is_between else (calls[False] == 4):
+    def forward_and_signal(self: LanguageModel, *inputs: Any) -> Any:
+        num_calls["train" if self.training else "eval"] += 1
+        if num_calls[mode] == number and self.training == (mode == "train"):
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward(self, *given)
+        return forward(self, *inputs)
 
-    monkeypatch.setattr(LanguageModel, "forward", signalling)
-    outcome = train(*words, "--output_dir", tmp_path / "cut")
+    monkeypatch.setattr(LanguageModel, "forward", forward_and_signal)
+    outcome = train(*words, "--output_dir", tmp_path / "stopped")
     assert outcome.code == 75, outcome.err
-    assert status(tmp_path / "cut")["step"] == (9 if is_between else 5)
+    assert status(tmp_path / "stopped")["step"] == last_step
     monkeypatch.setattr(LanguageModel, "forward", forward)
-    outcome = train(*words, "--output_dir", tmp_path / "cut", "--resume_from_checkpoint")
+    outcome = train(*words, "--output_dir", tmp_path / "stopped", "--resume_from_checkpoint")
     assert outcome.code == 0, outcome.err
-    assert are_equal(tmp_path / "whole", tmp_path / "cut")
-    assert records(tmp_path / "whole") == records(tmp_path / "cut")
+    assert are_equal(tmp_path / "uninterrupted", tmp_path / "stopped")
+    assert records(tmp_path / "uninterrupted") == records(tmp_path / "stopped")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["in the samples", "in the export"])
-def test_samples_when_the_run_ends_around_them_then_are_recorded_once(
+def test_samples_when_the_run_is_stopped_while_sampling_or_fails_in_the_export_then_are_recorded_once(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     words = [*tiny_options, "--sample_steps", "8", "--checkpointing_steps", "7", "--dropout", "0.1"]
-    assert train(*words, "--output_dir", tmp_path / "whole").code == 0
-    assert [record["step"] for record in records(tmp_path / "whole") if "samples" in record] == [8, 16, 20]
-    words += ["--output_dir", str(tmp_path / "cut")]
+    assert train(*words, "--output_dir", tmp_path / "uninterrupted").code == 0
+    assert [record["step"] for record in records(tmp_path / "uninterrupted") if "samples" in record] == [8, 16, 20]
+    words += ["--output_dir", str(tmp_path / "stopped")]
     with monkeypatch.context() as patch:
         if moment == "in the samples":
 
-            def signalling(*given: Any, **more: Any) -> list[str]:
+            def signal_and_return_nothing(*_: Any, **__: Any) -> list[str]:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return []
 
-            patch.setattr("llm.training.callbacks.sampling.sample", signalling)
+            patch.setattr("llm.training.callbacks.sampling.sample", signal_and_return_nothing)
             assert train(*words).code == 75
-            assert status(tmp_path / "cut")["step"] == 8
+            assert status(tmp_path / "stopped")["step"] == 8
         else:
             patch.setattr("llm.training.finalize.export_model", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 train(*words)
     outcome = train(*words, "--resume_from_checkpoint")
     assert outcome.code == 0, outcome.err
-    assert are_equal(tmp_path / "whole", tmp_path / "cut")
-    assert records(tmp_path / "whole") == records(tmp_path / "cut")
+    assert are_equal(tmp_path / "uninterrupted", tmp_path / "stopped")
+    assert records(tmp_path / "uninterrupted") == records(tmp_path / "stopped")
 
 
-def test_stop_when_nothing_was_trained_since_the_resume_then_nothing_is_written_again(
+def test_stop_when_no_step_was_trained_since_the_resume_then_the_checkpoint_is_not_written_again(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*tiny_options, "--output_dir", tmp_path, "--checkpointing_steps", "10", "--max_train_steps"]
@@ -376,11 +389,11 @@ def test_stop_when_nothing_was_trained_since_the_resume_then_nothing_is_written_
     manifest = tmp_path / "checkpoints" / "step_10" / "manifest.json"
     before, build = manifest.stat(), llm.training.build.build_optimizer
 
-    def signalled(*given: Any) -> Any:
+    def signal_and_build(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return build(*given)
+        return build(*args)
 
-    monkeypatch.setattr(llm.training.build, "build_optimizer", signalled)
+    monkeypatch.setattr(llm.training.build, "build_optimizer", signal_and_build)
     halves = ("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "4")
     outcome = train(*words, "20", *halves, "--resume_from_checkpoint")
     assert outcome.code == 75, outcome.err
@@ -389,20 +402,20 @@ def test_stop_when_nothing_was_trained_since_the_resume_then_nothing_is_written_
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_stop_when_the_weights_are_not_finite_then_does_not_say_that_they_were_saved(
+def test_stop_when_the_weights_are_not_finite_then_fails_and_keeps_the_older_checkpoints(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update = SynchronousUpdater.update
 
-    def ruined(self: SynchronousUpdater, *given: Any, **more: Any) -> Any:
-        report = update(self, *given, **more)
-        if given[1] == 6:
+    def update_and_overwrite(self: SynchronousUpdater, *args: Any, **kwargs: Any) -> Any:
+        report = update(self, *args, **kwargs)
+        if args[1] == 6:  # the step
             with torch.no_grad():
                 self.parameters[0].fill_(float("inf"))
             os.kill(os.getpid(), signal.SIGTERM)
         return report
 
-    monkeypatch.setattr(SynchronousUpdater, "update", ruined)
+    monkeypatch.setattr(SynchronousUpdater, "update", update_and_overwrite)
     outcome = train(*tiny_options, "--checkpointing_steps", "5", "--output_dir", tmp_path)
     assert outcome.code == 1
     assert re.search(r"^error: step \d is not saved: .* is not finite; the older checkpoints stay$", outcome.err, re.M)
@@ -410,7 +423,7 @@ def test_stop_when_the_weights_are_not_finite_then_does_not_say_that_they_were_s
     assert steps(tmp_path) == ["step_5"]
 
 
-def test_restart_when_torchrun_makes_it_then_continues_although_told_to_overwrite(
+def test_restart_by_torchrun_when_overwrite_output_dir_is_given_then_resumes(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*tiny_options, "--checkpointing_steps", "5", "--output_dir", tmp_path, "--overwrite_output_dir"]
@@ -422,7 +435,7 @@ def test_restart_when_torchrun_makes_it_then_continues_although_told_to_overwrit
     assert {"step_5", "step_10", "step_15", "step_20"} <= set(steps(tmp_path))
 
 
-def test_restart_when_the_checkpoint_was_named_then_counts_until_there_is_a_newer_one(
+def test_restart_by_torchrun_when_a_checkpoint_is_named_then_resumes_from_it_until_there_is_a_newer_one(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*tiny_options, "--checkpointing_steps", "5", "--output_dir"]
@@ -434,19 +447,19 @@ def test_restart_when_the_checkpoint_was_named_then_counts_until_there_is_a_newe
     assert "resumed from step 10" in train(*words, tmp_path / "second", *named).out
 
 
-def test_health_when_updates_in_a_row_are_not_finite_then_the_run_stops_and_its_checkpoints_stay(
+def test_run_when_three_updates_in_a_row_are_not_finite_then_fails_and_its_checkpoints_stay(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, calls = LanguageModel.forward, []
 
-    def poisoned(self: LanguageModel, *given: Any) -> Any:
-        loss, count = forward(self, *given)
+    def forward_with_nan(self: LanguageModel, *inputs: Any) -> Any:
+        loss, count = forward(self, *inputs)
         calls.append(self.training)
-        # One alone is skipped; from the eighth on there is no end to it.
+        # The third update alone is skipped; from the eighth on no loss is finite.
         is_bad = self.training and (sum(calls) == 3 or sum(calls) >= 8)
         return (loss * float("nan") if is_bad else loss), count
 
-    monkeypatch.setattr(LanguageModel, "forward", poisoned)
+    monkeypatch.setattr(LanguageModel, "forward", forward_with_nan)
     outcome = train(*tiny_options, "--checkpointing_steps", "5", "--output_dir", tmp_path)
     assert outcome.code == 1
     assert outcome.err.count("error:") == 1
@@ -469,39 +482,40 @@ def test_disk_when_three_checkpoints_do_not_fit_then_is_refused_before_the_model
     assert "weights:" not in outcome.out
 
 
-PLANTED = {"HF_TOKEN": "hf_PLANTEDinTHEenvironment", "WANDB_API_KEY": "f00dPLANTEDwandbKEY"}
-GIVEN = "hf_PLANTEDonTHEcommandLINE"
+SECRET_VARIABLES = {"HF_TOKEN": "hf_PLANTEDinTHEenvironment", "WANDB_API_KEY": "f00dPLANTEDwandbKEY"}
+SECRET_OPTION = "hf_PLANTEDonTHEcommandLINE"
 
 
-def places_of_secrets(folder: Path, *texts: str) -> list[str]:
-    """Where a planted secret stands, of all the files of a run and what it printed."""
+def find_secrets(folder: Path, *outputs: str) -> list[str]:
+    """Return the names of the run's files and outputs that contain one of the secrets."""
     files = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert len(files) > 5
-    places = files | {f"output {number}": text.encode() for number, text in enumerate(texts)}
-    return [name for name, data in places.items() if any(s.encode() in data for s in (*PLANTED.values(), GIVEN))]
+    contents = files | {f"output {number}": text.encode() for number, text in enumerate(outputs)}
+    secrets = [secret.encode() for secret in (*SECRET_VARIABLES.values(), SECRET_OPTION)]
+    return [name for name, content in contents.items() if any(secret in content for secret in secrets)]
 
 
-def test_secrets_when_planted_then_are_nowhere_in_the_folder_or_the_output(
+def test_secrets_when_in_the_environment_or_an_option_then_are_not_in_the_folder_or_the_output(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, secret in PLANTED.items():
+    for name, secret in SECRET_VARIABLES.items():
         monkeypatch.setenv(name, secret)
-    words = [*tiny_options, "--hub_token", GIVEN, "--checkpointing_steps", "10", "--sample_steps", "10"]
+    words = [*tiny_options, "--hub_token", SECRET_OPTION, "--checkpointing_steps", "10", "--sample_steps", "10"]
     words += ["--with_tracking", "--report_to", "tensorboard", "--output_dir", tmp_path]
     outcome = train(*words)
     assert outcome.code == 0, outcome.err
-    assert places_of_secrets(tmp_path, outcome.out, outcome.err) == []
+    assert find_secrets(tmp_path, outcome.out, outcome.err) == []
 
 
 @pytest.mark.slow
-def test_secrets_when_the_run_crashes_then_are_not_in_its_last_words_either(
+def test_secrets_when_the_run_crashes_then_are_not_in_its_output_either(
     tiny_options: list[str], tmp_path: Path, started: Any
 ) -> None:
     program = started(
-        *tiny_options, "--hub_token", GIVEN, "--checkpointing_steps", "10", "--output_dir", tmp_path,
-        first="import llm.training.finalize; llm.training.finalize.model_card = lambda _: 1 / 0", **PLANTED,
+        *tiny_options, "--hub_token", SECRET_OPTION, "--checkpointing_steps", "10", "--output_dir", tmp_path,
+        patch="import llm.training.finalize; llm.training.finalize.model_card = lambda _: 1 / 0", **SECRET_VARIABLES,
     )  # fmt: skip
     program.wait_for_line("ZeroDivisionError")
     program.process.wait(60)
     assert status(tmp_path)["state"] == "failed"
-    assert places_of_secrets(tmp_path, program.out) == []
+    assert find_secrets(tmp_path, program.out) == []
