@@ -1,9 +1,8 @@
-"""A stand-in Hub on 127.0.0.1: as much of its HTTP interface as an upload of a model, or a dataset's stream, needs.
+"""A stand-in for the Hub on 127.0.0.1: the HTTP requests that uploads of models and streams of datasets need.
 
-Uploads land in `StandInHub.files`; `StandInHub.datasets` are served to anyone; `StandInHub.fail` makes one
-kind of request fail. With
-HF_ENDPOINT set to `endpoint` and HF_HUB_DISABLE_XET=1 before huggingface_hub is imported, the
-library talks to it.
+Uploads arrive in `StandInHub.files`; `StandInHub.datasets` are served without a token; `StandInHub.fail` makes one
+kind of request fail. With HF_ENDPOINT set to `endpoint` and HF_HUB_DISABLE_XET=1 before huggingface_hub is imported,
+the library uses it as the Hub.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ LARGE_SUFFIXES = (".safetensors", ".png", ".bin")
 
 
 class StandInHub:
-    """What the server knows: repositories, their files, and every request that came in."""
+    """State of the server: repositories, their files, and all requests."""
 
     def __init__(self) -> None:
         self.endpoint = ""
@@ -35,20 +34,20 @@ class StandInHub:
         self.files: dict[str, bytes] = {}  # "someone/my-gpt/config.json": content
         self.repositories: list[str] = []
         self.requests: list[str] = []  # "POST /api/repos/create"
-        self.fail: dict[str, int] = {}  # part of "METHOD /path": status that it gets
+        self.fail: dict[str, int] = {}  # part of "METHOD /path": HTTP status of the answer
         self.datasets: dict[str, dict[str, bytes]] = {}  # "someone/words": {"train.jsonl": content}
-        self.hold: str | None = None  # part of the path of a file that does not come
-        self._is_over = Event()
+        self.hold: str | None = None  # part of the path of a file whose answer waits until `close`
+        self._is_closed = Event()
         self._large: dict[str, bytes] = {}  # by sha256
 
     def answer(self, method: str, path: str, body: bytes, authorized: bool) -> tuple[int, Any]:
-        """Status and JSON answer of one request."""
+        """Return the HTTP status and the answer (JSON, or the bytes of a file) of one request."""
         request = f"{method} {path}"
         self.requests.append(request)
         for part, status in self.fail.items():
             if part in request:
-                return status, {"error": "as asked for by the test"}
-        if path.startswith("/large/") and method == "PUT":  # a storage server: no token is sent there
+                return status, {"error": "requested by the test"}
+        if path.startswith("/large/") and method == "PUT":  # a storage server, to which no token is sent
             self._large[path.removeprefix("/large/")] = body
             return 200, {}
         if path == "/api/validate-yaml":
@@ -58,7 +57,7 @@ class StandInHub:
                 return 200, self._describe(name, files, path, body)
             if path.startswith(f"/datasets/{name}/resolve/"):
                 if method == "GET" and self.hold is not None and self.hold in path:
-                    self._is_over.wait()
+                    self._is_closed.wait()
                 content = files.get(unquote(path.split("/resolve/")[1].split("/", 1)[1]))
                 return (404, {"error": "Entry not found"}) if content is None else (200, content)
         if method == "HEAD":
@@ -67,7 +66,8 @@ class StandInHub:
             return 401, {"error": "Invalid credentials in Authorization header"}
         return self._answer_authorized(path, json.loads(body.split(b"\n")[0] or b"{}"), body)
 
-    def _answer_authorized(self, path: str, question: dict[str, Any], body: bytes) -> tuple[int, Any]:
+    def _answer_authorized(self, path: str, request: dict[str, Any], body: bytes) -> tuple[int, Any]:
+        """Return the status and the JSON answer of a request that needs a token; `request` is the parsed body."""
         if path == "/api/whoami-v2":
             return 200, {
                 "type": "user",
@@ -75,23 +75,23 @@ class StandInHub:
                 "auth": {"accessToken": {"role": "write"}},
             }
         if path == "/api/repos/create":
-            repository = f"{question.get('organization') or self.user}/{question['name']}"
+            repository = f"{request.get('organization') or self.user}/{request['name']}"
             url = f"{self.endpoint}/{repository}"
             if repository in self.repositories:
                 return 409, {"error": "You already created this model repo", "url": url}
             self.repositories.append(repository)
             return 200, {"url": url}
         if "/preupload/" in path:
-            return 200, {"files": [self._upload_mode(file["path"]) for file in question["files"]]}
+            return 200, {"files": [self._upload_mode(file["path"]) for file in request["files"]]}
         if path.endswith("/info/lfs/objects/batch"):
             return 200, {
                 "transfer": "basic",
-                "objects": [self._upload_place(o) for o in question["objects"]],
+                "objects": [self._upload_urls(o) for o in request["objects"]],
             }
         if path == "/verify":
-            content = self._large[question["oid"]]
-            good = hashlib.sha256(content).hexdigest() == question["oid"] and len(content) == question["size"]
-            return (200 if good else 422), {}
+            content = self._large[request["oid"]]
+            is_good = hashlib.sha256(content).hexdigest() == request["oid"] and len(content) == request["size"]
+            return (200 if is_good else 422), {}
         if "/commit/" in path:
             repository = path.removeprefix("/api/models/").split("/commit/")[0]
             for line in body.splitlines():
@@ -101,18 +101,18 @@ class StandInHub:
         return 404, {"error": "not found"}
 
     def close(self) -> None:
-        """Lets go of those whose file does not come."""
-        self._is_over.set()
+        """Answer the requests that wait because of `hold`."""
+        self._is_closed.set()
 
     def _describe(self, name: str, files: dict[str, bytes], path: str, body: bytes) -> Any:
-        """What the Hub says of a dataset: itself, or some of its files."""
+        """Return the Hub's JSON description of a dataset, or of some of its files."""
         entries = [
             {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
             for file, content in files.items()
         ]
         if "/paths-info/" in path:
-            asked = parse_qs(body.decode()).get("paths", []) if b"=" in body[:6] else json.loads(body)["paths"]
-            return [entry for entry in entries if entry["path"] in asked]
+            paths = parse_qs(body.decode()).get("paths", []) if b"=" in body[:6] else json.loads(body)["paths"]
+            return [entry for entry in entries if entry["path"] in paths]
         if "/tree/" in path:
             return entries
         siblings = [{"rfilename": file} for file in files]
@@ -125,7 +125,7 @@ class StandInHub:
             "shouldIgnore": False,
         }
 
-    def _upload_place(self, large: dict[str, Any]) -> dict[str, Any]:
+    def _upload_urls(self, large: dict[str, Any]) -> dict[str, Any]:
         actions = {
             "upload": {"href": f"{self.endpoint}/large/{large['oid']}"},
             "verify": {"href": f"{self.endpoint}/verify"},
@@ -142,7 +142,7 @@ class StandInHub:
 
 @contextmanager
 def stand_in_hub() -> Iterator[StandInHub]:
-    """Yields a running stand-in Hub on a free port."""
+    """Yield a running stand-in Hub on a free port."""
     hub = StandInHub()
 
     class Handler(BaseHTTPRequestHandler):
@@ -156,10 +156,11 @@ def stand_in_hub() -> Iterator[StandInHub]:
                 content = answer
             else:
                 content = b"" if self.command == "HEAD" else json.dumps(answer).encode()
-            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            self.send_response(206 if asked and status == 200 else status)
-            if asked:
-                first, last = int(asked[1]), min(int(asked[2] or len(content) - 1), len(content) - 1)
+            byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            self.send_response(206 if byte_range and status == 200 else status)
+            if byte_range:
+                first = int(byte_range[1])
+                last = min(int(byte_range[2] or len(content) - 1), len(content) - 1)
                 self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
                 content = content[first : last + 1]
             if isinstance(answer, bytes):
@@ -173,7 +174,7 @@ def stand_in_hub() -> Iterator[StandInHub]:
                 "Content-Length", str(0 if self.command == "HEAD" and isinstance(answer, dict) else len(content))
             )
             self.end_headers()
-            # Whoever waited too long for a file has left.
+            # A client that waited too long for a file has closed its connection.
             if self.command != "HEAD":
                 with suppress(ConnectionError):
                     self.wfile.write(content)

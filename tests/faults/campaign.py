@@ -1,7 +1,7 @@
-"""Kills a run again and again, and looks at what is left: the promises of the checkpoints, counted.
+"""Kill a run repeatedly and count the violations of what its checkpoints guarantee.
 
-Every start is a process of its own that is killed by SIGKILL with all its children, as a scheduler does it. It
-comes from a fork server that has the libraries loaded already, so that hundreds of starts take minutes.
+Every start is its own process, which is killed by SIGKILL with all its children, as a scheduler does it. The
+processes come from a fork server that has imported the libraries already, so that hundreds of starts take minutes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llm.files.manifest import find_damage
 from llm.training.checkpoints.store import saved_steps
 
-_LONGEST_SECONDS = 120.0
-_OF_TIME = ("data_wait", "mfu", "seconds", "per_second")
+_TIMEOUT_SECONDS = 120.0
+_TIMING_SUFFIXES = ("data_wait", "mfu", "seconds", "per_second")
 
 _servers = multiprocessing.get_context("forkserver")
 _servers.set_forkserver_preload(
@@ -39,23 +39,23 @@ _servers.set_forkserver_preload(
 
 @dataclass
 class Tally:
-    """What happened to the runs of a campaign.
+    """Counts of what happened to the starts of a campaign.
 
     Attributes:
         num_kills: starts that were killed.
-        num_kills_in_writes: of these, the ones while a checkpoint was being written.
-        num_refused: starts that ended by themselves, and not well.
-        num_torn: checkpoints under their final name that are not what they should be.
-        num_lost: updates that were said to be saved and were not there at the next start.
-        words: what went wrong, for the reader.
+        num_kills_in_writes: the part of `num_kills` that fell into the write of a checkpoint.
+        num_refused: starts that ended by themselves with an exit code other than 0.
+        num_damaged: damaged checkpoints under their final name.
+        num_lost: steps that were reported as saved and were missing at the next start.
+        problems: descriptions of what went wrong.
     """
 
     num_kills: int = 0
     num_kills_in_writes: int = 0
     num_refused: int = 0
-    num_torn: int = 0
+    num_damaged: int = 0
     num_lost: int = 0
-    words: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 def _run(words: Sequence[str], log: str, environment: dict[str, str]) -> None:
@@ -70,14 +70,15 @@ def _run(words: Sequence[str], log: str, environment: dict[str, str]) -> None:
 
 
 class Start:
-    """One start of a run: one process, or several that form a world."""
+    """One start of a run: one process, or one process per rank."""
 
     def __init__(self, words: Sequence[str], log: Path, num_ranks: int) -> None:
+        """Start the trainer with these options; rank 0 writes its output to `log`, rank N to `log`.N."""
         self.log = log
         self._ranks: list[BaseProcess] = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        with socket.socket() as free_port:
+            free_port.bind(("127.0.0.1", 0))
+            port = str(free_port.getsockname()[1])
         for rank in range(num_ranks):
             world = {
                 "RANK": str(rank),
@@ -93,10 +94,11 @@ class Start:
             self._ranks.append(process)
 
     def is_alive(self) -> bool:
+        """Whether every rank is running."""
         return all(rank.is_alive() for rank in self._ranks)
 
     def kill(self) -> None:
-        """Kills every process of the run, and their children, at once."""
+        """Kill every process of the run and their children at once."""
         for rank in self._ranks:
             assert rank.pid is not None
             try:
@@ -107,39 +109,40 @@ class Start:
             rank.join()
 
     def wait(self) -> list[int | None]:
-        """The exit codes; a run that does not end is killed."""
-        deadline = time.monotonic() + _LONGEST_SECONDS
+        """Return the exit codes of the ranks; a run that does not end is killed after 120 s."""
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
         for rank in self._ranks:
             rank.join(max(deadline - time.monotonic(), 0))
         if any(rank.is_alive() for rank in self._ranks):
             self.kill()
         return [rank.exitcode for rank in self._ranks]
 
-    def words(self) -> str:
+    def output(self) -> str:
+        """Return what rank 0 has printed."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
-def run_whole(words: Sequence[str], folder: Path, num_ranks: int) -> float:
-    """The undisturbed run; says how many seconds it took."""
+def run_uninterrupted(words: Sequence[str], folder: Path, num_ranks: int) -> float:
+    """Run without kills, and return the seconds that it took."""
     started = time.monotonic()
     start = Start([*words, "--output_dir", str(folder)], folder.with_suffix(".log"), num_ranks)
     codes = start.wait()
-    assert codes == [0] * num_ranks, start.words()
+    assert codes == [0] * num_ranks, start.output()
     return time.monotonic() - started
 
 
 def run_killed(
     words: Sequence[str], folder: Path, num_ranks: int, *, num_kills: int, seconds: float, draw: random.Random
 ) -> Tally:
-    """The same run, killed `num_kills` times and then left alone.
+    """Run, kill the run `num_kills` times, resume it to its end, and return the counts.
 
     Args:
-        words: its options.
-        folder: its folder.
+        words: options without `--output_dir`.
+        folder: the run's folder.
         num_ranks: processes of the run.
-        num_kills: every second one falls into a write.
-        seconds: how long the run takes undisturbed.
-        draw: the instants.
+        num_kills: number of kills; every second one aims at the write of a checkpoint.
+        seconds: duration of the run without kills.
+        draw: random numbers that choose the instants.
     """
     tally = Tally()
     saved = 0
@@ -148,30 +151,31 @@ def run_killed(
         log = folder.with_name(f"{folder.name}.{tally.num_kills}.log")
         start = Start(words, log, num_ranks)
         if tally.num_kills < num_kills:
-            in_write = bool(tally.num_kills % 2)
+            in_write = tally.num_kills % 2 == 1
             wait_seconds = draw.uniform(0.1, max(seconds * 0.7, 0.5))
-            was_writing = _wait_for_the_instant(start, folder, in_write, wait_seconds, draw)
+            was_writing = _wait_for_instant(start, folder, in_write, wait_seconds, draw)
             if start.is_alive():
                 start.kill()
                 tally.num_kills += 1
-                tally.num_kills_in_writes += was_writing
-                saved = _look(start, folder, saved, tally)
+                if was_writing:
+                    tally.num_kills_in_writes += 1
+                saved = _inspect(start, folder, saved, tally)
                 continue
         codes = start.wait()
-        _look(start, folder, saved, tally)
+        _inspect(start, folder, saved, tally)
         if codes != [0] * num_ranks:
             tally.num_refused += 1
-            tally.words.append(f"ended with {codes}: {start.words()[-1000:]}")
+            tally.problems.append(f"ended with {codes}: {start.output()[-1000:]}")
             return tally
         if tally.num_kills >= num_kills:
             return tally
-        # It was done before it could be killed: its last checkpoint is taken away, and it goes on.
-        _forget_the_end(folder, draw)
+        # The run ended before it could be killed: remove its last checkpoints, so that it can be resumed.
+        _remove_last_checkpoints(folder, draw)
         saved = max((step for step, _ in saved_steps(folder / "checkpoints")), default=0)
 
 
-def _wait_for_the_instant(start: Start, folder: Path, in_write: bool, seconds: float, draw: random.Random) -> bool:
-    """Waits for a random moment, or for one inside a write; whether a checkpoint is being written now."""
+def _wait_for_instant(start: Start, folder: Path, in_write: bool, seconds: float, draw: random.Random) -> bool:
+    """Wait for these seconds, then with `in_write` for a write; return whether a checkpoint is being written."""
     checkpoints = folder / "checkpoints"
     deadline = time.monotonic() + seconds
     while start.is_alive() and time.monotonic() < deadline:
@@ -185,24 +189,25 @@ def _wait_for_the_instant(start: Start, folder: Path, in_write: bool, seconds: f
     return any(checkpoints.glob(".step_*.tmp"))
 
 
-def _look(start: Start, folder: Path, saved: int, tally: Tally) -> int:
-    """Checks what a start left, and says what is durable now."""
-    text = start.words()
+def _inspect(start: Start, folder: Path, saved: int, tally: Tally) -> int:
+    """Check the checkpoints that a start left, and return the last step that it or an earlier start saved."""
+    text = start.output()
     resumed = re.search(r"resumed from step (\d+)", text)
     if saved and resumed is None and re.search(r"^step \d", text, re.MULTILINE):
         tally.num_lost += saved
-        tally.words.append(f"step {saved} was saved, and the run began anew")
+        tally.problems.append(f"step {saved} was saved, and the run started from scratch")
     if resumed is not None and int(resumed[1]) < saved:
         tally.num_lost += saved - int(resumed[1])
-        tally.words.append(f"step {saved} was saved, and the run went on from {resumed[1]}")
+        tally.problems.append(f"step {saved} was saved, and the run resumed from {resumed[1]}")
     for _, path in saved_steps(folder / "checkpoints"):
         if (problem := find_damage(path)) is not None:
-            tally.num_torn += 1
-            tally.words.append(f"{path.name}: {problem}")
+            tally.num_damaged += 1
+            tally.problems.append(f"{path.name}: {problem}")
     return max([saved, *(int(step) for step in re.findall(r"^saved step (\d+)$", text, re.MULTILINE))])
 
 
-def _forget_the_end(folder: Path, draw: random.Random) -> None:
+def _remove_last_checkpoints(folder: Path, draw: random.Random) -> None:
+    """Remove a random number of the newest checkpoints, at least one, and the finished model."""
     steps = saved_steps(folder / "checkpoints")
     for _, path in steps[draw.randrange(len(steps)) :]:
         shutil.rmtree(path)
@@ -210,34 +215,34 @@ def _forget_the_end(folder: Path, draw: random.Random) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def differences(whole: Path, killed: Path) -> list[str]:
-    """What differs between the ends of two runs: bits of the weights, records and curves apart from times."""
-    found = []
-    one, other = (load_file(folder / "model.safetensors") for folder in (whole, killed))
+def differences(uninterrupted: Path, killed: Path) -> list[str]:
+    """Return what differs between two finished runs: bits of the weights, records and curves, except times."""
+    one, other = (load_file(folder / "model.safetensors") for folder in (uninterrupted, killed))
     if one.keys() != other.keys():
-        found.append("the names of the weights")
-    found += [name for name in one if one[name].tobytes() != other[name].tobytes()]
+        return ["the names of the weights"]
+    different = [name for name in one if one[name].tobytes() != other[name].tobytes()]
     for name in ("metrics.jsonl", "all_results.json"):
-        records = zip_longest(_untimed(whole / name), _untimed(killed / name))
+        records = zip_longest(_untimed(uninterrupted / name), _untimed(killed / name))
         pairs = [f"{name}: {a} and {b}" for a, b in records if a != b]
-        found += pairs[:2]
-    mine, others = _series(whole), _series(killed)
-    return found + [f"tensorboard: {tag}" for tag in sorted({*mine, *others}) if mine.get(tag) != others.get(tag)]
+        different += pairs[:2]
+    curves, other_curves = _curves(uninterrupted), _curves(killed)
+    tags = sorted({*curves, *other_curves})
+    return different + [f"tensorboard: {tag}" for tag in tags if curves.get(tag) != other_curves.get(tag)]
 
 
-def _series(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values that TensorBoard shows, of all event files together, without those of time and speed."""
+def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return steps and values by tag from all TensorBoard files of a run, without those of time and speed."""
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
-        if not tag.endswith(_OF_TIME)
+        if not tag.endswith(_TIMING_SUFFIXES)
     }
 
 
 def _untimed(path: Path) -> list[dict[str, object]]:
-    """The records of a file without the fields of time and speed."""
+    """Return the records of a file without the fields of time and speed."""
     text = path.read_text()
     records = [json.loads(text)] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-    return [{key: value for key, value in record.items() if not key.endswith(_OF_TIME)} for record in records]
+    return [{key: value for key, value in record.items() if not key.endswith(_TIMING_SUFFIXES)} for record in records]

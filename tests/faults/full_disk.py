@@ -1,6 +1,6 @@
-"""A run on a disk of its own that another program fills; the disk is gone with the process.
+"""Run the trainer on a small disk that fills up; the disk disappears with the process.
 
-Started by `run_on_small_disk` in a namespace where it may mount one.
+`run_on_small_disk` starts this program in a namespace where it may mount a disk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -22,18 +22,18 @@ _SIZE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How the run on the full disk ended.
+class FullDiskResult:
+    """How a run on a full disk ended, and two attempts to resume it.
 
     Attributes:
-        code: its exit code.
-        err: what it wrote to its standard error.
-        files: what it left in its folder.
-        status: its status.json.
-        problems: what is wrong with its checkpoints.
-        code_while_full: exit code of a resume on the disk as full as it was.
-        err_while_full: what that one wrote to its standard error.
-        code_after: exit code of a resume when there was room again.
+        code: exit code of the run.
+        err: standard error of the run.
+        files: files in the run's folder at its end.
+        status: content of the run's status.json.
+        problems: damage of the run's checkpoints.
+        code_while_full: exit code of a resume while the disk was still full.
+        err_while_full: standard error of that resume.
+        code_after: exit code of a resume after the disk had been freed.
     """
 
     code: int
@@ -47,7 +47,7 @@ class Ended:
 
 
 class _Filler(logging.Handler):
-    """Fills the disk after the first save, in the thread that has written it."""
+    """Fill the disk after the first save, in the thread that wrote the checkpoint."""
 
     def __init__(self, disk: Path, room_bytes: int) -> None:
         super().__init__()
@@ -55,9 +55,9 @@ class _Filler(logging.Handler):
         self._room_bytes = room_bytes
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hears `saved step N`."""
+        """Fill the disk when `saved step N` is logged for the first time."""
         if not self.path.exists() and record.getMessage().startswith("saved step"):
-            # The run writes its records meanwhile: what does not fit any more need not.
+            # The run writes records at the same time, so that the last bytes of the filler may not fit.
             with suppress(OSError), open(self.path, "wb") as file:
                 file.write(bytes(shutil.disk_usage(self.path.parent).free - self._room_bytes))
 
@@ -67,24 +67,24 @@ def _main(disk: Path, room_bytes: int, target: Path, words: Sequence[str]) -> No
     from llm.training.checkpoints.store import saved_steps
 
     folder, filler = disk / "run", _Filler(disk, room_bytes)
-    # Not the package's own logger, whose handlers a run replaces.
+    # This module's logger, because a run replaces the handlers of the package's logger.
     logging.getLogger("llm.training.checkpoints.async_saver").addHandler(filler)
     code, err = _train([*words, "--output_dir", str(folder)], target)
     resume = [*words, "--output_dir", str(folder), "--resume_from_checkpoint"]
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     status = json.loads((folder / "status.json").read_text())
-    problems = [f"{path}: {found}" for _, path in saved_steps(folder / "checkpoints") if (found := find_damage(path))]
-    full = _train(resume, target)
+    problems = [f"{path}: {damage}" for _, path in saved_steps(folder / "checkpoints") if (damage := find_damage(path))]
+    code_while_full, err_while_full = _train(resume, target)
     filler.path.unlink()
     logging.getLogger("llm.training.checkpoints.async_saver").removeHandler(filler)
-    after, _ = _train(resume, target)
+    code_after, _ = _train(resume, target)
     shutil.copytree(folder, target / "run")
-    found = Ended(code, err, files, status, problems, *full, after)
-    (target / "ended.json").write_text(json.dumps(found.__dict__))
+    result = FullDiskResult(code, err, files, status, problems, code_while_full, err_while_full, code_after)
+    (target / "result.json").write_text(json.dumps(asdict(result)))
 
 
 def _train(words: list[str], target: Path) -> tuple[int, str]:
-    """The exit code of a run, and what came to the standard error of the whole process."""
+    """Run the trainer, and return its exit code and what the process wrote to its standard error."""
     from llm.trainers.gpt import main
 
     err, before = target / "err.txt", os.dup(2)
@@ -97,13 +97,13 @@ def _train(words: list[str], target: Path) -> tuple[int, str]:
     return code, err.read_text()
 
 
-def run_on_small_disk(words: Sequence[str], target: Path, *, room_bytes: int) -> Ended:
-    """Runs the trainer on a disk of 16 MiB that is filled after the first save, then frees it and resumes.
+def run_on_small_disk(words: Sequence[str], target: Path, *, room_bytes: int) -> FullDiskResult:
+    """Run the trainer on a disk of 16 MiB that is filled after the first save, then free the disk and resume.
 
     Args:
         words: options without `--output_dir`.
-        target: an empty folder, where the run's is copied to at the end, as `run`.
-        room_bytes: what is left free when the disk is filled.
+        target: a folder to which the run's folder is copied at the end, as `run`.
+        room_bytes: bytes that are left free when the disk is filled.
     """
     disk = target / "disk"
     disk.mkdir()
@@ -111,19 +111,19 @@ def run_on_small_disk(words: Sequence[str], target: Path, *, room_bytes: int) ->
     mount = f'mount -t tmpfs -o size={_SIZE_BYTES} none "$0"'
     if shutil.which("unshare") is None:
         pytest.skip("no unshare here")
-    tried = subprocess.run([*enter, mount, str(disk)], capture_output=True, text=True, check=False)
-    if tried.returncode:
-        pytest.skip(f"the kernel lets nobody mount a small disk here ({tried.stderr.strip()})")
-    here = [sys.executable, "-m", "tests.faults.full_disk", str(disk), str(room_bytes), str(target), *words]
+    attempt = subprocess.run([*enter, mount, str(disk)], capture_output=True, text=True, check=False)
+    if attempt.returncode:
+        pytest.skip(f"the kernel does not allow users to mount a disk here ({attempt.stderr.strip()})")
+    program = [sys.executable, "-m", "tests.faults.full_disk", str(disk), str(room_bytes), str(target), *words]
     done = subprocess.run(
-        [*enter, f'{mount} && exec "$@"', str(disk), *here],
+        [*enter, f'{mount} && exec "$@"', str(disk), *program],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return Ended(**json.loads((target / "ended.json").read_text()))
+    return FullDiskResult(**json.loads((target / "result.json").read_text()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""SIGKILL at random instants: no start is refused, nothing saved is lost, and the run ends with the same bits."""
+"""Tests with SIGKILL at random instants: every resume works, no saved step is lost, and the run ends bit-identical."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign import differences, run_killed, run_whole
+from tests.faults.campaign import differences, run_killed, run_uninterrupted
 
-# What could go wrong at a restart, each with its own way to: all on a text of 21 blocks and a bit.
+# Number of ranks and options. Each configuration has its own state to restore; the text has a little over 21 blocks.
 CONFIGURATIONS: dict[str, tuple[int, list[str]]] = {
     "dropout": (1, ["--dropout", "0.1"]),
     "epoch_boundary": (1, ["--per_device_train_batch_size", "5"]),
@@ -25,7 +25,7 @@ NUM_KILLS = {"few": 4, "many": 34}
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.parametrize("number", ["few", pytest.param("many", marks=pytest.mark.exhaustive)])
-def test_run_when_killed_at_random_instants_then_ends_as_if_it_never_was(
+def test_run_when_killed_at_random_instants_then_ends_like_an_uninterrupted_run(
     name: str, number: str, tiny_text: Path, tiny_gpt2_dir: Path, tmp_path: Path
 ) -> None:
     num_ranks, options = CONFIGURATIONS[name]
@@ -37,12 +37,12 @@ def test_run_when_killed_at_random_instants_then_ends_as_if_it_never_was(
         *("--checkpointing_steps", "3", "--save_minutes", "0.005", "--save_total_limit", "2", "--eval_steps", "10"),
         *("--logging_steps", "4", "--sample_steps", "25", "--dropout", "0", *options),
     ]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    seconds = run_whole(words, whole, num_ranks)
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    seconds = run_uninterrupted(words, uninterrupted, num_ranks)
     draw = random.Random(f"{name} {number}")
     tally = run_killed(words, killed, num_ranks, num_kills=NUM_KILLS[number], seconds=seconds, draw=draw)
-    print(f"{name}: {tally}; the whole run took {seconds:.1f} s")
-    assert (tally.num_refused, tally.num_torn, tally.num_lost) == (0, 0, 0), tally.words
+    print(f"{name}: {tally}; the uninterrupted run took {seconds:.1f} s")
+    assert (tally.num_refused, tally.num_damaged, tally.num_lost) == (0, 0, 0), tally.problems
     assert tally.num_kills == NUM_KILLS[number]
     assert tally.num_kills_in_writes >= tally.num_kills // 4
-    assert differences(whole, killed) == []
+    assert differences(uninterrupted, killed) == []

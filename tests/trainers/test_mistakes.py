@@ -1,4 +1,4 @@
-"""Every mistake is one line that names the cause and the mend, before the model is built."""
+"""Tests of mistakes in options and files: one line with the cause and what to do, before the model is built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Train = Callable[..., Outcome]
 
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails the test if a model is built."""
+    """Fail the test if a model is built."""
     import llm.training.build
 
     def build(*_: object, **__: object) -> None:
@@ -25,7 +25,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_line(outcome: Outcome, code: int) -> str:
-    """The mistake's only line."""
+    """Return the only error line of a command, which must have exited with this code and without a traceback."""
     assert outcome.code == code, outcome.err
     assert "Traceback" not in outcome.err
     lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
@@ -34,7 +34,7 @@ def one_line(outcome: Outcome, code: int) -> str:
 
 
 def replaced(options: list[str], name: str, *values: str | Path) -> list[str]:
-    """The options with one of them given otherwise."""
+    """Return the options with the value of one of them replaced."""
     at = options.index(name)
     return [*options[:at], name, *map(str, values), *options[at + 2 :]]
 
@@ -54,13 +54,13 @@ def replaced(options: list[str], name: str, *values: str | Path) -> list[str]:
         (("--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"nonsense": 1}'), "nonsense"),
     ],
 )
-def test_option_when_wrong_then_usage(
+def test_option_when_wrong_then_one_line_and_exit_code_2(
     train: Train, tiny_options: list[str], words: tuple[str, ...], expected: str
 ) -> None:
     assert expected in one_line(train(*tiny_options, *words), 2)
 
 
-def test_toml_when_a_key_is_unknown_then_names_file_and_nearest(train: Train, tmp_path: Path) -> None:
+def test_toml_when_a_key_is_unknown_then_names_the_file_and_the_nearest_key(train: Train, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("[optimizer]\nlerning_rate = 1e-3\n")
     line = one_line(train("--config", path), 2)
@@ -82,7 +82,7 @@ def test_toml_when_a_key_is_unknown_then_names_file_and_nearest(train: Train, tm
         ("broken.txt.gz", b"\x1f\x8b\x08 not really", "gz"),
     ],
 )
-def test_file_when_unusable_then_says_where(
+def test_file_when_it_cannot_be_read_then_names_the_file_and_the_position(
     train: Train, tiny_options: list[str], tmp_path: Path, name: str, content: bytes, expected: str
 ) -> None:
     path = tmp_path / name
@@ -92,13 +92,13 @@ def test_file_when_unusable_then_says_where(
     assert name in line
 
 
-def test_file_when_missing_then_names_the_nearest(train: Train, tiny_options: list[str], tmp_path: Path) -> None:
+def test_file_when_missing_then_names_the_nearest_file(train: Train, tiny_options: list[str], tmp_path: Path) -> None:
     (tmp_path / "shakespeare.txt").write_text("to be")
     line = one_line(train(*replaced(tiny_options, "--train_file", tmp_path / "shakespear.txt")), 1)
     assert "shakespeare.txt" in line
 
 
-def test_text_when_shorter_than_a_block_then_says_the_numbers(
+def test_text_when_shorter_than_a_block_then_names_the_tokens_needed(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "short.txt"
@@ -107,7 +107,7 @@ def test_text_when_shorter_than_a_block_then_says_the_numbers(
     assert "33" in line
 
 
-def test_block_size_when_beyond_the_model_then_is_refused_before_the_text_is_read(
+def test_block_size_when_larger_than_the_models_positions_then_is_refused_before_the_text_is_read(
     train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import llm.training.run
@@ -117,12 +117,14 @@ def test_block_size_when_beyond_the_model_then_is_refused_before_the_text_is_rea
     assert "64 tokens" in line
 
 
-def test_global_batch_when_it_does_not_divide_then_names_sizes_that_work(train: Train, tiny_options: list[str]) -> None:
+def test_global_batch_size_when_it_is_not_divisible_then_names_sizes_that_work(
+    train: Train, tiny_options: list[str]
+) -> None:
     line = one_line(train(*tiny_options, "--global_batch_size", "12"), 1)
     assert "1, 2, 3, 4, 6, 12" in line
 
 
-def test_tokenizer_folder_when_without_tokenizer_then_is_refused(
+def test_tokenizer_name_when_the_folder_has_no_tokenizer_then_is_refused(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "folder").mkdir()
@@ -130,7 +132,7 @@ def test_tokenizer_folder_when_without_tokenizer_then_is_refused(
     assert "no tokenizer" in line
 
 
-def test_vocabulary_when_it_is_another_than_the_weights_then_is_refused(
+def test_vocabulary_when_its_size_is_not_that_of_the_weights_then_is_refused(
     train: Train, tiny_text: Path, byte_tokenizer, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -138,22 +140,13 @@ def test_vocabulary_when_it_is_another_than_the_weights_then_is_refused(
     model = GPT2LMHeadModel(GPT2Config(vocab_size=2000, n_positions=64, n_embd=8, n_layer=1, n_head=1))
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    line = one_line(
-        train(
-            "--train_file",
-            tiny_text,
-            "--model_name_or_path",
-            tmp_path / "model",
-            "--tokenizer_name",
-            tmp_path / "tokenizer",
-        ),
-        1,
-    )
+    words = ["--model_name_or_path", tmp_path / "model", "--tokenizer_name", tmp_path / "tokenizer"]
+    line = one_line(train("--train_file", tiny_text, *words), 1)
     assert "2000" in line
     assert "257" in line
 
 
-def test_model_when_unknown_then_names_the_nearest(train: Train, tiny_text: Path) -> None:
+def test_model_name_when_unknown_then_names_the_nearest_model(train: Train, tiny_text: Path) -> None:
     line = one_line(train("--train_file", tiny_text, "--model_name_or_path", "gtp2"), 1)
     assert "gpt2" in line
 
@@ -165,13 +158,13 @@ def test_fp16_when_on_a_cpu_then_is_refused(train: Train, tiny_options: list[str
 def test_output_dir_when_it_cannot_be_written_then_is_refused(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
-    # A file in the way: permissions would not stop root.
+    # A file stands where a folder is needed, because permissions do not stop root.
     (tmp_path / "file").write_text("")
     line = one_line(train(*tiny_options, "--output_dir", tmp_path / "file" / "run"), 1)
     assert "cannot be written" in line
 
 
-def test_tracker_when_unknown_or_not_installed_then_says_which(
+def test_tracker_when_unknown_not_installed_or_not_logged_in_then_is_refused(
     train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import llm.training.run_dir.trackers
@@ -184,7 +177,7 @@ def test_tracker_when_unknown_or_not_installed_then_says_which(
     assert "wandb login" in one_line(train(*tracking, "wandb"), 1)
 
 
-def test_processes_when_the_launcher_started_one_of_several_then_is_refused(
+def test_launcher_when_it_left_out_rank_and_world_size_then_is_refused(
     train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
@@ -192,7 +185,7 @@ def test_processes_when_the_launcher_started_one_of_several_then_is_refused(
     assert "torchrun" in one_line(train(*tiny_options), 1)
 
 
-def test_failed_run_when_it_has_a_folder_then_status_says_why(
+def test_failed_run_when_it_has_a_folder_then_its_status_has_the_reason(
     train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     options = replaced(tiny_options, "--block_size", "65")

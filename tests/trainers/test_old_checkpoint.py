@@ -1,8 +1,8 @@
-r"""A checkpoint that the first version wrote goes on in this one.
+r"""Test that a checkpoint written by the first version can be resumed by this one.
 
-`tests/fixtures/checkpoint_v1` holds a text, a run on it as a kill after its sixth update leaves it (without what a
-resume does not read), and what that version (commit 21fba9d) then found. It was made by that commit like this, in an
-empty folder, with one thread (OMP_NUM_THREADS=1):
+`tests/fixtures/checkpoint_v1` holds a text, a run on it as a kill after step 6 leaves it (without the files that a
+resume does not read), and the losses that this version (commit 21fba9d) reached afterwards. That commit wrote it with
+these commands, in an empty folder, with one thread (OMP_NUM_THREADS=1):
 
     python - <<'END'
     import random
@@ -17,13 +17,13 @@ empty folder, with one thread (OMP_NUM_THREADS=1):
         --learning_rate 3e-3 --adam_epsilon 1e-6 --weight_decay 0.1 --lr_scheduler_type cosine \
         --num_warmup_steps 3 --seed 7 --use_cpu --mixed_precision no --logging_steps 1 --eval_steps 6 \
         --checkpointing_steps 6 --save_minutes 0 --output_dir run
-    # Of run/ are kept: config.toml, checkpoints/step_6, and the lines of metrics.jsonl up to step 6. Then:
+    # Keep config.toml, checkpoints/step_6 and the lines of metrics.jsonl up to step 6 of run/, and remove the rest.
     python -m llm.trainers.gpt --config run/config.toml --resume_from_checkpoint latest
-    # figures.json holds what this wrote into metrics.jsonl: the losses behind step 6, and the last evaluation.
+    # figures.json holds what this wrote to metrics.jsonl: the losses after step 6, and the last evaluation.
 
-All names in it are relative, so that it goes on in any folder. It draws no dropout, whose random numbers are others
-where torch has no MKL, and its epsilon is not so small that AdamW would make much of a rounding error: kernels for
-AVX-512, AVX2 and SSE4, and two threads, agree to 2e-7, a fifth of what would be seen here.
+All paths in it are relative, so that it can be resumed in any folder. It has no dropout, because the random numbers
+differ where torch has no MKL. Its epsilon is large enough that AdamW does not magnify rounding errors: kernels for
+AVX-512, AVX2 and SSE4, and two threads, agree to 2e-7, a fifth of the tolerance of this test.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def test_checkpoint_of_the_first_version_when_resumed_then_losses_are_those_reco
     losses = {str(record["step"]): record["loss"] for record in records if "loss" in record}
     assert list(losses) == [str(step) for step in range(1, 13)]
     figures = json.loads(Path("figures.json").read_text())
-    found = {step: loss for step, loss in losses.items() if int(step) > LAST_STEP}
-    assert found == pytest.approx(figures["losses"], rel=1e-6, abs=0)
+    resumed = {step: loss for step, loss in losses.items() if int(step) > LAST_STEP}
+    assert resumed == pytest.approx(figures["losses"], rel=1e-6, abs=0)
     evaluation = records[-1]
     assert evaluation["step"] == 12
     for name in ("eval_loss", "bits_per_byte"):

@@ -309,15 +309,18 @@ def test_max_time_when_one_of_two_ranks_reaches_it_first_then_both_stop_after_th
 def test_walltime_when_slurm_reports_it_then_the_run_stops_before_it(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end = int(time.time()) + 10
-    end_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(end))
-    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho {end_text}\n")
+    # The job ends 10 s after the first call of squeue, however long the imports before it take.
+    end_file = tmp_path / "end"
+    code = "import time; print(time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(time.time() + 10)))"
+    command = f'test -s "{end_file}" || "{sys.executable}" -S -c "{code}" > "{end_file}"; cat "{end_file}"'
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{command}\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     outcome = train(*tiny_options, *LONG, "--output_dir", tmp_path / "run")
     assert outcome.code == 75, outcome.err
-    assert time.time() < end
+    end = time.mktime(time.strptime(end_file.read_text().strip(), "%Y-%m-%dT%H:%M:%S"))
+    assert (tmp_path / "run" / "status.json").stat().st_mtime < end
     assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["reason"]) == ("stopped", "walltime")
     assert "before the job's walltime" in outcome.out
 
