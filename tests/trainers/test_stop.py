@@ -421,7 +421,7 @@ def test_stop_when_the_weights_are_not_finite_then_fails_and_keeps_the_older_che
     monkeypatch.setattr(SynchronousUpdater, "update", update_and_overwrite)
     outcome = train(*tiny_options, "--checkpointing_steps", "5", "--output_dir", tmp_path)
     assert outcome.code == 1
-    assert re.search(r"^error: step \d is not saved: .* is not finite; the older checkpoints stay$", outcome.err, re.M)
+    assert re.search(r"^error: step \d is not saved: \S+ is not finite", outcome.err, re.M)
     assert status(tmp_path)["state"] == "failed"
     assert steps(tmp_path) == ["step_5"]
 
