@@ -1,18 +1,18 @@
-"""Compares what two versions of this package compute on this machine, bit by bit.
+"""Compare what two versions of this package compute on this machine, bit by bit.
 
     python tests/golden.py OLD_CHECKOUT [NEW_CHECKOUT]
 
-NEW_CHECKOUT is this repository unless another is named. Both versions train small models with one thread, and must
-end with the same weights: a plain run, Muon, K-FAC, a document mask, a stream, two ranks, and a run that is resumed
-from a checkpoint of the old version. Both must also have the same options, shuffle a million blocks into the same
-order, and prepare the same shards; and the new version must open the token cache and the shards that the old one
-wrote without tokenizing anything again. It takes some three minutes, and prints one line a comparison: its name, and
-a hash of what each version gave. The exit code is 1 if any of them differ.
+NEW_CHECKOUT is this repository by default. Both versions train small models with one thread and must end with the
+same weights: a plain run, Muon, K-FAC, a document mask, a stream, two ranks, and a run that is resumed from a
+checkpoint of the old version. Both must also have the same options, shuffle a million blocks into the same order, and
+prepare the same shards. The new version must open the token cache and the shards that the old one wrote without
+tokenizing anything again. The program takes about three minutes and prints one line per comparison: its name, and a
+hash of each version's result. The exit code is 1 if any results differ.
 
 No hashes are committed: the last bits of a sum depend on the processor, its libraries and the version of torch, so
-that a hash of weights means something on the machine that made it alone. What is compared is made anew every time.
+that a hash of weights is valid only on the machine that computed it. Every comparison computes both results.
 
-It needs nothing but the standard library itself; the python that runs it must be able to run the trainers. pytest
+The program itself needs only the standard library; the Python that runs it must be able to run the trainers. pytest
 does not collect it.
 """
 
@@ -35,11 +35,11 @@ WORDS = "the a king queen sword runs speaks to of and love night day with from i
 TRAINER = ("-m", "llm.trainers.gpt")
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *TRAINER)
 FIRST_CHECKPOINT = 7
-MOST_LINES = 12
-# Everything that a checkpoint may hold: both kinds of moments, Muon's and AdamW's; K-FAC's factors and bases.
+MAX_LINES = 12
+# Options for which a checkpoint holds all kinds of state: moments of Muon and AdamW, K-FAC's factors and bases.
 RESUMED = ("--optim", "muon", "--kfac", "--kfac_factor_update_steps", "2", "--kfac_inv_update_steps", "5")
 
-# Run in each checkout, where modules may have other names; what they print is compared.
+# Programs that run in each checkout, whose modules may have other names. Their output is compared.
 OPTIONS_PROGRAM = """
 import importlib, pkgutil
 import llm.config
@@ -66,41 +66,43 @@ NUM_BLOCKS, BATCH = 1_000_000, 8
 for seed in (0, 7, 2**63 - 1):
     for epoch in (0, 1, 5):
         for update in (0, 1, 1234, NUM_BLOCKS // BATCH - 1):
-            places = range(update * BATCH, (update + 1) * BATCH)
-            print(seed, epoch, update, [block_at(place, NUM_BLOCKS, seed=seed, epoch=epoch) for place in places])
-whole = [block_at(place, NUM_BLOCKS, seed=7, epoch=1) for place in range(NUM_BLOCKS)]
-print("all", hashlib.sha256(repr(whole).encode()).hexdigest())
+            indices = range(update * BATCH, (update + 1) * BATCH)
+            print(seed, epoch, update, [block_at(index, NUM_BLOCKS, seed=seed, epoch=epoch) for index in indices])
+epoch_order = [block_at(index, NUM_BLOCKS, seed=7, epoch=1) for index in range(NUM_BLOCKS)]
+print("all", hashlib.sha256(repr(epoch_order).encode()).hexdigest())
 """
 
 
 class FailedError(Exception):
-    """A command of a checkout failed, or did not do what it was to do."""
+    """A command of a checkout failed, or did not do what this program requires."""
 
 
 class Inputs:
-    """What all runs share, as tests/conftest.py makes it: a text, and a tokenizer whose tokens are bytes."""
+    """Inputs of all runs, as in tests/conftest.py: a text, documents, and a tokenizer whose tokens are bytes."""
 
     def __init__(self, folder: Path) -> None:
-        self.text, self.documents, self.tokenizer = (folder / name for name in ("tiny.txt", "rows.jsonl", "tokenizer"))
+        self.text = folder / "tiny.txt"
+        self.documents = folder / "rows.jsonl"
+        self.tokenizer = folder / "tokenizer"
         draw = random.Random(0)
         lines = [" ".join(draw.choices(WORDS, k=draw.randint(3, 9))) + "." for _ in range(2000)]
         self.text.write_text("\n".join(lines) + "\n")
         self.documents.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-        # Byte-level BPE without merges. GPT-2 writes bytes that cannot be seen as the characters from 256 on.
+        # Byte-level BPE without merges. GPT-2 represents bytes that are not printable by the characters from 256 on.
         visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
         alphabet = sorted([*map(chr, visible), *(chr(256 + number) for number in range(256 - len(visible)))])
-        end = {"id": 256, "content": "<|endoftext|>", "special": True, "normalized": False}
-        end |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        eos = {"id": 256, "content": "<|endoftext|>", "special": True, "normalized": False}
+        eos |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         model = {"type": "BPE", "vocab": {char: number for number, char in enumerate(alphabet)}, "merges": []}
-        facts = {"version": "1.0", "added_tokens": [end], "pre_tokenizer": level, "decoder": level, "model": model}
-        named = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+        tokenizer = {"version": "1.0", "added_tokens": [eos], "pre_tokenizer": level, "decoder": level, "model": model}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
         self.tokenizer.mkdir()
-        (self.tokenizer / "tokenizer.json").write_text(json.dumps(facts))
-        (self.tokenizer / "tokenizer_config.json").write_text(json.dumps(named))
+        (self.tokenizer / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (self.tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
 
     def words(self, text: Path, flag: str = "--train_file", *, batch: int = 8, steps: int = 20) -> list[str]:
-        """A command line that trains a GPT-2 of two layers: `tiny_options` of tests/conftest.py."""
+        """Return a command line that trains a GPT-2 of two layers, like `tiny_options` of tests/conftest.py."""
         return [
             *(flag, str(text), "--tokenizer_name", str(self.tokenizer), "--model_type", "gpt2", "--block_size", "32"),
             *("--config_overrides", "n_positions=64,n_embd=32,n_layer=2,n_head=2", "--dropout", "0"),
@@ -109,7 +111,7 @@ class Inputs:
         ]
 
     def prepare_words(self, folder: Path) -> list[str]:
-        """A command line of llm.prepare that makes several shards of the documents."""
+        """Return a command line of llm.prepare that writes several shards of the documents."""
         return [
             *("-m", "llm.prepare", "--train_file", str(self.documents), "--tokenizer_name", str(self.tokenizer)),
             *("--output_dir", str(folder), "--shard_size", "20000", "--preprocessing_num_workers", "1"),
@@ -118,52 +120,56 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Checkout:
-    """A version of the package: where it lies, and a folder for what it writes."""
+    """A version of the package: its folder, and a folder for what it writes."""
 
     path: Path
     work: Path
 
     @property
     def caches(self) -> Path:
-        """Where it keeps the tokens of a text."""
+        """Folder of the version's token caches."""
         return self.work / "caches"
 
     def python(self, *words: str, caches: Path | None = None) -> str:
-        """Runs python on this version, and returns what it printed.
+        """Run Python with this version's package and return what it printed.
 
         Raises:
-            FailedError: it did not end well.
+            FailedError: the exit code is not 0.
         """
-        ours = ("LLM_", "SLURM_", "PBS_", "PMI_", "OMPI_", "HF_", "TORCHELASTIC_", "OMP_", "MKL_", "PYTHON")
-        launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_API_KEY")
-        kept = {name: value for name, value in os.environ.items() if not name.startswith((*ours, *launched))}
-        places = {"PYTHONPATH": str(self.path), "HF_HOME": str(caches or self.caches), "HF_HUB_OFFLINE": "1"}
+        prefixes = ("LLM_", "SLURM_", "PBS_", "PMI_", "OMPI_", "HF_", "TORCHELASTIC_", "OMP_", "MKL_", "PYTHON")
+        launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_API_KEY")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith((*prefixes, *launcher))}
+        environment |= {"PYTHONPATH": str(self.path), "HF_HOME": str(caches or self.caches), "HF_HUB_OFFLINE": "1"}
         # Nothing is written into the checkout, not even compiled modules.
-        rest = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
-        command, environment = [sys.executable, *words], kept | places | rest
-        ended = subprocess.run(command, cwd=self.path, env=environment, capture_output=True, text=True, check=False)
-        if ended.returncode:
-            raise FailedError(f"exit code {ended.returncode}: {(ended.stderr.strip() or '?').splitlines()[-1]}")
-        return ended.stdout
+        environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, *words]
+        result = subprocess.run(command, cwd=self.path, env=environment, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise FailedError(f"exit code {result.returncode}: {(result.stderr.strip() or '?').splitlines()[-1]}")
+        return result.stdout
 
     def weights(self, name: str, *words: str, program: tuple[str, ...] = TRAINER) -> str:
-        """Trains in the folder `name`, and returns the hash of the weights at the end."""
+        """Train in the folder `name`, and return the hash of the weights at the end."""
         self.python(*program, *words, "--output_dir", str(self.work / name))
         return sha256((self.work / name / "model.safetensors").read_bytes()).hexdigest()
 
     def require_own_package(self) -> None:
-        """Makes sure that it is this version's package which runs, and not one that is installed."""
-        found = Path(self.python("-c", "import llm; print(llm.__file__)").strip()).resolve()
-        if not found.is_relative_to(self.path):
-            raise FailedError(f"{self.path} has no package of its own: python imports {found}")
+        """Check that Python imports this version's package and not an installed one.
+
+        Raises:
+            FailedError: it imports another package.
+        """
+        imported = Path(self.python("-c", "import llm; print(llm.__file__)").strip()).resolve()
+        if not imported.is_relative_to(self.path):
+            raise FailedError(f"{self.path} does not hold the package: Python imports {imported}")
 
 
-def cut_run(old: Checkout, inputs: Inputs) -> Path:
-    """A run's folder as a kill after its first checkpoint leaves it."""
-    every = ("--checkpointing_steps", str(FIRST_CHECKPOINT))
-    old.weights("whole", *inputs.words(inputs.text), *RESUMED, *every)
-    folder = old.work.parent / "cut"
-    shutil.copytree(old.work / "whole", folder)
+def killed_run(old: Checkout, inputs: Inputs) -> Path:
+    """Return the folder of a run of the old version, as a kill after its first checkpoint leaves it."""
+    checkpointing = ("--checkpointing_steps", str(FIRST_CHECKPOINT))
+    old.weights("uninterrupted", *inputs.words(inputs.text), *RESUMED, *checkpointing)
+    folder = old.work.parent / "killed"
+    shutil.copytree(old.work / "uninterrupted", folder)
     for path in (folder / "checkpoints").iterdir():
         if path.name != f"step_{FIRST_CHECKPOINT}":
             shutil.rmtree(path)
@@ -172,18 +178,22 @@ def cut_run(old: Checkout, inputs: Inputs) -> Path:
     return folder
 
 
-def resumed_weights(checkout: Checkout, inputs: Inputs, cut: Path) -> str:
-    """The weights at the end of a run that goes on where the old version was stopped."""
-    shutil.copytree(cut, checkout.work / "resumed")
+def resumed_weights(checkout: Checkout, inputs: Inputs, killed: Path) -> str:
+    """Return the hash of the weights at the end of a run that resumes the old version's checkpoint.
+
+    Raises:
+        FailedError: the run did not resume.
+    """
+    shutil.copytree(killed, checkout.work / "resumed")
     words = [*inputs.words(inputs.text), *RESUMED, "--resume_from_checkpoint", "latest"]
-    found = checkout.weights("resumed", *words)
+    weights = checkout.weights("resumed", *words)
     if f"resumed from step {FIRST_CHECKPOINT}" not in (checkout.work / "resumed" / "log.txt").read_text():
-        raise FailedError("it began anew instead of going on")
-    return found
+        raise FailedError("the run started from scratch instead of resuming")
+    return weights
 
 
 def prepared(checkout: Checkout, inputs: Inputs) -> str:
-    """The hash of each file that llm.prepare writes."""
+    """Return one line per file that llm.prepare writes: its name and its hash."""
     folder = checkout.work / "shards"
     checkout.python(*inputs.prepare_words(folder))
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
@@ -191,28 +201,38 @@ def prepared(checkout: Checkout, inputs: Inputs) -> str:
 
 
 def opened(checkout: Checkout, folder: Path, line: str, *words: str, caches: Path | None = None) -> str:
-    """The line in which a command says that the tokens it needs are in a folder already.
+    """Run a command that must use the tokens of a folder, and return its line that reports so.
+
+    Args:
+        checkout: the version that runs.
+        folder: the folder of tokens, none of whose files may change.
+        line: beginning of the line that is returned.
+        words: Python's command line.
+        caches: see `Checkout.python`.
 
     Raises:
-        FailedError: it does not say so, tokenizes something, or any file of the folder is not as it was before.
+        FailedError: the line is missing, the command tokenized something, or a file of the folder changed.
     """
 
     def files() -> dict[Path, tuple[int, int]]:
-        found = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
-        return {path: (status.st_size, status.st_mtime_ns) for path, status in found}
+        statuses = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
+        return {path: (status.st_size, status.st_mtime_ns) for path, status in statuses}
 
     before = files()
-    said = checkout.python(*words, caches=caches).splitlines()
+    output = checkout.python(*words, caches=caches).splitlines()
     if changed := before.items() ^ files().items():
-        raise FailedError(f"it wrote or removed {min(path for path, _ in changed)}")
-    found = [each for each in said if each.startswith(line)]
-    if not before or not found or any(each.startswith(("tokenized ", "tokenizing ")) for each in said):
-        raise FailedError(f"it does not say {line!r}, or it tokenized the text again")
-    return found[0]
+        raise FailedError(f"the command wrote or removed {min(path for path, _ in changed)}")
+    matches = [text for text in output if text.startswith(line)]
+    if not before or not matches or any(text.startswith(("tokenized ", "tokenizing ")) for text in output):
+        raise FailedError(f"the command does not print {line!r}, or it tokenized the text again")
+    return matches[0]
 
 
 def comparisons(old: Checkout, inputs: Inputs) -> Iterator[tuple[str, Callable[[Checkout], str]]]:
-    """What is compared: a name, and what gives the same text for both versions. The order matters."""
+    """Yield the comparisons in order: a title, and a function whose result must be the same for both versions.
+
+    The order matters: later comparisons use the caches and shards of earlier ones.
+    """
     plain = inputs.words(inputs.text)
     yield "options", lambda one: one.python("-c", OPTIONS_PROGRAM)
     yield "order of a million blocks", lambda one: one.python("-c", ORDER_PROGRAM)
@@ -221,13 +241,13 @@ def comparisons(old: Checkout, inputs: Inputs) -> Iterator[tuple[str, Callable[[
     yield "--kfac", lambda one: one.weights("kfac", *plain, "--kfac")
     documents = inputs.words(inputs.documents)
     yield "--document_mask", lambda one: one.weights("mask", *documents, "--document_mask")
-    # Long enough to read the whole stream, and to begin it again as a text whose end is known.
+    # Long enough to read the whole stream, and to start its second epoch as a text whose length is known.
     stream = inputs.words(inputs.text, steps=250)
     yield "--streaming", lambda one: one.weights("stream", *stream, "--streaming", "--eval_steps", "125")
     halves = inputs.words(inputs.text, batch=4)
     yield "two ranks", lambda one: one.weights("ranks", *halves, program=TWO_RANKS)
-    cut = cut_run(old, inputs)
-    yield "resumed from the old version's checkpoint", lambda one: resumed_weights(one, inputs, cut)
+    killed = killed_run(old, inputs)
+    yield "resumed from the old version's checkpoint", lambda one: resumed_weights(one, inputs, killed)
 
     # The plain run of the old version has filled its caches.
     start, line = [*TRAINER, *inputs.words(inputs.text, steps=1)], "tokens of tiny.txt: from the cache"
@@ -244,7 +264,7 @@ def comparisons(old: Checkout, inputs: Inputs) -> Iterator[tuple[str, Callable[[
 
 
 def main(argv: list[str]) -> int:
-    """Compares the two checkouts that the command line names; 1 if they differ anywhere."""
+    """Compare the two checkouts that the command line names, and return 1 if they differ anywhere."""
     if len(argv) not in (1, 2):
         sys.exit("usage: python tests/golden.py OLD_CHECKOUT [NEW_CHECKOUT]")
     here = Path(__file__).resolve().parents[1]
@@ -257,29 +277,30 @@ def main(argv: list[str]) -> int:
         for checkout in (old, new):
             checkout.work.mkdir()
             checkout.require_own_package()
-        for title, found in comparisons(old, inputs):
-            expected = found(old)
+        for title, compute in comparisons(old, inputs):
+            expected = compute(old)
             try:
-                actual = found(new)
+                actual = compute(new)
             except (FailedError, OSError) as error:
                 actual = f"failed: {error}"
-            num_different += _compare(title, expected, actual)
+            if _differ(title, expected, actual):
+                num_different += 1
     print(f"{num_different} of the comparisons differ" if num_different else "all are equal")
     return int(num_different > 0)
 
 
-def _compare(title: str, expected: str, actual: str) -> bool:
-    """Prints the line of a comparison, and what differs where that is a text; returns whether anything does."""
+def _differ(title: str, expected: str, actual: str) -> bool:
+    """Print the line of a comparison and the differing lines of a text, and return whether the results differ."""
     differs = expected != actual
-    shown = f"{_shown(expected):16}  {_shown(actual)}"
-    print(f"{'DIFFERENT' if differs else 'equal':9}  {title:41}  {shown}", flush=True)
+    hashes = f"{_short_hash(expected):16}  {_short_hash(actual)}"
+    print(f"{'DIFFERENT' if differs else 'equal':9}  {title:41}  {hashes}", flush=True)
     lines = [*unified_diff(expected.splitlines(), actual.splitlines(), "old", "new", lineterm="", n=0)]
-    print("".join(f"    {line}\n" for line in lines[:MOST_LINES]), end="", flush=True)
+    print("".join(f"    {line}\n" for line in lines[:MAX_LINES]), end="", flush=True)
     return differs
 
 
-def _shown(text: str) -> str:
-    """The beginning of a hash, of a text's hash, or what there is instead."""
+def _short_hash(text: str) -> str:
+    """Return the first 16 digits of a hash, or of the hash of another text, or "failed"."""
     if text.startswith("failed"):
         return "failed"
     is_hash = len(text) == 64 and text.isalnum()
