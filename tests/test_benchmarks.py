@@ -1,4 +1,4 @@
-"""The benchmarks: the programs they compare compute the same, and they report it when that is not so."""
+"""Tests of the benchmarks: the programs they compare compute the same, and differences are reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.starting import require_run_clm, write_start
 from benchmarks.throughput import SIZES, times, unequal
 from benchmarks.time_to_loss import summary
 
-# Several processes import all libraries, one after the other, while other tests run.
+# Several processes import all libraries one after the other, while other tests run.
 _TIMEOUT_SECONDS = 450
 pytestmark = pytest.mark.timeout(500)
 
@@ -36,7 +36,7 @@ RUN_CLM = """
 
 
 @pytest.mark.slow
-def test_throughput_when_run_then_programs_are_equal_and_figures_are_consistent(tmp_path: Path) -> None:
+def test_throughput_when_run_then_losses_agree_and_figures_are_consistent(tmp_path: Path) -> None:
     file = tmp_path / "throughput.json"
     words = ["--size", "2x32", "--rounds", "2", "--updates", "3", "--threads", "1", "--device", "cpu", "--batch", "6"]
     words += ["--programs", "trainer,ours_full_trainer,nanogpt,litgpt", "--json", str(file)]
@@ -46,7 +46,7 @@ def test_throughput_when_run_then_programs_are_equal_and_figures_are_consistent(
     assert list(result["skipped"]) == ["nanogpt", "litgpt"]
     assert result["unequal"] == []
     ours, again, trainer, full_trainer = result["programs"].values()
-    # If bf16 is native, ours uses it and the Trainer does not.
+    # Where bf16 is native, `ours` uses it and the Trainer does not.
     rounding = 1e-5 if ours["arithmetic"] == "fp32" else 2e-3
     assert ours["first_loss"] == again["first_loss"] == pytest.approx(trainer["first_loss"], abs=rounding)
     assert ours["last_loss"] == pytest.approx(trainer["last_loss"], abs=max(1e-3, rounding))
@@ -196,7 +196,7 @@ def test_require_when_folder_or_script_is_wrong_then_exits_with_one_line(tmp_pat
         require_run_clm(file)
 
 
-def test_arrival_when_between_two_evaluations_then_is_on_the_line_between_them() -> None:
+def test_arrival_when_between_two_evaluations_then_is_interpolated_linearly() -> None:
     curve = [{"step": step, "cpu_seconds": step / 10, "eval_loss": loss} for step, loss in ((10, 3.0), (20, 2.0))]
     assert optimizers.arrival(curve, 2.25) == pytest.approx({"step": 17.5, "cpu_seconds": 1.75})
     assert optimizers.arrival(curve, 3.5) == {"step": 10, "cpu_seconds": 1.0}
@@ -204,27 +204,29 @@ def test_arrival_when_between_two_evaluations_then_is_on_the_line_between_them()
 
 
 @pytest.mark.slow
-def test_optimizers_when_run_then_tunes_compares_and_makes_no_run_twice(
+def test_optimizers_when_run_then_tunes_and_compares_and_repeats_no_run(
     tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {"block_size": "16", "tokenizer_name": "char", "model_type": "gpt2", "validation_split_percentage": "10",
                "config_overrides": "n_layer=1,n_head=2,n_embd=16,n_positions=16"}  # fmt: skip
     monkeypatch.setitem(optimizers.SETTINGS, "2x64", optimizers.Setting(options, 8, 2, rates=(1e-2, 3e-2, 5e-2)))
-    file, picture = tmp_path / "found.json", tmp_path / "found.png"
+    file = tmp_path / "optimizers.json"
+    picture = tmp_path / "optimizers.png"
     words = ["--text", str(tiny_text), "--seeds", "2", "--variants", "adamw;kfac 1/10;kfac 1/10, short"]
     words += ["--json", str(file), "--picture", str(picture)]
     monkeypatch.setattr(sys, "argv", ["optimizers", *words])
     optimizers.main()
-    found = json.loads(file.read_text())
-    # Of both all rates with the seed 0 and two with the others; of the short one the best with the others.
-    assert len(found["runs"]) == 2 * (3 + 2 * 2) + 2
-    ends: dict[str, dict[str, float]] = {"0": {}, "1": {}, "2": {}}
-    for run in found["runs"]:
+    result = json.loads(file.read_text())
+    # Two variants run all three rates with seed 0 and the best two with the other seeds; the short variant runs only
+    # the best rate, with the other seeds.
+    assert len(result["runs"]) == 2 * (3 + 2 * 2) + 2
+    final_losses: dict[str, dict[str, float]] = {"0": {}, "1": {}, "2": {}}  # of adamw, by seed and learning rate
+    for run in result["runs"]:
         if "kfac" not in run["options"]:
-            ends[run["options"]["seed"]][run["options"]["learning_rate"]] = run["curve"][-1]["eval_loss"]
-    means = {rate: (loss + ends["2"][rate]) / 2 for rate, loss in ends["1"].items()}
-    assert sorted(means) == sorted(sorted(ends["0"], key=ends["0"].__getitem__)[:2])
-    adamw, kfac, short = found["ways"].values()
+            final_losses[run["options"]["seed"]][run["options"]["learning_rate"]] = run["curve"][-1]["eval_loss"]
+    means = {rate: (loss + final_losses["2"][rate]) / 2 for rate, loss in final_losses["1"].items()}
+    assert sorted(means) == sorted(sorted(final_losses["0"], key=final_losses["0"].__getitem__)[:2])
+    adamw, kfac, short = result["ways"].values()
     assert adamw["options"] == {"learning_rate": min(means, key=means.__getitem__)}
     assert kfac["options"] == short["options"]
     assert (adamw["num_updates"], kfac["num_updates"], short["num_updates"]) == (8, 8, 6)
@@ -232,10 +234,10 @@ def test_optimizers_when_run_then_tunes_compares_and_makes_no_run_twice(
     assert adamw["final_loss"] == pytest.approx(sum(adamw["final_losses"]) / 2)
     assert "| kfac 1/10, short |" in capsys.readouterr().out
     assert picture.stat().st_size > 10_000
-    monkeypatch.setattr(optimizers, "record", lambda _: pytest.fail("a run was made again"))
-    monkeypatch.setattr(sys, "argv", ["optimizers", *words])  # the trainer left its own there
+    monkeypatch.setattr(optimizers, "record", lambda _: pytest.fail("a run was repeated"))
+    monkeypatch.setattr(sys, "argv", ["optimizers", *words])  # the trainer has replaced sys.argv
     optimizers.main()
-    assert json.loads(file.read_text())["ways"] == found["ways"]
+    assert json.loads(file.read_text())["ways"] == result["ways"]
 
 
 @pytest.mark.slow
@@ -256,15 +258,15 @@ def test_memory_when_computed_then_parameters_and_optimizer_state_have_known_siz
 
 
 @pytest.mark.slow
-def test_kfac_cost_when_measured_then_says_what_each_method_adds(tmp_path: Path) -> None:
+def test_kfac_cost_when_measured_then_reports_the_share_of_each_method(tmp_path: Path) -> None:
     file = tmp_path / "cost.json"
     words = ["--size", "2x32", "--rounds", "2", "--intervals", "1", "--threads", "1", "--json", str(file)]
     subprocess.run([sys.executable, "-m", "benchmarks.kfac_cost", *words], check=True, timeout=_TIMEOUT_SECONDS)
-    found = json.loads(file.read_text())
-    ways = found["ways"]
-    assert list(ways) == ["without", "without, again", "eigen", "inverse", "eigen, spread"]
-    assert ways["without"]["share"] == 0
-    assert ways["without, again"]["share"] == pytest.approx(found["same_by_same"] - 1)
-    assert ways["eigen"]["share"] > 0
-    assert ways["without"]["computed"] is None
-    assert ways["eigen"]["computed"].endswith("%")
+    result = json.loads(file.read_text())
+    variants = result["ways"]
+    assert list(variants) == ["without", "without, again", "eigen", "inverse", "eigen, spread"]
+    assert variants["without"]["share"] == 0
+    assert variants["without, again"]["share"] == pytest.approx(result["same_by_same"] - 1)
+    assert variants["eigen"]["share"] > 0
+    assert variants["without"]["computed"] is None
+    assert variants["eigen"]["computed"].endswith("%")

@@ -1,4 +1,4 @@
-"""``python -m llm.prepare``, from the command line to the shards: killed, continued, verified."""
+"""Tests of ``python -m llm.prepare``, from the command line to the shards: killed, continued, verified."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ NUM_ROWS = 3000
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
+    """JSON lines with 3000 documents, an empty text and a null."""
     draw = random.Random(0)
     words = [f"w{number}ä" for number in range(300)]
     path = tmp_path / "rows.jsonl"
@@ -35,6 +36,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def _words(rows: Path, tokenizer: Path, folder: Path, *more: str) -> list[str]:
+    """Return a command line of llm.prepare for one worker and small shards."""
     return [
         *("--train_file", str(rows), "--tokenizer_name", str(tokenizer), "--output_dir", str(folder)),
         *("--shard_size", "20000", "--preprocessing_num_workers", "1", *more),
@@ -42,6 +44,7 @@ def _words(rows: Path, tokenizer: Path, folder: Path, *more: str) -> list[str]:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of all files in a folder by their path, without hidden files."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -104,10 +107,10 @@ def test_prepare_when_the_tokenizer_changed_then_verify_fails(
     folder = tmp_path / "out"
     assert main(_words(rows, tiny_gpt2_dir, folder)) == 0
     path = folder / "tokenizer" / "tokenizer.json"
-    facts = json.loads(path.read_text())
-    vocab = facts["model"]["vocab"]
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    path.write_text(json.dumps(facts))
+    path.write_text(json.dumps(tokenizer))
     assert main(["--output_dir", str(folder), "--verify"]) == 1
     assert "tokenizer is not the tokenizer of the shards" in capsys.readouterr().err
 
@@ -204,12 +207,12 @@ def test_prepare_when_a_stream_breaks_then_one_line_and_the_next_start_continues
     assert len(list((tmp_path / "broken").glob("train_*.json"))) > 10
     assert prepare(tmp_path / "broken", 200) == 0
     assert "continuing after" in capsys.readouterr().out
-    assert prepare(tmp_path / "whole", 200) == 0
-    assert _content(tmp_path / "broken") == _content(tmp_path / "whole")
+    assert prepare(tmp_path / "uninterrupted", 200) == 0
+    assert _content(tmp_path / "broken") == _content(tmp_path / "uninterrupted")
 
 
-# The time of a kill counts from the first text: a kill during the imports would test nothing.
-SLOWLY = """
+# Prints "ready" at the first text. The time of a kill counts from there: a kill during the imports would test nothing.
+SLOW_ENCODER = """
 import sys, time
 from llm.data.preparation import chunking
 from llm.tokenization.encoder import Encoder
@@ -227,8 +230,8 @@ Encoder.encode = slow
 sys.exit(prepare.main(sys.argv[1:]))
 """
 
-# The same with worker processes, which are used for any text here; their process ids are printed.
-SLOWLY_BY_TWO = """
+# The same with worker processes, here for texts of any length; "ready" is followed by their process ids.
+SLOW_WORKERS = """
 import sys, time
 from llm.data.preparation import chunking
 from llm.tokenization import encoder as encoding
@@ -250,7 +253,7 @@ sys.exit(prepare.main(sys.argv[1:]))
 """
 
 
-def _start(words: list[str], program: str = SLOWLY) -> subprocess.Popen[str]:
+def _start(words: list[str], program: str = SLOW_ENCODER) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-c", program, *words],
@@ -262,9 +265,9 @@ def _start(words: list[str], program: str = SLOWLY) -> subprocess.Popen[str]:
 
 
 def _kill_and_compare(rows: Path, tokenizer: Path, tmp_path: Path, num_kills: int, program: str, *more: str) -> None:
-    """Kill prepare at random times, three times a folder; then finish each folder and compare its bytes."""
-    assert main(_words(rows, tokenizer, tmp_path / "whole")) == 0
-    expected = _content(tmp_path / "whole")
+    """Kill prepare at random times, three times per folder, then finish each folder and compare its bytes."""
+    assert main(_words(rows, tokenizer, tmp_path / "uninterrupted")) == 0
+    expected = _content(tmp_path / "uninterrupted")
     draw = random.Random(num_kills)
     killed = 0
     attempt = 0
@@ -282,15 +285,18 @@ def _kill_and_compare(rows: Path, tokenizer: Path, tmp_path: Path, num_kills: in
                 time.sleep(0.01)  # one in three is killed after a new shard, even on a slow machine
             time.sleep(draw.uniform(0.0, 1.0))
             process.send_signal(signal.SIGKILL)
-            killed += process.wait() == -signal.SIGKILL
+            if process.wait() == -signal.SIGKILL:
+                killed += 1
             shard_counts.add(len(list(folder.glob("*.json"))))
         assert main(_words(rows, tokenizer, folder)) == 0
         assert _content(folder) == expected
         assert not [*folder.glob(".*.tmp"), *folder.glob(".*.old")]
-        assert np.array_equal(open_folder(folder).train.tokens[:], open_folder(tmp_path / "whole").train.tokens[:])
+        assert np.array_equal(
+            open_folder(folder).train.tokens[:], open_folder(tmp_path / "uninterrupted").train.tokens[:]
+        )
     assert len(shard_counts) > 1  # not all kills were before the first shard or after the last
     time.sleep(1.0)
-    assert len(workers) >= (2 * num_kills if program == SLOWLY_BY_TWO else 0)
+    assert len(workers) >= (2 * num_kills if program == SLOW_WORKERS else 0)
     assert not [pid for pid in workers if _is_worker(pid)]
 
 
@@ -304,7 +310,7 @@ def _is_worker(pid: int) -> bool:
 def test_prepare_when_killed_at_random_times_then_continues_to_the_same_bytes(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path
 ) -> None:
-    _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 3, SLOWLY)
+    _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 3, SLOW_ENCODER)
 
 
 @pytest.mark.slow
@@ -312,7 +318,7 @@ def test_prepare_when_killed_at_random_times_then_continues_to_the_same_bytes(
 def test_prepare_when_killed_with_two_workers_then_they_exit_and_the_bytes_are_the_same(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path
 ) -> None:
-    _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 3, SLOWLY_BY_TWO, "--preprocessing_num_workers", "2")
+    _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 3, SLOW_WORKERS, "--preprocessing_num_workers", "2")
 
 
 @pytest.mark.exhaustive
@@ -321,7 +327,7 @@ def test_prepare_when_killed_with_two_workers_then_they_exit_and_the_bytes_are_t
 def test_prepare_when_killed_fifty_times_then_continues_to_the_same_bytes(
     rows: Path, tiny_gpt2_dir: Path, tmp_path: Path, num_workers: int
 ) -> None:
-    program = SLOWLY if num_workers == 1 else SLOWLY_BY_TWO
+    program = SLOW_ENCODER if num_workers == 1 else SLOW_WORKERS
     more = ("--preprocessing_num_workers", str(num_workers))
     _kill_and_compare(rows, tiny_gpt2_dir, tmp_path, 50, program, *more)
 
