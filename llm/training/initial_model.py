@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm.config.errors import UserError, first_line
@@ -19,6 +17,7 @@ from llm.models.config import is_same_vocabulary, load_config, read_config, set_
 from llm.models.tied_weights import first_names
 from llm.training.build import log_weights
 from llm.training.checkpoints.resume import Start
+from llm.training.updaters.base import Updater
 
 
 class InitialModel(Protocol):
@@ -40,13 +39,8 @@ class InitialModel(Protocol):
     def build(self, start: Start, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """Build the model in float32 on the CPU; random weights are drawn from torch's global generator."""
 
-    def receive(self, weights: Iterable[tuple[str, Tensor]], world: World) -> None:
-        """Take the trained weights, on all ranks together.
-
-        Args:
-            weights: `Updater.full_weights()`.
-            world: the processes of the run.
-        """
+    def receive(self, updater: Updater, world: World) -> None:
+        """Take the trained weights from the updater, on all ranks together."""
 
 
 class NamedModel:
@@ -70,7 +64,7 @@ class NamedModel:
         log_weights(model, origin)
         return model
 
-    def receive(self, weights: Iterable[tuple[str, Tensor]], world: World) -> None:
+    def receive(self, updater: Updater, world: World) -> None:
         """Do nothing: the weights are in the run's folder."""
 
 
@@ -83,15 +77,17 @@ class GivenModel:
 
     Attributes:
         model: the caller's model, on any device and in any floating dtype.
+        trust_remote_code: whether the model's own code may be run to load it.
 
     Raises:
         UserError: the run could not save the model as a folder that `AutoModelForCausalLM` loads.
     """
 
     model: PreTrainedModel
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _require_loadable(self.model)
+        _require_loadable(self.model, self.trust_remote_code)
 
     def base_model(self, options: ModelOptions) -> str | None:
         """Return the name that the model was loaded from, else a description."""
@@ -133,10 +129,10 @@ class GivenModel:
         return model
 
     @torch.no_grad()
-    def receive(self, weights: Iterable[tuple[str, Tensor]], world: World) -> None:
+    def receive(self, updater: Updater, world: World) -> None:
         """Copy the weights into the caller's object, on every rank; its dtype and device stay."""
         own = self.model.state_dict()
-        for name, tensor in weights:
+        for name, tensor in updater.full_weights():
             if world.is_main:
                 whole = tensor.to(world.device)
             else:
@@ -144,12 +140,13 @@ class GivenModel:
             own[name].copy_(world.broadcast_tensor(whole))
 
 
-def _require_loadable(model: PreTrainedModel) -> None:
+def _require_loadable(model: PreTrainedModel, trust_remote_code: bool) -> None:
     """Refuse a model that its configuration alone does not describe: the saved folder would not give it back."""
     name = type(model).__name__
+    auto: Any = AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            expected = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+            expected = auto.from_config(copy.deepcopy(model.config), trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
         raise UserError(
             f"model: AutoModelForCausalLM cannot load a {name} ({first_line(error)}); give a causal language model of "

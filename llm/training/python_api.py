@@ -75,7 +75,7 @@ def train(
         groups,
         command=_command(text, options, validation, model, tokenizer),
         open_dataset=_GivenDataset(corpus, tokenizer),
-        initial_model=None if model is None else GivenModel(model),
+        initial_model=None if model is None else GivenModel(model, groups.model.trust_remote_code),
     )
 
 

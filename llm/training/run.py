@@ -200,7 +200,7 @@ class _Run:
         )
         context.tracking.start(trackers, options, first_step=state.step)
         result = _train_and_finish(context, self.command)
-        self.initial_model.receive(updater.full_weights(), world)
+        self.initial_model.receive(updater, world)
         return result
 
     def _build(

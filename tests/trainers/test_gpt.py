@@ -471,8 +471,7 @@ def test_export_when_its_verification_fails_then_the_weights_are_kept_in_unverif
 ) -> None:
     import llm.training.export
 
-    losses = iter([1.0, 2.0])
-    monkeypatch.setattr(llm.training.export, "_loss", lambda *_: next(losses))
+    monkeypatch.setattr(llm.training.export, "probe_loss", lambda *_: 99.0)  # of the reloaded model
     outcome = train(*tiny_options, "--max_train_steps", "2", "--output_dir", tmp_path / "run")
     assert outcome.code == 1
     assert "not verified" in outcome.err
