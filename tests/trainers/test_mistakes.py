@@ -110,9 +110,9 @@ def test_text_when_shorter_than_a_block_then_names_the_tokens_needed(
 def test_block_size_when_larger_than_the_models_positions_then_is_refused_before_the_text_is_read(
     train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llm.training.run
+    import llm.data.streaming.dataset
 
-    monkeypatch.setattr(llm.training.run, "open_dataset", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(llm.data.streaming.dataset, "prepare_dataset", lambda *_: pytest.fail("the text was read"))
     line = one_line(train(*replaced(tiny_options, "--block_size", "65")), 1)
     assert "64 tokens" in line
 
@@ -172,7 +172,7 @@ def test_tracker_when_unknown_not_installed_or_not_logged_in_then_is_refused(
     monkeypatch.setattr(llm.training.run_dir.trackers, "get_available_trackers", lambda: ["tensorboard", "wandb"])
     monkeypatch.setattr(llm.training.run_dir.trackers, "_wandb_is_logged_in", lambda: False)
     tracking = [*tiny_options, "--with_tracking", "--report_to"]
-    assert "no tracker" in one_line(train(*tracking, "wandbb"), 1)
+    assert "unknown tracker" in one_line(train(*tracking, "wandbb"), 1)
     assert "pip install mlflow" in one_line(train(*tracking, "mlflow"), 1)
     assert "wandb login" in one_line(train(*tracking, "wandb"), 1)
 
