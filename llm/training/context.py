@@ -25,20 +25,20 @@ class RunContext:
     """The parts of a run. It has no behaviour of its own.
 
     Attributes:
-        options: as the user gave them, with the global batch of a resumed checkpoint.
+        options: as the user gave them, with a resumed checkpoint's global batch unless they set one.
         compute: device, precision and Accelerate's parts.
         world: the processes.
         run_dir: the run's folder; None where nothing is kept.
         dataset: tokenizer and tokens.
         blocks: the training blocks.
         validation: the validation blocks; None if nothing is held out.
-        plan: numbers known before the model was built.
+        plan: batch sizes, number of updates and seed.
         state: the counters of the run, which the loop advances.
         updater: makes the updates and holds the model.
         tracking: where records go.
         saver: writes checkpoints; on rank 0 of a run with a folder, None elsewhere.
         stop: whether this process was asked to stop.
-        watchdog: knows what the run is doing.
+        watchdog: ends a run whose update hangs.
         base_model: Hub name, folder or description of the weights that are trained further; None: random ones.
     """
 

@@ -48,7 +48,7 @@ def run_updates(
         state: counters of the run, which are advanced.
         callbacks: run in this order after every update that triggers them.
         num_steps: updates of the whole run.
-        tokens_per_step: tokens predicted in one update.
+        tokens_per_step: tokens predicted in one update; with a document mask or a loss mask an upper bound.
         votes: what this rank asks of all ranks.
         watched: the context that each update is made in.
 
@@ -70,7 +70,7 @@ def run_updates(
         for callback in callbacks:
             if callback.trigger(state.step):
                 callback.run(report)
-        # An update that exchanged no votes decides nothing: the last votes were acted on when they came.
+        # None: no votes were exchanged in this update, and the last ones were acted on when they came.
         if report.votes is not None and report.votes.stop:
             return state.step == num_steps
     return True

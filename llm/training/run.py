@@ -124,7 +124,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Run:
-    """What is known of a run before its text is opened."""
+    """The parts of a run that exist before its text is opened."""
 
     options: Options
     command: str

@@ -34,7 +34,7 @@ class TrainState:
 
     Attributes:
         step: finished updates, skipped ones included.
-        tokens: tokens predicted in them.
+        tokens: tokens predicted in them; with a document mask or a loss mask an upper bound.
         num_skipped: updates whose gradient was not finite.
         num_skipped_in_a_row: skipped updates since the last good one; those in which the loss scale of fp16 could still
             fall do not count.
@@ -96,4 +96,5 @@ class TrainState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainState:
         """Return the counters that `to_json` gave."""
-        return cls(**{**values, "window": LossWindow(**values["window"])})
+        window = LossWindow(**values["window"])
+        return cls(**(values | {"window": window}))

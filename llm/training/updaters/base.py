@@ -20,7 +20,7 @@ def _never() -> bool:
 
 
 @dataclass(frozen=True)
-class DataParallel:
+class DataParallelRank:
     """Which blocks this rank reads.
 
     The ranks of one tensor-parallel group would share a number; loaders, evaluation sums and the seed of dropout use
@@ -37,7 +37,7 @@ class DataParallel:
 
 @dataclass(frozen=True)
 class StepVotes:
-    """What this rank asks of all ranks; the updater asks while it makes an update, because a signal may come then.
+    """Requests of this rank to all ranks. The updater reads them while it makes an update: a signal may come then.
 
     Attributes:
         stop: whether the run should stop and save.
@@ -52,7 +52,7 @@ NO_VOTES = StepVotes()
 
 
 class VoteResult(NamedTuple):
-    """What all ranks have agreed on: whether any of them asked for it.
+    """The result of a vote, the same on all ranks: whether any of them asked for it.
 
     Attributes:
         stop: the run stops.
@@ -65,7 +65,7 @@ class VoteResult(NamedTuple):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update reports, the same on all ranks.
+    """The report of one update, the same on all ranks.
 
     Attributes:
         loss: nats a token over the global batch, before the update.
@@ -112,7 +112,7 @@ def whole(tensor: Tensor) -> TensorPart:
 
 @dataclass(frozen=True)
 class UpdaterState:
-    """What the next update depends on besides the weights.
+    """Everything that the next update depends on, besides the weights.
 
     Attributes:
         tensors: this rank's parts by name; a tensor that several ranks hold whole is taken from the lowest of them.
@@ -174,7 +174,7 @@ class LoadedState:
 
 @dataclass(frozen=True)
 class ProfilingTargets:
-    """Parts of an updater that `python -m llm.bench` observes.
+    """Parts of an updater that `python -m llm.bench` times, and from which the end of a run reports the cost of K-FAC.
 
     Attributes:
         module: the module whose forward and backward passes are timed.
@@ -192,7 +192,7 @@ class ProfilingTargets:
 
 
 class Updater(Protocol):
-    """One way to update weights: synchronous, sharded, decentralised, or one around another.
+    """One way to update weights: synchronous, sharded, decentralised, or a wrapper around another updater.
 
     `update`, `evaluation_model`, `full_weights`, `state` and `load` are collective: all ranks call them in the same
     order, and equally often.
@@ -203,13 +203,14 @@ class Updater(Protocol):
     """
 
     model: LanguageModel
-    data_parallel: DataParallel
+    data_parallel: DataParallelRank
 
     def update(self, micro_batches: Sequence[Batch], step: int, *, votes: StepVotes) -> StepReport:
         """Make one update from this rank's micro-batches; an abandoned or skipped one changes no weight.
 
         Args:
-            micro_batches: on the CPU, equally many on all ranks; `Batch` has shapes and dtypes.
+            micro_batches: equally many on all ranks, on any device (`training_batches` yields them on this rank's);
+                `Batch` has shapes and dtypes.
             step: number of the update, from 0; learning rate and dropout are functions of it.
             votes: what this rank asks for.
         """

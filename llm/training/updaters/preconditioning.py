@@ -52,7 +52,7 @@ class StepTiming(NamedTuple):
 
 
 class Preconditioner(Protocol):
-    """What replaces the gradients of an update, between its backward passes and the clipping."""
+    """Replaces the gradients of an update, between its backward passes and the clipping."""
 
     @property
     def intervals(self) -> UpdateIntervals:

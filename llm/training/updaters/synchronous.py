@@ -18,7 +18,7 @@ from llm.training.accelerator import Compute
 from llm.training.seeding import seed_micro_batch
 from llm.training.updaters.base import (
     NO_VOTES,
-    DataParallel,
+    DataParallelRank,
     ProfilingTargets,
     StateReader,
     StepReport,
@@ -64,7 +64,7 @@ class SynchronousUpdater:
         preconditioner: Preconditioner | None = None,
     ) -> None:
         self.model = model
-        self.data_parallel = DataParallel(compute.world.rank, compute.world.size)
+        self.data_parallel = DataParallelRank(compute.world.rank, compute.world.size)
         self._accelerator = compute.accelerator
         self._world = compute.world
         self._wrapped = wrapped
@@ -97,19 +97,21 @@ class SynchronousUpdater:
                 loss_sum, _ = self._wrapped(*batch)
                 self._accelerator.backward(loss_sum * (loss_scale / num_tokens))
             loss += loss_sum.detach() / num_tokens
-        stop_vote.last()
+        stop_vote.last()  # wait for the last ballot; the votes below include its answer
         if scaler is not None:
             scaler.unscale_(self._optimizer)
+            # The output gradients that K-FAC has captured are still multiplied by the loss scale of fp16.
             loss_scale = scaler.scale(loss_scale)
         grad_norm = norm_of(self._parameters)
         is_bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         ballots = [torch.full_like(loss, float(vote())) for vote in (votes.stop, votes.save)]
         sums = self._world.all_reduce_sum(torch.stack([loss, is_bad.float(), *ballots]))
-        loss_value, num_bad, num_stop, num_save = sums.tolist()  # the only read of the device
+        loss_value, num_bad, num_stop, num_save = sums.tolist()  # the only read that waits for this update
         skipped = num_bad > 0
         if skipped:
             self._preconditioner.discard()
         else:
+            # Before the preconditioner, whose KL clip reads the learning rate of the main group.
             self._set_learning_rates(step)
             norm = self._preconditioner.precondition(grad_norm, num_tokens=num_tokens, loss_scale=loss_scale)
             if self._max_grad_norm > 0:
@@ -213,6 +215,7 @@ class SynchronousUpdater:
                 continue
             name, key = path.rsplit("/", 1)
             optimizer_state.setdefault(indices[name], {})[key] = reader.read(path)
+        # Learning rates, betas and the like come from this run's options, not from the checkpoint.
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
         scaler = self._accelerator.scaler
