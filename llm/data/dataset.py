@@ -20,7 +20,7 @@ from llm.config.options import Options
 from llm.config.weighted_dirs import parse_weighted_dirs
 from llm.data.batches.blocks import Blocks, cut_blocks
 from llm.data.batches.ledger import Ledger, ledger, ledger_line, mixture_lines
-from llm.data.batches.loader import Batch, BlockSource
+from llm.data.batches.loader import BlockSource, MicroBatches
 from llm.data.batches.mixture import mix
 from llm.data.preparation.cache import load_or_tokenize
 from llm.data.preparation.progress_bar import text_progress_bar
@@ -113,14 +113,14 @@ class TokenizedDataset(Protocol):
 
     def wait_for_batches(
         self,
-        batches: Iterator[list[Batch]],
+        batches: MicroBatches,
         blocks: BlockSource,
         *,
         first_step: int,
         num_steps: int,
         global_batch: int,
         should_stop: Callable[[], bool],
-    ) -> Iterator[list[Batch]]:
+    ) -> MicroBatches:
         """Return the batches, each as soon as its tokens are available.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llm.config.errors import Stopped
 from llm.config.options import Options
-from llm.data.batches.loader import Batch, training_batches
+from llm.data.batches.loader import MicroBatches, training_batches
 from llm.data.dataset import StopSignal, TokenizedDataset, detect_hub
 from llm.data.streaming.dataset import open_dataset as open_named_dataset
 from llm.distributed.world import World
@@ -152,9 +152,10 @@ class _Run:
         # Before the text is read: names, overrides and a block beyond the model are known from one small file.
         early_config = self.initial_model.read_config(start)
         limit = context_limit(early_config)
+        # These are called for the mistakes that they find.
         choose_block_size(options.data.block_size, limit, limit)
         check_training(options, num_ranks=world.size)
-        kfac_bytes(early_config, options.kfac)  # refuses a model that K-FAC has no layer of
+        kfac_bytes(early_config, options.kfac)
         with self.watchdog.phase("the text"):
             revision = start.dataset_revision(options.data.dataset_name)
             dataset = stack.enter_context(self.open_dataset(options, world, revision, self.stop))
@@ -177,10 +178,15 @@ class _Run:
         with self.watchdog.phase("the model"), self.stop.interruptible():
             model = self._build(start, config, dataset.tokenizer, plan)
         updater = build_updater(options, self.compute, model, schedule, plan)
+        if updater.data_parallel.size != world.size:
+            raise ValueError(
+                f"the plan is for {world.size} data-parallel ranks, the updater has another number of them"
+            )
         _log_lines(*updater.summary())
         state = start.resume(updater)
-        if run_dir is not None and world.is_main:
-            _begin(run_dir, resolve_options(options, plan, precision=self.compute.precision), start, state)
+        if run_dir is not None:
+            resolved = resolve_options(options, plan, precision=self.compute.precision)
+            world.run_on_main(lambda: _begin(run_dir, resolved, start, state))
         context = RunContext(
             options=options,
             compute=self.compute,
@@ -232,7 +238,7 @@ def _train_and_finish(context: RunContext, command: str) -> TrainResult:
                 finish(context, evaluation, sampling, checkpointing, command=command)
                 exit_code = EXIT_DONE
         except Stopped:
-            pass  # an evaluation was stopped, on all ranks
+            pass  # an evaluation or the samples, on all ranks
         if exit_code == EXIT_STOPPED:
             checkpointing.stop()
     return TrainResult(
@@ -259,7 +265,8 @@ def _make_updates(context: RunContext, callbacks: list[Callback], should_save: C
         global_batch=plan.global_batch,
         should_stop=context.stop,
     )
-    with context.watchdog.phase("what follows an update"):
+    # A streaming dataset stops its writer when its batches are closed.
+    with closing(batches), context.watchdog.phase("records, evaluation and checkpoints"):
         return run_updates(
             context.updater,
             batches,
@@ -279,7 +286,11 @@ def _callbacks(
     checkpointing: CheckpointingCallback,
     bar: ProgressBar,
 ) -> list[Callback]:
-    """Return what is done after an update, in this order."""
+    """Return what is done after an update, in this order.
+
+    A checkpoint comes after the evaluation, which may make it the best one, and before the samples, which a resumed run
+    repeats if they were not recorded.
+    """
     options = context.options
     metrics = MetricsCallback(context)
     is_last = at_end(context.plan.num_steps)
@@ -321,7 +332,7 @@ def _sampling_trigger(options: Options, plan: Plan) -> Trigger:
     return all_of(every(options.evaluation.sample_steps), before(plan.num_steps))
 
 
-def _batches(context: RunContext) -> Iterator[list[Batch]]:
+def _batches(context: RunContext) -> MicroBatches:
     """This rank's micro-batches of the remaining updates, one list an update."""
     plan = context.plan
     return training_batches(

@@ -25,7 +25,7 @@ from llm.data.batches.loader import Batch
 from llm.models.language_model import LanguageModel
 from llm.models.tied_weights import first_names
 from llm.training.updaters.base import (
-    DataParallel,
+    DataParallelRank,
     ProfilingTargets,
     StateReader,
     StepReport,
@@ -46,7 +46,7 @@ class ShardedUpdater:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.model = model
-        self.data_parallel = DataParallel(self.rank, self.size)
+        self.data_parallel = DataParallelRank(self.rank, self.size)
         self.rate = rate
         self.votes_every = votes_every
         self.parameters = dict(model.model.named_parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -121,6 +121,10 @@ def _int64(ids: Tensor) -> Tensor:
     return ids.to(torch.int64).contiguous()
 
 
+MicroBatches = Generator[list[Batch], None, None]
+"""A rank's micro-batches, one list an update; closing it stops what reads them."""
+
+
 def training_batches(
     samples: BlockSource,
     *,
@@ -133,7 +137,7 @@ def training_batches(
     num_ranks: int,
     num_workers: int,
     device: torch.device = _CPU,
-) -> Iterator[list[Batch]]:
+) -> MicroBatches:
     """Yield this rank's micro-batches, one list a step.
 
     Step k takes the samples [k * G, (k + 1) * G) of an endless sequence of epochs, where G is

@@ -19,7 +19,7 @@ from llm.config.errors import Stopped, UsageError, UserError
 from llm.config.options import DataOptions, Options
 from llm.data.batches.blocks import Blocks, cut_validation
 from llm.data.batches.ledger import DOCUMENT_MASK_NOTE, Ledger, ledger
-from llm.data.batches.loader import Batch, BlockSource
+from llm.data.batches.loader import BlockSource, MicroBatches
 from llm.data.dataset import StopSignal, TokenizedDataset, bytes_of_ids, prepare_dataset
 from llm.data.shards.external_formats import is_token_file
 from llm.data.shards.format import MANIFEST, SplitTokens, TokenizedText, open_folder
@@ -120,14 +120,14 @@ class StreamingDataset(TokenizedDataset):
 
     def wait_for_batches(
         self,
-        batches: Iterator[list[Batch]],
+        batches: MicroBatches,
         blocks: BlockSource,
         *,
         first_step: int,
         num_steps: int,
         global_batch: int,
         should_stop: Callable[[], bool],
-    ) -> Iterator[list[Batch]]:
+    ) -> MicroBatches:
         """Yield the batches, each requested when its blocks have arrived; see `TokenizedDataset.wait_for_batches`.
 
         The batches end early, at the same step on all ranks, when a rank was asked to stop while all waited, or when

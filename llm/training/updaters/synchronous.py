@@ -91,7 +91,7 @@ class SynchronousUpdater:
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             if index > 0 and stop_vote(votes.stop()):
-                return self._abandon(step)
+                return self._abandon(step, stop_vote)
             seed_micro_batch(self._seed, step, index, self.data_parallel.rank, device)
             with nullcontext() if is_last else self._accelerator.no_sync(self._wrapped):
                 loss_sum, _ = self._wrapped(*batch)
@@ -130,8 +130,9 @@ class SynchronousUpdater:
             votes=VoteResult(stop=num_stop > 0, save=num_save > 0),
         )
 
-    def _abandon(self, step: int) -> StepReport:
+    def _abandon(self, step: int, stop_vote: DelayedVote) -> StepReport:
         """Drop the gradients of an update that a stop has interrupted, on all ranks."""
+        stop_vote.last()  # the ballot that was cast with the answer
         self._discard()
         nan = torch.full((), float("nan"), device=self._world.device)
         return StepReport(
