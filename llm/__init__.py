@@ -11,20 +11,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llm.config import VERSION
+
 if TYPE_CHECKING:
+    from llm.api.train import train as train
     from llm.config.errors import UserError as UserError
     from llm.config.train_options import TrainOptions as TrainOptions
-    from llm.training.python_api import train as train
     from llm.training.run_dir.result import TrainResult as TrainResult
 
 __all__ = ["TrainOptions", "TrainResult", "UserError", "train"]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _MODULES = {
     "TrainOptions": "llm.config.train_options",
     "TrainResult": "llm.training.run_dir.result",
     "UserError": "llm.config.errors",
-    "train": "llm.training.python_api",
+    "train": "llm.api.train",
 }
 
 

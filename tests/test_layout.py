@@ -35,6 +35,7 @@ TESTS_WITHOUT_MODULE = {
     "tests/kfac/test_resume.py": "the state of all parts of K-FAC, saved and loaded",
     "tests/test_benchmarks.py": "benchmarks/",
     "tests/test_docs.py": "docs/",
+    "tests/test_python_docs.py": "the snippets of docs/python.md",
     "tests/test_examples.py": "examples/",
     "tests/test_idioms.py": "constructs in llm/, benchmarks/ and tests/",
     "tests/test_language.py": "texts of the repository",

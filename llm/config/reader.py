@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from llm.config import VERSION
 from llm.config.abbreviations import BUILT_IN, closest_match
 from llm.config.argv import ParsedFlag, parse_argv
 from llm.config.errors import UsageError
@@ -96,12 +97,10 @@ def version_line() -> str:
     """Return a line such as `llm-trainers 0.1.0`: the installed version, or else that of the source files."""
     from importlib import metadata
 
-    import llm
-
     try:
         return f"llm-trainers {metadata.version('llm-trainers')}"
     except metadata.PackageNotFoundError:
-        return f"llm-trainers {llm.__version__}"
+        return f"llm-trainers {VERSION}"
 
 
 def _print_help_or_version(

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-import llm
+from llm.config import VERSION
 
-_SOURCES = Path(llm.__file__).parent
+_SOURCES = Path(__file__).parents[2]
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 _MAX_LISTED = 4
 
@@ -78,7 +78,7 @@ def _versions() -> dict[str, str]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "missing"
-    versions["llm"] = f"{llm.__version__} ({_hash_of_sources()})"
+    versions["llm"] = f"{VERSION} ({_hash_of_sources()})"
     return versions
 
 

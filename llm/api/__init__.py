@@ -1,0 +1,1 @@
+"""Training from Python: `from llm import train, TrainOptions`."""
