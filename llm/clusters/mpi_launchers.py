@@ -89,14 +89,16 @@ def mpiexec_prefix(
 ) -> list[str]:
     """Return the words before a command that make mpiexec run it once on each host.
 
-    Variables are passed as `env NAME=VALUE`, the one form that all kinds share; secrets are not.
+    Variables are passed as `env NAME=VALUE`, the one form that all kinds share. Secrets never stand on the command
+    line: they are named with `forward_option` where there is one. Host-specific variables, and values of more than
+    16,384 characters, are left out.
 
     Args:
         program: path of mpiexec.
         launcher: its kind.
         hostfile: a file with one host a line, each once.
         num_hosts: number of its lines.
-        environment: the variables that the command needs.
+        environment: the environment of this process.
     """
     passed_on = {name: value for name, value in environment.items() if _is_passed_on(name)}
     secrets = [name for name, value in passed_on.items() if _SECRET_NAME.search(name) or _SECRET_VALUE.search(value)]

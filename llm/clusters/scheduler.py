@@ -142,10 +142,10 @@ def _pbs_end(environment: Mapping[str, str]) -> float | None:
 
 
 def pbs_job_attributes(job: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the attributes of a PBS job by PBS's own names: `Resource_List.walltime`, `depend`, ...
+    """Run `qstat -f JOB` and return its attributes by PBS's own names: `Resource_List.walltime`, `depend`, ...
 
     Raises:
-        SchedulerError: qstat lists none.
+        SchedulerError: qstat fails, or lists no attribute.
     """
     output = run_scheduler_command(["qstat", "-f", job], {**environment, "LC_ALL": "C"})
     unfolded = re.sub(r"\n\t(?![\w.]+ = )", "", output)  # qstat continues a long value on the next line

@@ -55,7 +55,7 @@ def read_options(table: type[T], argv: Sequence[str], *, prog: str, description:
     `--help` and `--version` write to the standard output and exit.
 
     Args:
-        table: a model made of groups, or a single group.
+        table: a pydantic class of option groups, or one group.
         argv: the words after the name of the program.
         prog: how the program is called, for `--help`.
         description: one sentence on what the program does, for `--help`.
@@ -77,10 +77,10 @@ def read_options(table: type[T], argv: Sequence[str], *, prog: str, description:
 
 
 def read_keywords(table: type[T], values: Mapping[str, object], *, config: str | None = None) -> T:
-    """Return the options of keyword arguments and a TOML file, by the rules of `read_options`.
+    """Return the options of keyword arguments and a TOML file; keywords override the file.
 
     Args:
-        table: a model made of groups, or a single group.
+        table: a pydantic class of option groups, or one group.
         values: Python values by the name of the option; names are complete. Paths, lists and tuples are accepted.
         config: name of the TOML file; None for none.
 

@@ -49,8 +49,8 @@ def evaluate(
     *,
     device: torch.device,
     token_bytes: Tensor | None,
-    bytes_per_token: float,
-    sum_over_ranks: Callable[[Tensor], Tensor],
+    bytes_per_token: float = 0.0,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Evaluate the model in eval mode; every token of every rank has the same weight.
@@ -66,8 +66,10 @@ def evaluate(
             more text can take part with a batch of such targets.
         device: device of the model, on which tensors are also summed over ranks.
         token_bytes: int [vocab], number of UTF-8 bytes of each token; None: use `bytes_per_token`.
-        bytes_per_token: mean number of bytes per token, used when `token_bytes` is None.
-        sum_over_ranks: returns the sum over all ranks of a float64 [3] tensor (float32 on MPS).
+        bytes_per_token: mean number of bytes per token, used when `token_bytes` is None; with 0, the bits per byte are
+            nan then.
+        sum_over_ranks: returns the sum over all ranks of a float64 [3] tensor (float32 on MPS); needed if there are
+            several ranks.
         should_stop: returns whether the ranks have agreed to stop; called before each batch, and it gives the same
             answers on all ranks.
 

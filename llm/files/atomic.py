@@ -105,7 +105,11 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Sync the content of a file to disk."""
+    """Sync the content of a file to disk.
+
+    Raises:
+        OSError: the file cannot be opened, or its content cannot be synced.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -116,7 +116,10 @@ class Eigen(Decomposition):
             state[f"basis_{side}"][part] = basis.to(self.inv_dtype)
 
     def precondition(self, state: State, gradients: Tensor, damping: float) -> Tensor:
-        """Divide gradients, [layers, dim_a, dim_g] of dtype `inv_dtype`, in the basis of the eigenvectors."""
+        """Divide in place by the damped curvature ^ power, in the eigenbasis; see `Decomposition.precondition`.
+
+        The gradients are [layers, dim_a, dim_g] of dtype `inv_dtype`.
+        """
         basis_a = state["basis_a"]
         basis_g = state["basis_g"]
         values_a = state["values_a"]

@@ -87,14 +87,15 @@ def find_layers(
 
     Args:
         model: searched in the order of `named_modules`.
-        skip: regular expressions; a layer is skipped if one matches a part of its name or of its class's name.
-        max_factor_dim: largest number of rows of a factor.
+        skip: regular expressions; a layer is skipped if one matches a part of its name or of its class's name. None:
+            none is skipped by name.
+        max_factor_dim: largest number of rows of a factor; a layer with a larger factor is skipped.
 
     Returns:
         The layers, and name -> reason of the skipped modules.
 
     Raises:
-        ValueError: no layer is left; the message names the reasons. Or FSDP wraps the model.
+        ValueError: FSDP wraps the model, or no layer is left (the message names the reasons).
     """
     patterns = [skip] if isinstance(skip, str) else list(skip or ())
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):

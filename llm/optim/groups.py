@@ -64,9 +64,14 @@ def hidden_matrices(model: nn.Module) -> dict[str, bool]:
 def muon_groups(model: nn.Module, weight_decay: float) -> tuple[Groups, Groups]:
     """Split each of the `parameter_groups` into hidden matrices and other parameters.
 
+    Args:
+        model: its trained parameters are split.
+        weight_decay: decay of the groups that `parameter_groups` gives weight decay.
+
     Returns:
-        Groups of hidden matrices, for Muon, with the key `inputs_first`; and groups of the other parameters. No group
-        is empty; either list may be.
+        Groups of hidden matrices, for Muon, with the key `inputs_first` (whether the matrices are stored
+        [inputs, outputs], as in Conv1D); and groups of the other parameters. No group is empty; either list may be
+        empty.
     """
     hidden = hidden_matrices(model)
     matrices: Groups = []

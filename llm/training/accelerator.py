@@ -39,9 +39,9 @@ class Compute:
     """Device, processes and precision of a run.
 
     Attributes:
-        accelerator: provides autocast, the loss scaler and DDP.
+        accelerator: provides autocast, the loss scaler and DDP; a change of the precision replaces it by a new one.
         world: the processes of the run, and the device of this process.
-        precision_source: where the precision comes from.
+        precision_source: what chose the precision: option, launcher, device or checkpoint.
     """
 
     accelerator: Accelerator
@@ -110,7 +110,7 @@ class Compute:
         return f"device: {name}, {processes}{threads}, {self._describe_precision()}"
 
     def _describe_precision(self) -> str:
-        """Return the precision, and where it comes from unless that is the option."""
+        """Return the precision, and what chose it unless that is the option."""
         native = "native" if self.precision == "bf16" else "no native bf16"
         sources = {
             "launcher": " (the launcher's)",

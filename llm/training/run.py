@@ -275,7 +275,7 @@ def _make_updates(context: RunContext, callbacks: list[Callback], should_save: C
             num_steps=plan.num_steps,
             tokens_per_step=plan.tokens_per_step,
             votes=StepVotes(stop=context.stop, save=should_save),
-            watched=context.watchdog.update,
+            watched=context.watchdog.during_update,
         )
 
 
@@ -371,7 +371,7 @@ def _begin(run_dir: RunDirectory, options: Options, start: Start, state: TrainSt
 def _saver(options: Options, run_dir: RunDirectory | None) -> AsyncSaver | None:
     if run_dir is None:
         return None
-    return AsyncSaver(options.output, run_dir.path, run_dir.checkpoints)
+    return AsyncSaver(options.output, request_file=run_dir.save_request, checkpoints=run_dir.checkpoints)
 
 
 def _log_lines(*lines: str) -> None:

@@ -56,6 +56,12 @@ def test_evaluate_when_batches_differ_in_size_then_every_token_has_the_same_weig
     assert result.bits_per_byte == pytest.approx(8 / math.log(2) / (4 * 2.0))
 
 
+def test_evaluate_when_one_rank_without_bytes_then_the_loss_needs_no_more_arguments() -> None:
+    result = evaluate(Fixed(), [_batch(3, [0, 0])], device=torch.device("cpu"), token_bytes=None)
+    assert (result.loss, result.num_tokens) == (3.0, 2)
+    assert math.isnan(result.bits_per_byte)
+
+
 def test_evaluate_when_token_bytes_given_then_counts_bytes_of_targets() -> None:
     table = torch.tensor([0, 3, 1], dtype=torch.int32)
     result = _evaluate(Fixed(), [_batch(2, [1, 2, 0, IGNORE_INDEX])], token_bytes=table)

@@ -87,7 +87,7 @@ class SlicedSegment:
     """A range of the ids of a segment.
 
     Attributes:
-        segment: the segment.
+        segment: the segment that the range is part of.
         first: index of the first id of the range in the segment.
         num_tokens: number of ids of the range.
     """

@@ -77,10 +77,10 @@ class Corpus:
             yield from split_at(self.train(skipped), self._split_point)
 
     def texts(self, *, include_validation: bool = False) -> Iterator[str]:
-        """Yield the training text, to train a tokenizer on, in strings of about a megabyte or one row.
+        """Yield the training text, to train a tokenizer on, in chunks of a document (about a megabyte, or one row).
 
         Args:
-            include_validation: yield the validation text too, after the training text.
+            include_validation: yield the validation text too, in the order of `chunks`.
 
         Raises:
             UserError: a source is broken, or holds no text.

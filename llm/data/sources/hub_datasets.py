@@ -85,10 +85,13 @@ def is_saved(folder: Path) -> bool:
 
 
 def load_saved(folder: Path) -> Mapping[str, Any]:
-    """Return the splits of a dataset that `save_to_disk` wrote; a dataset without splits is all `train`.
+    """Load a dataset that `save_to_disk` wrote; a dataset without splits is all `train`.
+
+    Returns:
+        Split name -> `datasets.Dataset`.
 
     Raises:
-        UserError: the folder is damaged.
+        UserError: the dataset cannot be loaded, for any reason.
     """
     import datasets
 

@@ -102,7 +102,12 @@ class StreamingDataset(TokenizedDataset):
         return max(0, self.ledger(blocks.block_size).train_tokens - 1 - num_samples * blocks.block_size)
 
     def closing_lines(self, blocks: BlockSource, num_samples: int) -> list[str]:
-        """Return the ledger of all tokens that arrived, and the rows that were skipped."""
+        """Return log lines: the arrived tokens by what became of them, and the skipped rows.
+
+        Args:
+            blocks: the training blocks of the run.
+            num_samples: blocks that the whole run reads.
+        """
         counts = self.ledger(blocks.block_size)
         unreached = self.num_unreached_tokens(blocks, num_samples)
         return [

@@ -80,18 +80,18 @@ class AsyncSaver:
         skipped_because: why the newest save was left out although the run continues; None when it was not.
     """
 
-    def __init__(self, options: OutputOptions, folder: Path, checkpoints: Path) -> None:
+    def __init__(self, options: OutputOptions, *, request_file: Path, checkpoints: Path) -> None:
         """Nothing is written yet.
 
         Args:
             options: how often timed saves are due, and how many checkpoints are kept.
-            folder: the run's folder, in which a file called SAVE requests a checkpoint.
+            request_file: while this file exists, it requests a checkpoint; a save that answers it removes it.
             checkpoints: the folder that holds the checkpoints.
         """
         self.step: int | None = None
         self.stall_seconds: list[float] = []
         self.skipped_because: NotFiniteError | None = None
-        self._request_file = folder / "SAVE"
+        self._request_file = request_file
         self._checkpoints = checkpoints
         self._limit = options.save_total_limit
         self._interval_seconds = 60 * options.save_minutes
@@ -103,7 +103,7 @@ class AsyncSaver:
         self._failure: UserError | None = None
 
     def requests(self) -> list[str]:
-        """Return why a checkpoint is requested now: `timed` (the clock), `asked` (the file SAVE), both or neither."""
+        """Return why a checkpoint is requested now: `timed` (the clock), `asked` (the file), both or neither."""
         reasons = []
         now = time.monotonic()
         if self._interval_seconds and now - self._saved_at >= self._interval_seconds:

@@ -73,7 +73,7 @@ class ExternalCheckpoint:
 
     @property
     def eval_loss(self) -> float:
-        """inf: such a checkpoint holds no evaluation loss."""
+        """Evaluation loss: always inf, because such a checkpoint holds none."""
         return math.inf
 
     def model_options(self, options: ModelOptions) -> ModelOptions:

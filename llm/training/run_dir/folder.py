@@ -47,6 +47,7 @@ class RunDirectory:
         self.unverified = path / layout.UNVERIFIED
         self.results = path / layout.RESULTS
         self.model_card = path / layout.MODEL_CARD
+        self.save_request = path / layout.SAVE
         self.lock = path / layout.LOCK
         self.claim: Lock | None = None
 

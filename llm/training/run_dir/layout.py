@@ -10,6 +10,7 @@ STATUS = "status.json"  # state, step, reason and exit code of the newest start
 METRICS = "metrics.jsonl"  # one record a line
 LOG = "log.txt"  # the console's lines with their time
 TRACKERS = "trackers.json"  # the run's id in trackers, kept over all its starts
+SAVE = "SAVE"  # made by the user to request a checkpoint, and removed when it is saved
 LOCK = "run.lock"  # exists while a start of the run uses the folder
 TENSORBOARD = "tensorboard"  # folder of event files
 CHECKPOINTS = "checkpoints"  # folder of step_N

@@ -55,8 +55,9 @@ class StopRequest:
     def interruptible(self) -> Iterator[None]:
         """Raise `Stopped` in the main thread as soon as a stop is requested while the block runs.
 
-        For long work whose results are not kept, or that saves its results itself, and that does not communicate with
-        other ranks. In a thread other than the main thread, a stop is noticed only before the block.
+        Use it for long work whose results are not kept, or that saves its results itself, and that does not
+        communicate with other ranks. In a thread other than the main thread, a stop is noticed only before the block.
+        It is not re-entrant: the end of an inner block ends the effect of the outer one.
 
         Raises:
             Stopped: a stop was requested.

@@ -95,8 +95,8 @@ class Watchdog:
             self._phase = outer
 
     @contextmanager
-    def update(self) -> Iterator[None]:
-        """Apply the time limit of an update while the block runs; the block is one update of the weights."""
+    def during_update(self) -> Iterator[None]:
+        """Time the block, one weight update; beyond `limit_seconds` the stacks are written and the run ends."""
         outer = self._phase
         self._phase = _Phase("an update", is_update=True)
         started = self._clock()

@@ -19,7 +19,8 @@ from llm.training.checkpoints.store import NotFiniteError
 
 def saver(folder: Path, **options: Any) -> AsyncSaver:
     options = {"save_minutes": 0} | options
-    return AsyncSaver(OutputOptions(output_dir=str(folder), **options), folder, folder / "checkpoints")
+    output = OutputOptions(output_dir=str(folder), **options)
+    return AsyncSaver(output, request_file=folder / "SAVE", checkpoints=folder / "checkpoints")
 
 
 class Written:

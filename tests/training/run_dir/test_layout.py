@@ -18,6 +18,7 @@ NAMES = {
     layout.METRICS,
     layout.LOG,
     layout.TRACKERS,
+    layout.SAVE,
     layout.LOCK,
     layout.TENSORBOARD,
     layout.CHECKPOINTS,
@@ -40,7 +41,7 @@ def literals(path: Path) -> set[str]:
 
 
 def test_names_when_searched_in_the_package_then_stand_in_the_layout_alone() -> None:
-    assert len(NAMES) == 12
+    assert len(NAMES) == 13
     repeated = {
         (path.relative_to(PACKAGE).as_posix(), name)
         for path in PACKAGE.rglob("*.py")

@@ -38,7 +38,7 @@ class Watched:
 
     def updates(self, *durations: float) -> None:
         for seconds in durations:
-            with self.watchdog.update():
+            with self.watchdog.during_update():
                 self.clock.now += seconds
 
 
@@ -46,7 +46,7 @@ def test_update_when_it_hangs_then_ends_after_five_minutes() -> None:
     watched = Watched()
     watched.updates(1, 1)
     watched.watchdog.check()
-    with watched.watchdog.update():
+    with watched.watchdog.during_update():
         watched.wait(300)
         assert watched.ends == []
         watched.wait(2)
@@ -62,7 +62,7 @@ def test_update_when_updates_are_slow_then_may_take_twenty_times_the_median() ->
 
 def test_update_when_it_is_the_first_then_may_compile_for_half_an_hour() -> None:
     watched = Watched()
-    with watched.watchdog.update():
+    with watched.watchdog.during_update():
         watched.wait(1800)
         assert watched.ends == []
         watched.wait(2)
@@ -73,7 +73,7 @@ def test_update_when_there_is_a_grace_time_then_the_end_comes_that_much_after_th
     watched = Watched(grace_seconds=10)
     watched.updates(1)
     watched.watchdog.check()
-    with watched.watchdog.update():
+    with watched.watchdog.during_update():
         watched.wait(305)
         assert len(watched.reports) == 1
         assert watched.ends == []
@@ -85,7 +85,7 @@ def test_update_when_there_is_a_grace_time_then_the_end_comes_that_much_after_th
 def test_update_when_the_process_was_suspended_then_is_not_hung() -> None:
     watched = Watched()
     watched.updates(1)
-    with watched.watchdog.update():
+    with watched.watchdog.during_update():
         watched.wait(100)
         watched.clock.now += 86_400
         watched.wait(100)
@@ -117,7 +117,7 @@ def test_phase_when_it_ends_then_the_outer_phase_continues() -> None:
     watched = Watched()
     watched.updates(1)
     with watched.watchdog.phase("outer"):
-        with pytest.raises(ZeroDivisionError), watched.watchdog.update():
+        with pytest.raises(ZeroDivisionError), watched.watchdog.during_update():
             raise ZeroDivisionError
         watched.wait(1000)
     assert watched.reports == []
