@@ -94,19 +94,16 @@ def test_offline_when_a_name_is_not_in_the_cache_then_one_line_names_it(
 
 
 def test_push_when_the_run_is_done_then_the_hub_holds_weights_tokenizer_and_card(
-    hub: StandInHub, tiny_options: list[str], tmp_path: Path
+    hub: StandInHub, train: Train, tiny_options: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    result = run(
-        *("-m", "llm.trainers.gpt", *tiny_options, "--output_dir", folder, "--checkpointing_steps", "10"),
-        *("--push_to_hub", "--hub_model_id", "someone/tiny", "--hub_token", TOKEN),
-        env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"},
-    )
-    assert result.returncode == 0, result.stderr
+    push = ("--push_to_hub", "--hub_model_id", "someone/tiny", "--hub_token", TOKEN)
+    outcome = train(*tiny_options, "--output_dir", folder, "--checkpointing_steps", "10", *push)
+    assert outcome.code == 0, outcome.err
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"):
         assert hub.files[f"someone/tiny/{name}"] == (folder / name).read_bytes()
     assert not [name for name in hub.files if "checkpoint" in name or name.endswith(("log.txt", "config.toml"))]
-    assert TOKEN not in result.stdout + result.stderr
+    assert TOKEN not in outcome.out + outcome.err
     for path in folder.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
 
