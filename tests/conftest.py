@@ -149,8 +149,10 @@ def _exit_code(words: tuple[str | Path, ...]) -> int:
 
 
 @pytest.fixture
-def train(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Function that runs the trainer in this process: `train(*words) -> Outcome`."""
+def train(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Function that runs the trainer in this process, without curves.png: `train(*words) -> Outcome`."""
+    # The picture takes a third of a tiny run's time. `train_for_module` draws it, and so do the tests of llm.report.
+    monkeypatch.setattr("llm.training.finalize.draw_curves", lambda *_: None)
 
     def run(*words: str | Path) -> Outcome:
         capfd.readouterr()

@@ -48,7 +48,7 @@ def torchrun(*words: str | Path, num_ranks: int = 2) -> subprocess.CompletedProc
 
 
 FILES_OF_A_RUN = """config.toml status.json metrics.jsonl log.txt tensorboard checkpoints model.safetensors config.json
-generation_config.json tokenizer.json tokenizer_config.json README.md all_results.json"""
+generation_config.json tokenizer.json tokenizer_config.json README.md all_results.json curves.png"""
 
 
 @pytest.fixture(scope="module")
