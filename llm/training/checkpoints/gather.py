@@ -41,20 +41,23 @@ def gather_tensors(world: World, parts: Mapping[str, TensorPart]) -> dict[str, T
     Raises:
         ValueError: on all ranks, when the parts of some tensor do not cover it.
     """
-    layouts = _senders(_all_layouts(world, parts))
+    senders = _senders(_all_layouts(world, parts))
     tensors: dict[str, Tensor] = {}
-    for name, senders in layouts.items():
-        if senders[0].rank == 0 and senders[0].part_shape == senders[0].shape:
+    for name, layouts in senders.items():
+        first = layouts[0]
+        if first.rank == 0 and first.part_shape == first.shape:
             if world.is_main:
                 tensors[name] = parts[name].tensor
             continue
-        for layout in senders:
+        if world.is_main:
+            tensors[name] = torch.empty(first.shape, dtype=first.dtype)
+        for layout in layouts:
+            if 0 in layout.part_shape:
+                continue  # nothing to send
             if world.is_main:
-                if name not in tensors:
-                    tensors[name] = torch.empty(layout.shape, dtype=layout.dtype)
                 part = parts[name].tensor if layout.rank == 0 else _receive(world, layout)
                 region = zip(layout.offset, layout.part_shape, strict=True)
-                tensors[name][tuple(slice(first, first + length) for first, length in region)] = part.cpu()
+                tensors[name][tuple(slice(start, start + length) for start, length in region)] = part.cpu()
             elif world.rank == layout.rank:
                 dist.send(parts[name].tensor.to(world.device).contiguous(), dst=0)
     return tensors
@@ -62,22 +65,22 @@ def gather_tensors(world: World, parts: Mapping[str, TensorPart]) -> dict[str, T
 
 def _all_layouts(world: World, parts: Mapping[str, TensorPart]) -> list[dict[str, _Layout]]:
     """Return the layouts of every rank's parts, by rank."""
-    own = {
+    rank_layouts = {
         name: _Layout(world.rank, part.shape, part.offset, tuple(part.tensor.shape), part.tensor.dtype)
         for name, part in parts.items()
     }
     if world.size == 1:
-        return [own]
+        return [rank_layouts]
     layouts: list[dict[str, _Layout]] = [{} for _ in range(world.size)]
-    dist.all_gather_object(layouts, own)
+    dist.all_gather_object(layouts, rank_layouts)
     return layouts
 
 
 def _senders(layouts: list[dict[str, _Layout]]) -> dict[str, list[_Layout]]:
-    """Return which ranks' parts make up each tensor: the lowest rank that holds it whole, or all that hold a part."""
+    """Return the parts that make up each tensor: that of the lowest rank that holds it whole, or those of all ranks."""
     senders: dict[str, list[_Layout]] = {}
-    for ranks_layouts in layouts:
-        for name, layout in ranks_layouts.items():
+    for rank_layouts in layouts:
+        for name, layout in rank_layouts.items():
             senders.setdefault(name, []).append(layout)
     for name, candidates in senders.items():
         complete = [layout for layout in candidates if layout.part_shape == layout.shape]

@@ -158,27 +158,27 @@ def choose_start(options: Options, checkpoints: Path | None) -> Start:
     if seed is None:
         seed = int(checkpoint.state["plan"]["seed"])
     # The checkpoint's own configuration too: its embeddings may have been resized to the tokenizer.
-    named = {"model_name_or_path": str(checkpoint.path), "config_name": None, "config_overrides": None}
-    return Start(checkpoint, seed, options.model.model_copy(update=named))
+    folder_options = {"model_name_or_path": str(checkpoint.path), "config_name": None, "config_overrides": None}
+    return Start(checkpoint, seed, options.model.model_copy(update=folder_options))
 
 
 def _check_identity(checkpoint: Checkpoint, plan: Plan, dataset: TokenizedDataset) -> None:
     """Refuse a checkpoint that does not share what two starts of one run must share."""
     # Checkpoints older than --document_mask were made without one.
-    was = {"document_mask": False} | checkpoint.state["plan"]
+    saved_plan = {"document_mask": False} | checkpoint.state["plan"]
     for name, option in _MUST_AGREE.items():
-        if was[name] != getattr(plan, name):
+        if saved_plan[name] != getattr(plan, name):
             raise UserError(
-                f"checkpoint {checkpoint.path} was made with {option} {was[name]}, this run has "
+                f"checkpoint {checkpoint.path} was made with {option} {saved_plan[name]}, this run has "
                 f"{getattr(plan, name)}: use the same, or start another run"
             )
     if checkpoint.state["identity"] != dataset.identity():
         raise UserError(
             f"checkpoint {checkpoint.path} was made on other text or with another tokenizer than this run's"
         )
-    if was["num_steps"] != plan.num_steps:
+    if saved_plan["num_steps"] != plan.num_steps:
         log.warning(
             "the run had %d updates and has %d now: its learning rates follow the new number",
-            was["num_steps"],
+            saved_plan["num_steps"],
             plan.num_steps,
         )

@@ -1,4 +1,4 @@
-"""A checkpoint is finished and right to the byte, or it is not taken."""
+"""Checkpoints on disk: complete and verified, or refused."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm.config.errors import UserError
 from llm.training.checkpoints.store import (
+    Checkpoint,
     NotFiniteError,
     abandon_newer,
     find_checkpoint,
     open_checkpoint,
     save_checkpoint,
-    saved_steps,
     superseded,
 )
 
 
 @pytest.fixture
 def save(tmp_path: Path, tiny_gpt2, byte_tokenizer):  # type: ignore[no-untyped-def]
-    """`save(step, eval_loss)` writes a checkpoint into tmp_path/checkpoints and gives its path."""
+    """`save(step, eval_loss)` writes a checkpoint into tmp_path/checkpoints and returns its path."""
 
     def write(step: int, eval_loss: float | None = None, *reasons: str, **wrong: torch.Tensor) -> Path:
         state: dict[str, Any] = {
@@ -43,21 +44,21 @@ def save(tmp_path: Path, tiny_gpt2, byte_tokenizer):  # type: ignore[no-untyped-
     return write
 
 
-def damage_it(path: Path, name: str = "optimizer.safetensors") -> None:
-    """Flips the last bit of one of a checkpoint's files."""
+def damage(path: Path, name: str = "optimizer.safetensors") -> None:
+    """Flip the last bit of one of a checkpoint's files."""
     data = bytearray((path / name).read_bytes())
     data[-1] ^= 1
     (path / name).write_bytes(data)
 
 
-def test_checkpoint_when_saved_then_gives_back_everything(save, tmp_path: Path, tiny_gpt2) -> None:  # type: ignore[no-untyped-def]
+def test_checkpoint_when_saved_then_everything_can_be_read_again(save, tmp_path: Path, tiny_gpt2) -> None:  # type: ignore[no-untyped-def]
     path = save(12, 1.5)
     assert path == tmp_path / "checkpoints" / "step_12"
-    found = open_checkpoint(path)
-    assert (found.step, found.path) == (12, path)
-    assert found.state["progress"] == {"step": 12, "eval_loss": 1.5, "eval_step": 12}
-    assert found.state["plan"] == {"seed": 7}
-    reader = found.updater_state()
+    checkpoint = open_checkpoint(path)
+    assert (checkpoint.step, checkpoint.path) == (12, path)
+    assert checkpoint.state["progress"] == {"step": 12, "eval_loss": 1.5, "eval_step": 12}
+    assert checkpoint.state["plan"] == {"seed": 7}
+    reader = checkpoint.updater_state()
     tensors = {name: reader.read(name) for name in reader.shapes}
     assert torch.equal(tensors["wte.weight/exp_avg"], torch.full((3, 2), 12.0))
     assert tensors["wte.weight/step"].shape == ()
@@ -74,7 +75,7 @@ def test_checkpoint_when_saved_then_holds_no_pickle_and_nothing_is_left_beside_i
     assert all(file.stat().st_mtime_ns <= manifest.stat().st_mtime_ns for file in path.iterdir())
 
 
-def test_checkpoint_when_saved_twice_then_the_newer_one_stands(save) -> None:  # type: ignore[no-untyped-def]
+def test_checkpoint_when_saved_twice_then_the_second_one_is_kept(save) -> None:  # type: ignore[no-untyped-def]
     save(3, 2.0)
     path = save(3, 1.0)
     assert open_checkpoint(path).state["progress"]["eval_loss"] == 1.0
@@ -97,22 +98,53 @@ def test_save_when_it_fails_then_there_is_no_checkpoint(
     assert os.listdir(tmp_path / "checkpoints") == []
 
 
-def test_steps_when_listed_then_are_in_the_order_of_numbers_without_temporary_ones(tmp_path: Path) -> None:
-    for name in ("step_10", "step_9", "step_100", ".step_11.42.tmp", "step_", "step_9b", "best"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "step_12").touch()
-    assert [step for step, _ in saved_steps(tmp_path)] == [9, 10, 100]
-    assert saved_steps(tmp_path / "none") == []
+def test_save_when_tied_weights_come_under_their_first_name_then_the_folder_loads_with_both(
+    save,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+    tiny_gpt2,  # type: ignore[no-untyped-def]
+    byte_tokenizer,  # type: ignore[no-untyped-def]
+) -> None:
+    weights = {name: tensor + 1 for name, tensor in tiny_gpt2.state_dict().items() if name != "lm_head.weight"}
+    state = {"progress": {"step": 1, "eval_loss": None, "eval_step": None}, "updater": {}, "reasons": []}
+    arguments = {"model": tiny_gpt2, "tokenizer": byte_tokenizer, "tensors": {}, "state": state}
+    path = save_checkpoint(tmp_path, 1, weights=weights, **arguments)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert torch.equal(model.lm_head.weight, weights["transformer.wte.weight"])
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
+
+
+def test_reader_when_slices_are_read_then_returns_them_in_the_saved_dtype(tmp_path: Path) -> None:
+    table = torch.arange(35, dtype=torch.bfloat16).reshape(5, 7)
+    save_file({"table": table, "step": torch.tensor(3.0)}, tmp_path / "optimizer.safetensors")
+    reader = Checkpoint(tmp_path, 3, {"updater": {"optimizer": "AdamW"}}).updater_state()
+    assert reader.numbers == {"optimizer": "AdamW"}
+    assert dict(reader.shapes) == {"table": (5, 7), "step": ()}
+    assert torch.equal(reader.read("table"), table)
+    part = reader.read("table", (3, 2), (2, 4))
+    assert part.dtype == torch.bfloat16
+    assert torch.equal(part, table[3:5, 2:6])
+    assert reader.read("table", (5, 0), (0, 7)).shape == (0, 7)  # a rank without rows
+    assert reader.read("step", (), ()).item() == 3.0
+
+
+def test_reader_when_the_file_is_missing_or_damaged_then_is_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, 3, {"updater": {}})
+    for content in (None, b"damaged"):
+        if content is not None:
+            (tmp_path / "optimizer.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match=r"optimizer\.safetensors cannot be read"):
+            checkpoint.updater_state()
 
 
 @pytest.mark.parametrize(
-    ("limit", "gone"), [(None, [3, 5, 9]), (1, [1, 2, 3, 5, 9]), (2, [1, 3, 5, 9]), (5, [3, 5, 9])]
+    ("limit", "removed"), [(None, [3, 5, 9]), (1, [1, 2, 3, 5, 9]), (2, [1, 3, 5, 9]), (5, [3, 5, 9])]
 )
-def test_superseded_when_saved_for_many_reasons_then_each_kind_has_its_own_limit(
+def test_superseded_when_checkpoints_have_different_reasons_then_each_kind_has_its_own_limit(
     save,  # type: ignore[no-untyped-def]
     tmp_path: Path,
     limit: int | None,
-    gone: list[int],
+    removed: list[int],
 ) -> None:
     for step, reasons, loss in (
         (1, ["regular"], None),
@@ -127,10 +159,10 @@ def test_superseded_when_saved_for_many_reasons_then_each_kind_has_its_own_limit
         (10, ["best"], 1.75),
     ):
         save(step, loss, *reasons)
-    assert [path.name for path in superseded(tmp_path / "checkpoints", limit)] == [f"step_{step}" for step in gone]
+    assert [path.name for path in superseded(tmp_path / "checkpoints", limit)] == [f"step_{step}" for step in removed]
 
 
-def test_superseded_when_only_others_than_regular_ones_are_there_then_two_stay_and_the_best(
+def test_superseded_when_there_are_timed_checkpoints_only_then_the_newest_two_and_the_best_are_kept(
     save,  # type: ignore[no-untyped-def]
     tmp_path: Path,
 ) -> None:
@@ -151,30 +183,30 @@ def test_save_when_a_weight_is_not_finite_then_nothing_is_written(save, tmp_path
 def test_find_when_bare_or_latest_then_is_the_newest(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     for step in (9, 10):
         save(step)
-    for asked in (True, "latest"):
-        found = find_checkpoint(asked, tmp_path / "checkpoints")
-        assert found is not None
-        assert found.step == 10
+    for requested in (True, "latest"):
+        checkpoint = find_checkpoint(requested, tmp_path / "checkpoints")
+        assert checkpoint is not None
+        assert checkpoint.step == 10
     assert find_checkpoint(False, tmp_path / "checkpoints") is None
 
 
-def test_find_when_best_then_is_the_one_of_the_lowest_loss(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_find_when_best_then_is_the_checkpoint_with_the_lowest_loss(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     for step, loss in ((1, None), (2, 1.25), (3, 1.5), (4, None)):
         save(step, loss)
-    found = find_checkpoint("best", tmp_path / "checkpoints")
-    assert found is not None
-    assert found.step == 2
+    checkpoint = find_checkpoint("best", tmp_path / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.step == 2
 
 
-def test_find_when_best_and_a_loss_is_not_a_number_then_that_one_is_not_it(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_find_when_best_and_some_losses_are_nan_then_those_are_not_considered(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     for step, loss in ((1, 1.25), (2, float("nan")), (3, 1.5), (4, float("nan"))):
         save(step, loss)
-    found = find_checkpoint("best", tmp_path / "checkpoints")
-    assert found is not None
-    assert found.step == 1
+    checkpoint = find_checkpoint("best", tmp_path / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.step == 1
 
 
-def test_find_when_the_newest_is_damaged_then_says_so_and_takes_the_older(
+def test_find_when_the_newest_are_damaged_then_warns_and_takes_an_older_one(
     save,  # type: ignore[no-untyped-def]
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -185,14 +217,14 @@ def test_find_when_the_newest_is_damaged_then_says_so_and_takes_the_older(
     monkeypatch.setattr(logging.getLogger("llm"), "propagate", True)
     for step in (1, 2, 3, 4):
         save(step, 1.0 / step)
-    damage_it(tmp_path / "checkpoints" / "step_4")
+    damage(tmp_path / "checkpoints" / "step_4")
     (tmp_path / "checkpoints" / "step_3" / "manifest.json").unlink()
     (tmp_path / "checkpoints" / "step_2" / "training_state.json").unlink()
-    for asked in (True, "latest", "best"):
+    for requested in (True, "latest", "best"):
         caplog.clear()
-        found = find_checkpoint(asked, tmp_path / "checkpoints")
-        assert found is not None
-        assert found.step == 1
+        checkpoint = find_checkpoint(requested, tmp_path / "checkpoints")
+        assert checkpoint is not None
+        assert checkpoint.step == 1
         warned = [record.getMessage() for record in caplog.records]
         assert len(warned) == 3
         assert "step_4 is damaged: optimizer.safetensors has other content" in warned[0]
@@ -203,13 +235,13 @@ def test_find_when_the_newest_is_damaged_then_says_so_and_takes_the_older(
 def test_find_when_all_are_damaged_then_even_a_bare_flag_is_refused(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     # A fresh run would remove them.
     for step in (1, 2):
-        damage_it(save(step))
+        damage(save(step))
     with pytest.raises(UserError, match=r"none of the checkpoints in .* is good.*--overwrite_output_dir") as error:
         find_checkpoint(True, tmp_path / "checkpoints")
     assert "\n" not in str(error.value)
 
 
-def test_aside_when_set_then_those_beyond_are_moved_and_what_no_run_removes_is_named(
+def test_abandon_when_a_run_continues_from_an_older_step_then_later_checkpoints_are_moved_and_others_are_named(
     save,  # type: ignore[no-untyped-def]
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -229,9 +261,9 @@ def test_aside_when_set_then_those_beyond_are_moved_and_what_no_run_removes_is_n
     (folder / ".step_9.gone").mkdir()
     abandon_newer(folder, 3)
     assert (folder / "abandoned" / "step_4").is_dir()
-    moved, alone = [record.getMessage() for record in caplog.records]
+    moved, unmanaged = [record.getMessage() for record in caplog.records]
     assert "step_4 is later than step 3" in moved
-    assert alone == f"in {folder}, damaged or not this run's, and removed by no run: epoch_0, step_1"
+    assert unmanaged == f"in {folder}, damaged or not this run's, and removed by no run: epoch_0, step_1"
     assert "removed" not in moved
     save(4)
     caplog.clear()
@@ -239,22 +271,22 @@ def test_aside_when_set_then_those_beyond_are_moved_and_what_no_run_removes_is_n
     assert "replacing an earlier one" in caplog.records[0].getMessage()
 
 
-def test_find_when_there_is_none_then_only_a_bare_flag_is_content(tmp_path: Path) -> None:
+def test_find_when_there_is_no_checkpoint_then_only_a_bare_flag_is_accepted(tmp_path: Path) -> None:
     assert find_checkpoint(True, tmp_path / "checkpoints") is None
     assert find_checkpoint(True, None) is None
-    for asked in ("latest", "best"):
-        with pytest.raises(UserError, match=f"{asked}: there is no such checkpoint in {tmp_path}"):
-            find_checkpoint(asked, tmp_path)
-        with pytest.raises(UserError, match=f"{asked} needs --output_dir"):
-            find_checkpoint(asked, None)
+    for requested in ("latest", "best"):
+        with pytest.raises(UserError, match=f"{requested}: there is no such checkpoint in {tmp_path}"):
+            find_checkpoint(requested, tmp_path)
+        with pytest.raises(UserError, match=f"{requested} needs --output_dir"):
+            find_checkpoint(requested, None)
 
 
-def test_find_when_a_path_is_named_then_only_that_one_will_do(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_find_when_a_path_is_named_then_no_other_checkpoint_is_taken(save, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     first, second = save(1), save(2)
-    found = find_checkpoint(str(first), None)
-    assert found is not None
-    assert found.step == 1
-    damage_it(second, "model.safetensors")
+    checkpoint = find_checkpoint(str(first), None)
+    assert checkpoint is not None
+    assert checkpoint.step == 1
+    damage(second, "model.safetensors")
     with pytest.raises(UserError, match=r"step_2 is damaged: model\.safetensors has other content"):
         find_checkpoint(str(second), tmp_path / "checkpoints")
     with pytest.raises(UserError, match="is not a checkpoint"):

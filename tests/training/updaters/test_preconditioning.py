@@ -1,11 +1,10 @@
-"""What stands between the backward passes and the clipping: K-FAC's, and that of a stand-in for kfac-pytorch."""
+"""Preconditioners between the backward passes and the clipping."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llm.config.errors import UserError
 from llm.config.options import KfacOptions, OptimizerOptions
 from llm.data.batches.loader import Batch
 from llm.distributed.world import World
@@ -28,15 +26,21 @@ from llm.models.language_model import LanguageModel
 from llm.optim.registry import build_optimizer
 from llm.training.accelerator import Compute
 from llm.training.updaters.base import LoadedState, StepVotes
-from llm.training.updaters.kfac_pytorch import KfacPytorchPreconditioner
-from llm.training.updaters.preconditioning import KfacPreconditioner, Preconditioner, chunked_lm_heads, kfac_bytes
+from llm.training.updaters.preconditioning import (
+    KfacPreconditioner,
+    NoPreconditioner,
+    chunked_lm_heads,
+    kfac_bytes,
+    norm_of,
+    update_intervals,
+)
 from llm.training.updaters.synchronous import SynchronousUpdater
 
 RATE = 0.1
 
 
-class Fragile(LanguageModel):
-    """`poison` is added to every summed loss, and to its gradient."""
+class Poisoned(LanguageModel):
+    """`poison` is added to the factor of every summed loss, and so of its gradient."""
 
     poison = 0.0
 
@@ -48,7 +52,7 @@ class Fragile(LanguageModel):
 def updater_of(
     model: PreTrainedModel, *, scale: float | None = None, max_grad_norm: float = 0.0, **options: Any
 ) -> SynchronousUpdater:
-    """Plain gradient descent behind K-FAC, which looks and refreshes in every update; fp16's scaler at `scale`."""
+    """Gradient descent after K-FAC with factor and inverse updates in every step; `scale` is that of fp16's scaler."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale is not None else None
     accelerator: Any = SimpleNamespace(
         scaler=scaler,
@@ -57,8 +61,8 @@ def updater_of(
     )
     sgd = OptimizerOptions(optim="sgd", adam_beta1=0.0, learning_rate=RATE)
     optimizer = build_optimizer(model, sgd)
-    chosen = KfacOptions(**{"kfac": True, "kfac_factor_update_steps": 1, "kfac_inv_update_steps": 1} | options)
-    language_model = Fragile(model)
+    kfac = KfacOptions(**{"kfac": True, "kfac_factor_update_steps": 1, "kfac_inv_update_steps": 1} | options)
+    language_model = Poisoned(model)
     return SynchronousUpdater(
         compute=Compute(accelerator, World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))),
         model=language_model,
@@ -68,27 +72,27 @@ def updater_of(
         max_grad_norm=max_grad_norm,
         seed=5,
         preconditioner=KfacPreconditioner(
-            model, chosen, learning_rate=lambda: optimizer.param_groups[0]["lr"], accumulation=2, tokens_per_step=96
+            model, kfac, learning_rate=lambda: optimizer.param_groups[0]["lr"], accumulation=2, tokens_per_step=96
         ),
     )
 
 
 def batches(number: int) -> list[Batch]:
-    """Two micro-batches, others for every number."""
+    """Return two micro-batches, which differ from number to number."""
     draw = torch.Generator().manual_seed(number)
     ids = torch.randint(257, (2, 3, 17), generator=draw)
-    return [Batch(each[:, :-1], each[:, 1:]) for each in ids]
+    return [Batch(rows[:, :-1], rows[:, 1:]) for rows in ids]
 
 
-@pytest.mark.parametrize("what", ["poison", "stop"])
-def test_update_when_it_is_not_made_then_the_next_one_is_as_if_it_had_not_been(
-    what: str, tiny_gpt2: GPT2LMHeadModel
+@pytest.mark.parametrize("cause", ["poison", "stop"])
+def test_update_when_skipped_or_abandoned_then_leaves_no_trace_in_later_updates(
+    cause: str, tiny_gpt2: GPT2LMHeadModel
 ) -> None:
     updater = updater_of(tiny_gpt2)
     updater.update(batches(0), 0)
     before = updater.state()
     weights = {name: t.clone() for name, t in tiny_gpt2.state_dict().items()}
-    if what == "poison":
+    if cause == "poison":
         updater.model.poison = float("nan")
         assert updater.update(batches(1), 1).skipped
         updater.model.poison = 0.0
@@ -101,24 +105,24 @@ def test_update_when_it_is_not_made_then_the_next_one_is_as_if_it_had_not_been(
     assert after.numbers == before.numbers
     assert all(torch.equal(after.tensors[name].tensor, part.tensor) for name, part in before.tensors.items())
     updater.update(batches(3), 2)
-    made = {name: t.clone() for name, t in tiny_gpt2.state_dict().items()}
+    expected = {name: t.clone() for name, t in tiny_gpt2.state_dict().items()}
     tiny_gpt2.load_state_dict(weights)
     other = updater_of(tiny_gpt2)
     other.load(LoadedState({name: part.tensor for name, part in before.tensors.items()}, before.numbers))
     other.update(batches(3), 2)
-    assert all(torch.equal(made[name], tensor) for name, tensor in tiny_gpt2.state_dict().items())
+    assert all(torch.equal(expected[name], tensor) for name, tensor in tiny_gpt2.state_dict().items())
 
 
 def changes(model: GPT2LMHeadModel, **options: Any) -> dict[str, Tensor]:
-    """What one update makes of the weights, which are as before afterwards."""
+    """Return by how much one update changes each weight; the weights are restored."""
     before = {name: t.clone() for name, t in model.state_dict().items()}
     updater_of(model, **options).update(batches(0), 0)
-    found = {name: t - before[name] for name, t in model.state_dict().items()}
+    differences = {name: t - before[name] for name, t in model.state_dict().items()}
     model.load_state_dict(before)
-    return found
+    return differences
 
 
-def test_fp16_when_its_scale_is_another_then_lengths_stay(tiny_gpt2: GPT2LMHeadModel) -> None:
+def test_fp16_when_the_loss_scale_differs_then_the_update_is_the_same(tiny_gpt2: GPT2LMHeadModel) -> None:
     # kfac-pytorch's formulas depend on the size of the gradients that a loss scale multiplies.
     plain = changes(tiny_gpt2, kfac_compat=True)
     for scale in (1.0, 1024.0):
@@ -127,7 +131,7 @@ def test_fp16_when_its_scale_is_another_then_lengths_stay(tiny_gpt2: GPT2LMHeadM
             torch.testing.assert_close(scaled[name], change, rtol=1e-4, atol=1e-7)
 
 
-def test_clipping_when_kfac_changed_the_norm_then_is_of_what_it_left(tiny_gpt2: GPT2LMHeadModel) -> None:
+def test_clipping_when_kfac_changes_the_norm_then_clips_the_preconditioned_gradient(tiny_gpt2: GPT2LMHeadModel) -> None:
     limit = 0.01
     for options in ({}, {"kfac_kl_clip": 1e9}):
         updater = updater_of(tiny_gpt2, max_grad_norm=limit, **options)
@@ -138,30 +142,37 @@ def test_clipping_when_kfac_changed_the_norm_then_is_of_what_it_left(tiny_gpt2: 
         assert float(report.grad_norm) > limit
 
 
-def test_rate_when_it_begins_at_zero_then_the_clip_divides_by_something(tiny_gpt2: GPT2LMHeadModel) -> None:
+def test_learning_rate_when_it_begins_at_zero_then_the_kl_clip_does_not_divide_by_zero(
+    tiny_gpt2: GPT2LMHeadModel,
+) -> None:
     updater = updater_of(tiny_gpt2, kfac_kl_clip=0.001)
     updater._schedule = lambda step: float(step)
     assert not updater.update(batches(0), 0).skipped
     assert all(torch.isfinite(parameter).all() for parameter in tiny_gpt2.parameters())
 
 
-def test_wish_for_a_checkpoint_when_a_rank_has_one_then_is_in_the_report(tiny_gpt2: GPT2LMHeadModel) -> None:
+def test_votes_when_a_checkpoint_is_requested_then_is_in_the_report(tiny_gpt2: GPT2LMHeadModel) -> None:
     updater = updater_of(tiny_gpt2)
     assert updater.update(batches(0), 0, votes=StepVotes(save=lambda: True)).votes.save
     assert not updater.update(batches(0), 1).votes.save
 
 
-def test_head_when_its_loss_is_computed_by_chunks_then_is_left_alone() -> None:
+def _llama(vocab_size: int = 97) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=False, **sizes))
+
+
+def test_output_layer_when_its_loss_is_computed_in_chunks_then_is_skipped() -> None:
     for vocab_size, number in ((97, 15), (3000, 14)):
-        made = KfacPreconditioner(
+        preconditioner = KfacPreconditioner(
             _llama(vocab_size), KfacOptions(kfac=True), learning_rate=lambda: RATE, accumulation=1, tokens_per_step=1000
         )
-        taken, left, *_ = made.summary()
-        assert taken.startswith(f"K-FAC: {number} layers")
-        assert ("lm_head (" in left) == (number == 14)
+        layers, skipped, *_ = preconditioner.summary()
+        assert layers.startswith(f"K-FAC: {number} layers")
+        assert ("lm_head (" in skipped) == (number == 14)
 
 
-def test_head_when_its_logits_are_scaled_then_it_is_called_and_taken() -> None:
+def test_output_layer_when_its_logits_are_scaled_then_is_called_and_preconditioned() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = GraniteForCausalLM(GraniteConfig(vocab_size=3000, tie_word_embeddings=False, logits_scaling=8.0, **sizes))
     assert chunked_lm_heads(model) == []
@@ -174,7 +185,7 @@ def test_head_when_its_logits_are_scaled_then_it_is_called_and_taken() -> None:
     )
 
 
-def test_bytes_when_asked_then_are_those_of_the_state(tiny_gpt2: GPT2LMHeadModel) -> None:
+def test_kfac_bytes_when_estimated_then_are_those_of_the_state(tiny_gpt2: GPT2LMHeadModel) -> None:
     options = KfacOptions(kfac=True, kfac_method="inverse")
     tensors, _ = KfacPreconditioner(
         tiny_gpt2, options, learning_rate=lambda: RATE, accumulation=1, tokens_per_step=1000
@@ -183,106 +194,26 @@ def test_bytes_when_asked_then_are_those_of_the_state(tiny_gpt2: GPT2LMHeadModel
     assert kfac_bytes(tiny_gpt2.config, KfacOptions()) == (0, 0)
 
 
-# An installed kfac-pytorch.
+def test_no_preconditioner_when_used_then_keeps_gradients_and_has_no_state(log_lines: Callable[[], list[str]]) -> None:
+    none = NoPreconditioner()
+    norm = torch.tensor(2.5)
+    assert none.precondition(norm, num_tokens=torch.tensor(8), loss_scale=torch.tensor(1.0)) is norm
+    assert (none.state(), none.summary(), none.timings) == (({}, {}), [], None)
+    none.load({}, {})
+    assert log_lines() == []
+    none.load({"A": torch.eye(2)}, {"step": 3})
+    assert "this run has no --kfac" in log_lines()[0]
 
 
-def _llama(vocab_size: int = 97) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=False, **sizes))
-
-
-class StandIn:
-    """The surface of kfac.preconditioner.KFACPreconditioner 0.4: it doubles the gradients, and counts."""
-
-    def __init__(self, model: nn.Module, **given: Any) -> None:
-        self.model = model
-        self.given = given
-        self.steps = 0
-        self.num_resets = 0
-        self.layers: dict[str, dict[str, Tensor | None]] = {"a.b": {"A": torch.eye(2), "G": None}}
-
-    def step(self) -> None:
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad *= 2
-        self.steps += 1
-
-    def reset_batch(self) -> None:
-        self.num_resets += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "damping": 1.0, "layers": self.layers}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
-        self.layers = state["layers"]
-
-
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[KfacPytorchPreconditioner, StandIn]]:
-    """Ours around the stand-in, and the stand-in."""
-    made: list[StandIn] = []
-
-    def make(model: nn.Module, **given: Any) -> StandIn:
-        made.append(StandIn(model, **given))
-        return made[-1]
-
-    package, module = ModuleType("kfac"), ModuleType("kfac.preconditioner")
-    module.KFACPreconditioner = make  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "kfac", package)
-    monkeypatch.setitem(sys.modules, "kfac.preconditioner", module)
-
-    def build(model: PreTrainedModel, **options: Any) -> tuple[KfacPytorchPreconditioner, StandIn]:
-        chosen = KfacOptions(**{"kfac": True, "kfac_backend": "kfac-pytorch", **options})
-        return KfacPytorchPreconditioner(model, chosen, learning_rate=lambda: 0.0, accumulation=3, scaler=None), made[
-            -1
-        ]
-
-    return build
-
-
-def test_kfac_pytorch_when_installed_then_is_driven_between_backward_and_clipping(
-    installed: Callable[..., tuple[KfacPytorchPreconditioner, StandIn]],
+@pytest.mark.parametrize(("factors", "inverses", "period"), [(10, 10, 10), (4, 6, 12), (1, 7, 7)])
+def test_intervals_when_factors_and_inverses_have_their_own_then_repeat_after_the_least_common_multiple(
+    factors: int, inverses: int, period: int
 ) -> None:
-    model = _llama()
-    one, inner = installed(model, kfac_damping=0.01, kfac_inv_update_steps=7)
-    assert {key: inner.given[key] for key in ("factor_update_steps", "inv_update_steps", "damping")} == {
-        "factor_update_steps": 10, "inv_update_steps": 7, "damping": 0.01,
-    }  # fmt: skip
-    assert "kl_clip" not in inner.given  # its own default
-    assert (inner.given["accumulation_steps"], inner.given["compute_method"]) == (3, "eigen")
-    assert not inner.given["update_factors_in_hook"]
-    assert inner.given["lr"](0) > 0
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    norm = torch.tensor(float(sum(p.numel() for p in model.parameters()))).sqrt()
-    found = one.precondition(norm, num_tokens=torch.tensor(8), loss_scale=torch.tensor(1.0))
-    assert float(found) == pytest.approx(2 * float(norm))
-    one.discard()
-    assert inner.num_resets == 1
-    other: Preconditioner
-    other, second = installed(model)
-    other.load(*one.state())
-    assert second.steps == 1
-    assert torch.equal(second.layers["a.b"]["A"], torch.eye(2))  # type: ignore[arg-type]
-    assert second.layers["a.b"]["G"] is None
-    with pytest.raises(ValueError, match="another --kfac_backend"):
-        KfacPreconditioner(
-            model, KfacOptions(kfac=True), learning_rate=lambda: 0.0, accumulation=1, tokens_per_step=1000
-        ).load(*one.state())
+    options = KfacOptions(kfac=True, kfac_factor_update_steps=factors, kfac_inv_update_steps=inverses)
+    assert update_intervals(options) == (factors, period)
 
 
-def test_kfac_pytorch_when_the_model_has_no_layer_for_it_then_is_refused(
-    installed: Callable[..., tuple[KfacPytorchPreconditioner, StandIn]], tiny_gpt2: GPT2LMHeadModel
-) -> None:
-    with pytest.raises(UserError, match="Conv1D"):
-        installed(tiny_gpt2)
-    with pytest.raises(UserError, match="no Linear layer"):
-        installed(_llama(), kfac_skip_layers=("Linear",))
-
-
-def test_kfac_pytorch_when_not_installed_then_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "kfac", None)
-    options = KfacOptions(kfac=True, kfac_backend="kfac-pytorch")
-    with pytest.raises(UserError, match=r"not installed here.*git\+https://github\.com/gpauloski/kfac-pytorch"):
-        KfacPytorchPreconditioner(_llama(), options, learning_rate=lambda: 0.0, accumulation=1, scaler=None)
+def test_norm_when_some_parameters_have_no_gradient_then_is_that_of_the_others() -> None:
+    with_gradient = nn.Parameter(torch.zeros(2, 2))
+    with_gradient.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    assert float(norm_of([with_gradient, nn.Parameter(torch.zeros(3))])) == 5.0
