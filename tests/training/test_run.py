@@ -1,4 +1,4 @@
-"""What a run does when something happens at an awkward moment."""
+"""The order of a run, and what it does when a signal or an error comes between its steps."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ import torch
 import llm.training.accelerator
 import llm.training.callbacks.checkpointing
 from llm.models.language_model import LanguageModel
+from llm.training.callbacks.checkpointing import CheckpointingCallback
+from llm.training.callbacks.evaluation import EvaluationCallback
+from llm.training.callbacks.metrics import MetricsCallback
+from llm.training.callbacks.sampling import SamplingCallback
+from llm.training.run_dir.console import ProgressBar
 from llm.training.updaters.base import StepReport, VoteResult
 from llm.training.updaters.synchronous import SynchronousUpdater
 from tests.conftest import Outcome
@@ -28,22 +33,23 @@ Train = Callable[..., Outcome]
 @pytest.fixture
 def killed() -> Iterator[list[int]]:
     """The SIGTERMs that would have killed this process."""
-    got: list[int] = []
+    signals: list[int] = []
 
     def catch(number: int, _: FrameType | None) -> None:
-        got.append(number)
+        signals.append(number)
 
     previous = signal.signal(signal.SIGTERM, catch)
-    yield got
+    yield signals
     signal.signal(signal.SIGTERM, previous)
 
 
-def test_signal_when_it_comes_after_another_rank_stopped_the_run_then_the_save_is_finished(
+def test_signal_when_it_comes_during_a_save_after_another_ranks_stop_then_the_save_is_finished(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: list[int]
 ) -> None:
-    # A launcher signals its ranks one after another: this one hears of the stop from the others first,
-    # and gets its own signal while it saves.
-    update, save = SynchronousUpdater.update, llm.training.callbacks.checkpointing.save_checkpoint
+    # A launcher signals its ranks one after another: this rank learns of the stop from the others first, and gets its
+    # own signal while it saves.
+    update = SynchronousUpdater.update
+    save = llm.training.callbacks.checkpointing.save_checkpoint
 
     def stopped_by_another(self: SynchronousUpdater, *words: Any, **more: Any) -> StepReport:
         return replace(update(self, *words, **more), votes=VoteResult(stop=True))
@@ -60,10 +66,11 @@ def test_signal_when_it_comes_after_another_rank_stopped_the_run_then_the_save_i
     assert (tmp_path / "run" / "checkpoints" / "step_1" / "manifest.json").exists()
 
 
-def test_record_when_no_loss_of_its_updates_was_finite_then_holds_none_instead_of_an_older_one(
+def test_record_when_no_loss_since_the_last_one_was_finite_then_its_loss_is_none(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, calls = LanguageModel.forward, []
+    forward = LanguageModel.forward
+    calls: list[int] = []
 
     def poisoned(self: LanguageModel, *inputs: torch.Tensor | None) -> Any:
         loss, count = forward(self, *inputs)
@@ -80,7 +87,7 @@ def test_record_when_no_loss_of_its_updates_was_finite_then_holds_none_instead_o
     assert json.loads((tmp_path / "run" / "all_results.json").read_text())["train_loss"] == losses[2]
 
 
-def test_overwriting_when_the_model_lies_in_the_folder_then_is_refused_and_nothing_is_removed(
+def test_overwriting_when_the_model_is_read_from_the_folder_then_is_refused_and_nothing_is_removed(
     train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -94,12 +101,12 @@ def test_overwriting_when_the_model_lies_in_the_folder_then_is_refused_and_nothi
     assert {path.name for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_run_when_it_fails_behind_its_first_updates_then_garbage_is_searched_and_memory_goes_back(
+def test_run_when_it_fails_after_its_first_updates_then_the_heap_is_unfrozen_and_memory_is_returned(
     train: Train, tiny_options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update = SynchronousUpdater.update
     frozen: list[int] = []
-    heap = ["as found"]
+    heap = ["at the start"]
 
     def failing(self: SynchronousUpdater, batches: Any, step: int, **more: Any) -> StepReport:
         if step == 3:
@@ -113,4 +120,44 @@ def test_run_when_it_fails_behind_its_first_updates_then_garbage_is_searched_and
     monkeypatch.setattr(llm.training.accelerator, "return_freed_memory", lambda: heap.append("returned"))
     assert train(*tiny_options, "--max_train_steps", 5).code == 1
     assert frozen[0] > 0 and gc.get_freeze_count() == 0
-    assert heap == ["as found", "kept", "in an update", "returned"]
+    assert heap == ["at the start", "kept", "in an update", "returned"]
+
+
+def test_callbacks_when_all_are_due_after_an_update_then_run_in_their_order(
+    train: Train, tiny_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def record(owner: type, method: str) -> None:
+        original = getattr(owner, method)
+
+        def recorded(self: Any, *words: Any, **more: Any) -> Any:
+            calls.append(f"{owner.__name__}.{method}")
+            return original(self, *words, **more)
+
+        monkeypatch.setattr(owner, method, recorded)
+
+    record(SynchronousUpdater, "update")
+    record(MetricsCallback, "check_health")
+    record(MetricsCallback, "record")
+    record(EvaluationCallback, "run")
+    record(CheckpointingCallback, "run")
+    record(SamplingCallback, "run")
+    record(ProgressBar, "advance")
+    every_update = [
+        *("--logging_steps", "1", "--eval_steps", "1", "--checkpointing_steps", "1", "--sample_steps", "1"),
+        *("--max_eval_batches", "1", "--max_train_steps", "2", "--output_dir", tmp_path / "run"),
+    ]
+    assert train(*tiny_options, *every_update).code == 0
+    order = [
+        "SynchronousUpdater.update",
+        "MetricsCallback.check_health",
+        "MetricsCallback.record",
+        "EvaluationCallback.run",
+        "CheckpointingCallback.run",
+        "SamplingCallback.run",
+        "ProgressBar.advance",
+    ]
+    # After the last update the samples come at the end of the run.
+    last = [call for call in order if call != "SamplingCallback.run"]
+    assert calls == [*order, *last, "SamplingCallback.run"]
