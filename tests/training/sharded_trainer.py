@@ -1,8 +1,10 @@
-"""`python sharded_trainer.py COUNTS [--stop_at K] OPTIONS...`: the trainer with an updater that is not the package's.
+"""An updater that is not the package's, and a program that runs the trainer with it, on several ranks.
 
 Each rank keeps one shard of every weight. The whole weights exist inside a forward and backward pass only, and hold NaN
-at all other times: a rank that uses them alone, or skips a pass, spoils the run or hangs. COUNTS is a folder that gets
-the number of calls of each collective verb, one JSON file a rank.
+at all other times: a rank that uses them alone, or skips a pass, spoils the run or hangs.
+
+`python -m tests.training.sharded_trainer SCENARIOS.json` runs one scenario after another in the same processes, since
+most of the time of a short run goes into its imports; see `Scenario`.
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -58,15 +63,19 @@ class ShardedUpdater:
         self.spoil()
 
     def bounds(self, length: int) -> list[tuple[int, int]]:
-        """First row and number of rows of each rank; the last rank has the remainder."""
-        each = length // self.size
-        return [(r * each, each if r < self.size - 1 else length - r * each) for r in range(self.size)]
+        """Return the first row and the number of rows of each rank; the last rank has the remainder."""
+        num_rows = length // self.size
+        return [
+            (rank * num_rows, num_rows if rank < self.size - 1 else length - rank * num_rows)
+            for rank in range(self.size)
+        ]
 
     def rows(self, tensor: Tensor) -> Tensor:
+        """Return this rank's rows of a whole tensor."""
         return tensor.narrow(0, *self.bounds(len(tensor))[self.rank])
 
     def whole(self, name: str) -> Tensor:
-        """Collective: the whole weight."""
+        """Return the whole weight, on all ranks together."""
         self.calls["gather"] += 1
         result = torch.zeros_like(self.parameters[name])
         self.rows(result).copy_(self.shards[name])
@@ -75,11 +84,13 @@ class ShardedUpdater:
         return result
 
     def gather(self) -> None:
+        """Fill the model's parameters from the shards of all ranks."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.whole(name))
 
     def spoil(self) -> None:
+        """Overwrite the model's parameters with NaN."""
         with torch.no_grad():
             for parameter in self.parameters.values():
                 parameter.fill_(float("nan"))
@@ -146,49 +157,107 @@ class ShardedUpdater:
         return [f"sharded: {'ended' if finished else 'begins'} on {self.size} ranks"]
 
     def profiling_targets(self) -> ProfilingTargets:
-        nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-        return ProfilingTargets(self.model, nothing, NoPreconditioner(), nullcontext, lambda: None)
+        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        return ProfilingTargets(self.model, unused, NoPreconditioner(), nullcontext, lambda: None)
 
 
-def main(words: list[str]) -> int:
-    """Run the trainer; `--stop_at K` stops rank 1 alone, the K-th time that the training asks it whether it should."""
-    import llm.training.run as run
-    from llm.trainers.gpt import main as trainer
+@dataclass(frozen=True)
+class Scenario:
+    """One run of the trainer.
 
-    folder, stop_at = Path(words.pop(0)), 0
-    if words[0] == "--stop_at":
-        stop_at = int(words[1])
-        words = words[2:]
+    Attributes:
+        name: also the name of the run's folder.
+        port: where the ranks meet; one of its own for each scenario.
+        words: the command line, without --output_dir.
+        stop_at: rank 1 alone is asked to stop, the `stop_at`-th time that the training looks; 0 for never.
+        votes_every: updates from one exchange of votes to the next.
+        is_synchronous: whether the package's own updater is used.
+        continues: name of an earlier scenario whose folder is copied, and resumed.
+        from_step: the copy keeps the checkpoint of this update only; None keeps all.
+    """
+
+    name: str
+    port: int
+    words: list[str]
+    stop_at: int = 0
+    votes_every: int = 1
+    is_synchronous: bool = False
+    continues: str | None = None
+    from_step: int | None = None
+
+
+@contextmanager
+def sharded_updaters(votes_every: int = 1) -> Iterator[list[ShardedUpdater]]:
+    """Let the trainer use `ShardedUpdater` while the block runs; the list gets those that it builds."""
+    import llm.training.run
+
     updaters: list[ShardedUpdater] = []
 
     def build(options: Any, compute: Any, model: LanguageModel, schedule: Any, plan: Any) -> ShardedUpdater:
-        votes_every = int(os.environ.get("VOTES_EVERY", "1"))
         updaters.append(ShardedUpdater(model, rate=options.optimizer.learning_rate, votes_every=votes_every))
         return updaters[0]
 
-    if os.environ.get("UPDATER") != "synchronous":
-        run.build_updater = build
-    if stop_at and os.environ.get("RANK") == "1":
-        questions = itertools.count(1)
-        is_asked = run.StopRequest.__call__
-        run_updates = run.run_updates
+    with patch.object(llm.training.run, "build_updater", build):
+        yield updaters
 
-        def ask(request: Any) -> bool:
-            if next(questions) == stop_at:
-                request.reason = "SIGTERM"
-            return is_asked(request)
 
-        def count_from_here(*arguments: Any, **named: Any) -> bool:
-            run.StopRequest.__call__ = ask  # type: ignore[method-assign]
-            return run_updates(*arguments, **named)
+@contextmanager
+def stopped_at(number: int) -> Iterator[None]:
+    """Ask this rank to stop, the `number`-th time that the training looks; opening the text does not count."""
+    import llm.training.run as run
 
-        run.run_updates = count_from_here
-    code = trainer(words)
-    for updater in updaters:
-        (folder / f"rank_{updater.rank}.json").write_text(json.dumps(updater.calls))
-    # torchrun would kill the other rank, which still has to write its file.
-    return 0 if code == run.EXIT_STOPPED else code
+    numbers = itertools.count(1)
+    is_asked = run.StopRequest.__call__
+    run_updates = run.run_updates
+
+    def ask(request: Any) -> bool:
+        if next(numbers) == number:
+            request.reason = "SIGTERM"
+        return is_asked(request)
+
+    def count_from_here(*arguments: Any, **named: Any) -> bool:
+        stack.enter_context(patch.object(run.StopRequest, "__call__", ask))
+        return run_updates(*arguments, **named)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(run, "run_updates", count_from_here))
+        yield
+
+
+def copy_run(source: Path, target: Path, step: int | None) -> None:
+    """Copy a run's folder; with a step, keep no other checkpoint, as if the run had been killed after it."""
+    shutil.copytree(source, target)
+    for path in (target / "checkpoints").glob("step_*"):
+        if step is not None and path.name != f"step_{step}":
+            shutil.rmtree(path)
+
+
+def run_scenario(scenario: Scenario, folder: Path, rank: int) -> None:
+    """Run the trainer, and write this rank's exit code and number of calls of each method."""
+    from llm.trainers.gpt import main as trainer
+
+    os.environ["MASTER_PORT"] = str(scenario.port)
+    words = [*scenario.words, "--output_dir", str(folder / scenario.name)]
+    if scenario.continues is not None:
+        words.append("--resume_from_checkpoint")
+        if rank == 0:
+            copy_run(folder / scenario.continues, folder / scenario.name, scenario.from_step)
+    with ExitStack() as stack:
+        updaters: list[ShardedUpdater] = []
+        if not scenario.is_synchronous:
+            updaters = stack.enter_context(sharded_updaters(scenario.votes_every))
+        if scenario.stop_at and rank == 1:
+            stack.enter_context(stopped_at(scenario.stop_at))
+        code = trainer(words)
+    answer = {"code": code, "calls": updaters[0].calls if updaters else {}}
+    (folder / f"{scenario.name}.rank_{rank}.json").write_text(json.dumps(answer))
+
+
+def main(path: Path) -> None:
+    """Run all scenarios of the file on this rank."""
+    for fields in json.loads(path.read_text()):
+        run_scenario(Scenario(**fields), path.parent, int(os.environ["RANK"]))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(Path(sys.argv[1]))
