@@ -30,7 +30,7 @@ _CHECK_SECONDS = 2.0
 
 
 class Write(Protocol):
-    """Writes a checkpoint."""
+    """A function that writes a checkpoint of copied tensors."""
 
     def __call__(self, *, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Write these tensors (any shape and dtype, on the CPU), and return when they are durable."""
