@@ -29,7 +29,7 @@ from llm.training.state import TrainState
 from llm.training.supervision.stop_signals import StopRequest
 from llm.training.supervision.watchdog import Watchdog
 from llm.training.updaters.base import (
-    DataParallel,
+    DataParallelRank,
     ProfilingTargets,
     StateReader,
     StepReport,
@@ -48,7 +48,7 @@ class RecordingUpdater:
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
-        self.data_parallel = DataParallel(0, 1)
+        self.data_parallel = DataParallelRank(0, 1)
         self.calls: list[str] = []
 
     def update(self, micro_batches: Sequence[Batch], step: int, *, votes: StepVotes) -> StepReport:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from llm.config.errors import Stopped
 from llm.training.callbacks.evaluation import EvaluationCallback
-from llm.training.updaters.base import DataParallel
+from llm.training.updaters.base import DataParallelRank
 from tests.training.run_context import BLOCK_SIZE, make_context
 
 
@@ -74,7 +74,7 @@ def test_evaluation_when_there_is_no_validation_text_then_does_nothing(tiny_gpt2
 
 
 def test_evaluation_when_there_are_two_data_parallel_ranks_then_each_reads_every_second_batch(context: Any) -> None:
-    context.updater.data_parallel = DataParallel(rank=1, size=2)
+    context.updater.data_parallel = DataParallelRank(rank=1, size=2)
     evaluation = EvaluationCallback(context)
     evaluation.run()
     assert evaluation.newest is not None

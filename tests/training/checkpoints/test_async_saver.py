@@ -24,7 +24,7 @@ def saver(folder: Path, **options: Any) -> AsyncSaver:
 
 
 class FakeWrite:
-    """Stands for the writing of a checkpoint: keeps copies of its arguments, waits until it may finish, and may fail."""
+    """Stands for the writing of a checkpoint: keeps copies of its arguments, waits until it may finish, may fail."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.written: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
