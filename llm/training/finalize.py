@@ -24,9 +24,7 @@ from llm.optim.registry import unused_prefixes
 from llm.report.card import RunFacts, model_card
 from llm.report.curves import draw_curves
 from llm.system.device_timer import DeviceTimer
-from llm.training.callbacks.checkpointing import CheckpointingCallback
-from llm.training.callbacks.evaluation import EvaluationCallback
-from llm.training.callbacks.sampling import SamplingCallback
+from llm.training.callbacks.schedule import RunCallbacks
 from llm.training.context import RunContext
 from llm.training.export import export_model, probe_loss
 from llm.training.profiling.kfac_timing import cost_lines
@@ -40,14 +38,7 @@ _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
 _NUM_FINAL_SAMPLES = 3
 
 
-def finish(
-    context: RunContext,
-    evaluation: EvaluationCallback,
-    sampling: SamplingCallback,
-    checkpointing: CheckpointingCallback,
-    *,
-    command: str,
-) -> None:
+def finish(context: RunContext, callbacks: RunCallbacks, *, command: str) -> None:
     """Evaluate, sample, save, export, verify, and write results and model card; then push, if that was requested.
 
     All ranks take part in what needs the weights; rank 0 writes. A stop cuts the evaluation and the samples short, not
@@ -56,9 +47,7 @@ def finish(
 
     Args:
         context: the parts of the run.
-        evaluation: has the newest evaluation.
-        sampling: draws the last samples.
-        checkpointing: saves the last update.
+        callbacks: evaluate, sample and save.
         command: the command line of the run, without secrets.
 
     Raises:
@@ -66,11 +55,11 @@ def finish(
             is then complete).
         Stopped: on every rank, in the evaluation.
     """
-    if evaluation.newest is None:
-        evaluation.run()  # resumed at the very end
+    if callbacks.evaluation.newest is None:
+        callbacks.evaluation.run()  # resumed at the very end
     if context.options.evaluation.sample_steps is not None:
         with suppress(Stopped):
-            sampling.run(num_samples=_NUM_FINAL_SAMPLES)
+            callbacks.sampling.run(num_samples=_NUM_FINAL_SAMPLES)
     preconditioner = context.updater.profiling_targets().preconditioner
     for line in [
         *context.updater.summary(finished=True),
@@ -82,7 +71,7 @@ def finish(
     if run_dir is None:
         return
     with context.watchdog.phase("the last checkpoint"):
-        checkpointing.save_last("end")  # durable before the run is `done`
+        callbacks.checkpointing.save_last("end")  # durable before the run is `done`
     with context.watchdog.phase("the finished model and its model card"):
         probe = batch_of([context.blocks.block(0, context.plan.seed)])
         with context.updater.evaluation_model() as model:
@@ -102,7 +91,7 @@ def finish(
                 is_exact=context.world.device.type == "cpu" and context.compute.precision == "no",
                 trust_remote_code=context.options.model.trust_remote_code,
             )
-            _write_results(context, run_dir, evaluation.newest, command)
+            _write_results(context, run_dir, callbacks.evaluation.newest, command)
 
         context.world.run_on_main(export)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,9 @@ from llm.distributed.world import World
 from llm.hub.connection import come_online
 from llm.hub.push import check_hub_access
 from llm.models.config import context_limit
-from llm.models.language_model import LanguageModel
 from llm.training.accelerator import Compute, restore_process, start_compute
 from llm.training.build import build_updater, prepare_language_model
-from llm.training.callbacks.checkpointing import CheckpointingCallback
-from llm.training.callbacks.evaluation import EvaluationCallback
-from llm.training.callbacks.metrics import MetricsCallback
-from llm.training.callbacks.sampling import SamplingCallback
+from llm.training.callbacks.schedule import RunCallbacks, repeat_interrupted, scheduled_callbacks
 from llm.training.checkpoints.async_saver import AsyncSaver
 from llm.training.checkpoints.resume import Start, as_restarted, choose_start
 from llm.training.checkpoints.store import abandon_newer
@@ -35,7 +30,7 @@ from llm.training.context import RunContext
 from llm.training.estimates import dry_run_lines, require_disk_space
 from llm.training.finalize import finish
 from llm.training.initial_model import InitialModel, NamedModel
-from llm.training.loop import Callback, run_updates
+from llm.training.loop import run_updates
 from llm.training.plan import Plan, check_training, choose_block_size, plan_run, plan_schedule, resolve_options
 from llm.training.run_dir.console import ProgressBar, setup_logging, teardown_logging
 from llm.training.run_dir.folder import RunDirectory, claim_run_dir
@@ -46,8 +41,7 @@ from llm.training.state import TrainState
 from llm.training.supervision.deadline import find_deadline
 from llm.training.supervision.stop_signals import StopRequest, catch_stop_signals
 from llm.training.supervision.watchdog import Watchdog, start_watchdog
-from llm.training.triggers import Trigger, all_of, any_of, at_end, before, every, every_epoch
-from llm.training.updaters.base import StepVotes
+from llm.training.updaters.base import StepVotes, Updater
 from llm.training.updaters.preconditioning import kfac_bytes
 
 log = logging.getLogger(__name__)
@@ -107,7 +101,7 @@ def train(
                 options = as_restarted(options, run_dir.checkpoints)
                 stack.enter_context(claim_run_dir(run_dir, options, world, stop.interruptible))
             model = NamedModel() if initial_model is None else initial_model
-            result = _Run(options, command, compute, run_dir, stop, watchdog, open_dataset, model).make(stack)
+            result = _Run(options, command, compute, run_dir, stop, watchdog, open_dataset, model).execute(stack)
         compute.release()
         return result
     except Stopped as stopped:
@@ -135,27 +129,19 @@ class _Run:
     open_dataset: OpenDataset
     initial_model: InitialModel
 
-    def make(self, stack: ExitStack) -> TrainResult:
-        """Make the run in its order: checkpoint, text, plan, model, updates, end."""
-        options = self.options
+    def execute(self, stack: ExitStack) -> TrainResult:
+        """Find the checkpoint, open the text, plan; then build, train and finish."""
         world = self.compute.world
-        run_dir = self.run_dir
-        _log_lines(str(run_dir or "output: none, nothing is kept (give --output_dir to keep it)"), str(self.compute))
-        _log_lines(*self.stop.deadline.lines())
-        trackers = choose_trackers(options.tracking)
-        detect_hub(options, world)
-        _check_push(options, run_dir, world)
-        checkpoints = run_dir.checkpoints if run_dir is not None else None
-        start = world.run_on_main(self.stop.interrupting(lambda: choose_start(options, checkpoints)))
-        options = start.with_global_batch(options)
+        _log_lines(str(self.run_dir or "output: none, nothing is kept (give --output_dir to keep it)"))
+        _log_lines(str(self.compute), *self.stop.deadline.lines())
+        trackers = choose_trackers(self.options.tracking)
+        detect_hub(self.options, world)
+        _check_push(self.options, self.run_dir, world)
+        checkpoints = self.run_dir.checkpoints if self.run_dir is not None else None
+        start = world.run_on_main(self.stop.interrupting(lambda: choose_start(self.options, checkpoints)))
+        options = start.with_global_batch(self.options)
         self.compute.use_checkpoint_precision(start.precision)
-        # Before the text is read: names, overrides and a block beyond the model are known from one small file.
-        early_config = self.initial_model.read_config(start)
-        limit = context_limit(early_config)
-        # These are called for the mistakes that they find.
-        choose_block_size(options.data.block_size, limit, limit)
-        check_training(options, num_ranks=world.size)
-        kfac_bytes(early_config, options.kfac)
+        limit = self._refuse_early(options, start)
         with self.watchdog.phase("the text"):
             revision = start.dataset_revision(options.data.dataset_name)
             dataset = stack.enter_context(self.open_dataset(options, world, revision, self.stop))
@@ -166,40 +152,26 @@ class _Run:
         dataset.require_same_on_all(world)
         plan = plan_run(options.training, blocks, num_ranks=world.size, seed=start.seed, document_mask=document_mask)
         start.check(plan, dataset)
-        schedule = plan_schedule(options, plan)
         _log_lines(*dataset.opening_lines(blocks, num_samples=plan.num_samples, document_mask=document_mask), str(plan))
         if options.output.dry_run:
+            schedule = plan_schedule(options, plan)
             _log_lines(*dry_run_lines(config, plan, options.optimizer, schedule, options.output, options.kfac))
             return TrainResult(EXIT_DONE)
-
-        if run_dir is not None:
-            world.run_on_main(lambda: _require_disk_space(run_dir, config, options, start))
-        seed_weights(start.seed)
-        with self.watchdog.phase("the model"), self.stop.interruptible():
-            model = self._build(start, config, dataset.tokenizer, plan)
-        updater = build_updater(options, self.compute, model, schedule, plan)
-        if updater.data_parallel.size != world.size:
-            raise ValueError(
-                f"the plan is for {world.size} data-parallel ranks, the updater has another number of them"
-            )
-        _log_lines(*updater.summary())
-        state = start.resume(updater)
-        if run_dir is not None:
-            resolved = resolve_options(options, plan, precision=self.compute.precision)
-            world.run_on_main(lambda: _begin(run_dir, resolved, start, state))
+        updater = self._build_updater(options, start, config, dataset.tokenizer, plan)
+        state = self._resume(options, start, updater, plan)
         context = RunContext(
             options=options,
             compute=self.compute,
             world=world,
-            run_dir=run_dir,
+            run_dir=self.run_dir,
             dataset=dataset,
             blocks=blocks,
             validation=validation,
             plan=plan,
             state=state,
             updater=updater,
-            tracking=Tracking(self.compute.accelerator, run_dir),
-            saver=_saver(options, run_dir) if world.is_main else None,
+            tracking=Tracking(self.compute.accelerator, self.run_dir),
+            saver=_saver(options, self.run_dir) if world.is_main else None,
             stop=self.stop,
             watchdog=self.watchdog,
             base_model=self.initial_model.base_model(options.model),
@@ -209,38 +181,74 @@ class _Run:
         self.initial_model.receive(updater, world)
         return result
 
-    def _build(
-        self, start: Start, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, plan: Plan
-    ) -> LanguageModel:
-        """Build the model on the CPU, with the weights that the run starts with."""
-        model = self.initial_model.build(start, config, tokenizer)
-        attention = start.model.attn_implementation
-        language_model = prepare_language_model(model, self.options, self.compute, plan, keep_attention=attention)
-        start.load_weights(model)
-        return language_model
+    def _refuse_early(self, options: Options, start: Start) -> int:
+        """Find mistakes before the text is read, from one small file; return the context limit of the model.
+
+        Raises:
+            UserError: names, overrides, a block beyond the model, a batch that does not divide, or a model without a
+                layer for K-FAC.
+        """
+        config = self.initial_model.read_config(start)
+        limit = context_limit(config)
+        choose_block_size(options.data.block_size, limit, limit)
+        check_training(options, num_ranks=self.compute.world.size)
+        kfac_bytes(config, options.kfac)
+        return limit
+
+    def _build_updater(
+        self,
+        options: Options,
+        start: Start,
+        config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        plan: Plan,
+    ) -> Updater:
+        """Build the model with the weights that the run starts with, and what updates it."""
+        world = self.compute.world
+        run_dir = self.run_dir
+        if run_dir is not None:
+            world.run_on_main(lambda: _require_disk_space(run_dir, config, options, start))
+        seed_weights(start.seed)
+        with self.watchdog.phase("the model"), self.stop.interruptible():
+            model = self.initial_model.build(start, config, tokenizer)
+            attention = start.model.attn_implementation
+            language_model = prepare_language_model(model, options, self.compute, plan, keep_attention=attention)
+            start.load_weights(model)
+        updater = build_updater(options, self.compute, language_model, plan_schedule(options, plan), plan)
+        if updater.data_parallel.size != world.size:
+            raise ValueError(f"the plan is for {world.size} data-parallel ranks, not {updater.data_parallel.size}")
+        _log_lines(*updater.summary())
+        return updater
+
+    def _resume(self, options: Options, start: Start, updater: Updater, plan: Plan) -> TrainState:
+        """Restore the updater and the counters of a checkpoint, and say in the run's folder that the run begins."""
+        state = start.resume(updater)
+        run_dir = self.run_dir
+        if run_dir is not None:
+            resolved = resolve_options(options, plan, precision=self.compute.precision)
+            self.compute.world.run_on_main(lambda: _begin(run_dir, resolved, start, state))
+        return state
 
 
 def _train_and_finish(context: RunContext, command: str) -> TrainResult:
     """Make the remaining updates, then what follows the last one, or what follows a stop."""
     state = context.state
-    evaluation = EvaluationCallback(context)
-    sampling = SamplingCallback(context)
-    checkpointing = CheckpointingCallback(context, evaluation)
+    callbacks = RunCallbacks.of(context)
     exit_code = EXIT_STOPPED
     with closing(context.tracking), ExitStack() as stack:
         if context.saver is not None:
             stack.enter_context(closing(context.saver))
         bar = stack.enter_context(ProgressBar(state.step, context.plan.num_steps, is_main=context.world.is_main))
         try:
-            _repeat_interrupted(context, evaluation, sampling, checkpointing)
-            callbacks = _callbacks(context, evaluation, sampling, checkpointing, bar)
-            if _make_updates(context, callbacks, checkpointing.should_save):
-                finish(context, evaluation, sampling, checkpointing, command=command)
+            repeat_interrupted(context, callbacks)
+            if _make_updates(context, callbacks, bar):
+                finish(context, callbacks, command=command)
                 exit_code = EXIT_DONE
         except Stopped:
             pass  # an evaluation or the samples, on all ranks
         if exit_code == EXIT_STOPPED:
-            checkpointing.stop()
+            callbacks.checkpointing.stop()
+    newest = callbacks.evaluation.newest
     return TrainResult(
         exit_code=exit_code,
         output_dir=context.run_dir.path if context.run_dir is not None else None,
@@ -249,12 +257,12 @@ def _train_and_finish(context: RunContext, command: str) -> TrainResult:
         train_loss=state.train_loss,
         eval_loss=state.eval_loss,
         best_eval_loss=state.best_eval_loss,
-        perplexity=evaluation.newest.perplexity if evaluation.newest is not None else None,
-        bits_per_byte=evaluation.newest.bits_per_byte if evaluation.newest is not None else None,
+        perplexity=newest.perplexity if newest is not None else None,
+        bits_per_byte=newest.bits_per_byte if newest is not None else None,
     )
 
 
-def _make_updates(context: RunContext, callbacks: list[Callback], should_save: Callable[[], bool]) -> bool:
+def _make_updates(context: RunContext, callbacks: RunCallbacks, bar: ProgressBar) -> bool:
     """Make the remaining updates; return whether all were made."""
     plan = context.plan
     batches = context.dataset.wait_for_batches(
@@ -271,65 +279,12 @@ def _make_updates(context: RunContext, callbacks: list[Callback], should_save: C
             context.updater,
             batches,
             context.state,
-            callbacks,
+            scheduled_callbacks(context, callbacks, bar),
             num_steps=plan.num_steps,
             tokens_per_step=plan.tokens_per_step,
-            votes=StepVotes(stop=context.stop, save=should_save),
+            votes=StepVotes(stop=context.stop, save=callbacks.checkpointing.should_save),
             watched=context.watchdog.during_update,
         )
-
-
-def _callbacks(
-    context: RunContext,
-    evaluation: EvaluationCallback,
-    sampling: SamplingCallback,
-    checkpointing: CheckpointingCallback,
-    bar: ProgressBar,
-) -> list[Callback]:
-    """Return what is done after an update, in this order.
-
-    A checkpoint comes after the evaluation, which may make it the best one, and before the samples, which a resumed run
-    repeats if they were not recorded.
-    """
-    options = context.options
-    metrics = MetricsCallback(context)
-    is_last = at_end(context.plan.num_steps)
-    return [
-        Callback(every(1), metrics.check_health),
-        Callback(any_of(every(options.output.logging_steps), is_last), metrics.record),
-        Callback(_evaluation_trigger(options, context.plan), evaluation.run),
-        Callback(every(1), checkpointing.run),
-        Callback(_sampling_trigger(options, context.plan), sampling.run),
-        Callback(every(1), bar.advance),
-    ]
-
-
-def _repeat_interrupted(
-    context: RunContext,
-    evaluation: EvaluationCallback,
-    sampling: SamplingCallback,
-    checkpointing: CheckpointingCallback,
-) -> None:
-    """If the previous start was stopped during an evaluation or while sampling, repeat it now."""
-    state = context.state
-    if state.step == 0:
-        return
-    is_missing = context.validation is not None and state.eval_step != state.step
-    if is_missing and _evaluation_trigger(context.options, context.plan)(state.step):
-        evaluation.run()
-        checkpointing.run()
-    if _sampling_trigger(context.options, context.plan)(state.step):
-        sampling.run()  # unless the samples were recorded
-
-
-def _evaluation_trigger(options: Options, plan: Plan) -> Trigger:
-    interval = options.evaluation.eval_steps
-    regular = every(interval) if interval else every_epoch(plan.num_blocks, plan.global_batch)
-    return any_of(regular, at_end(plan.num_steps))
-
-
-def _sampling_trigger(options: Options, plan: Plan) -> Trigger:
-    return all_of(every(options.evaluation.sample_steps), before(plan.num_steps))
 
 
 def _batches(context: RunContext) -> MicroBatches:
