@@ -9,8 +9,6 @@ import pytest
 
 from tests.source_tree import Module, modules
 
-# A room that is still being rewritten.
-UNFINISHED = ("llm/training/",)
 # Functions that pass `**kwargs` on, because another library calls them, and why.
 ALLOWED_PASSING_ON = {
     "llm/models/attention.py": "transformers calls attention and mask functions with arguments of its own",
@@ -130,10 +128,7 @@ CASES = [
 @pytest.mark.parametrize(("place", "check"), CASES)
 def test_code_has_no_such_construct(place: str, check: Check) -> None:
     findings = [
-        module.at(node, ast.unparse(node).splitlines()[0])
-        for module in modules(place)
-        if not module.path.startswith(UNFINISHED)
-        for node in check(module)
+        module.at(node, ast.unparse(node).splitlines()[0]) for module in modules(place) for node in check(module)
     ]
 
     assert not findings, "\n" + "\n".join(findings)

@@ -24,7 +24,7 @@ from llm.optim.registry import unused_prefixes
 from llm.report.card import RunFacts, model_card
 from llm.report.curves import draw_curves
 from llm.system.device_timer import DeviceTimer
-from llm.training.callbacks.schedule import RunCallbacks
+from llm.training.callbacks.run_callbacks import RunCallbacks
 from llm.training.context import RunContext
 from llm.training.export import export_model, probe_loss
 from llm.training.profiling.kfac_timing import cost_lines

@@ -22,7 +22,7 @@ from llm.hub.push import check_hub_access
 from llm.models.config import context_limit
 from llm.training.accelerator import Compute, restore_process, start_compute
 from llm.training.build import build_updater, prepare_language_model
-from llm.training.callbacks.schedule import RunCallbacks, repeat_interrupted, scheduled_callbacks
+from llm.training.callbacks.run_callbacks import RunCallbacks, repeat_interrupted, scheduled_callbacks
 from llm.training.checkpoints.async_saver import AsyncSaver
 from llm.training.checkpoints.resume import Start, as_restarted, choose_start
 from llm.training.checkpoints.store import abandon_newer

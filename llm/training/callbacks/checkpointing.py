@@ -97,8 +97,6 @@ class CheckpointingCallback:
         context = self._context
         if context.run_dir is None:
             return
-        # Rank 0 may fail here, and the others must not wait for it in a collective.
-        context.world.run_on_main(self._wait)
         if self._saved_step != context.state.step:
             self._save([reason])
         context.world.run_on_main(self._wait)
@@ -139,6 +137,9 @@ class CheckpointingCallback:
         context = self._context
         self._saved_step = context.state.step
         started = time.monotonic()
+        with context.watchdog.phase("the checkpoint before this one, which is still being written"):
+            # Rank 0 may fail here, and the others must not wait for it in a collective.
+            context.world.run_on_main(self._wait)
         with context.watchdog.phase("the ranks' parts of a checkpoint"):
             updater_state = context.updater.state()
             tensors = gather_tensors(context.world, updater_state.tensors)
@@ -148,15 +149,14 @@ class CheckpointingCallback:
             for _ in weights:
                 pass  # rank 0 needs this rank's parts
             return
-        with context.watchdog.phase("the checkpoint before this one, which is still being written"):
-            context.saver.save(
-                context.state.step,
-                weights,
-                tensors,
-                self._writer(reasons, updater_state.numbers),
-                reasons,
-                gathering_seconds=gathering_seconds,
-            )
+        context.saver.save(
+            context.state.step,
+            weights,
+            tensors,
+            self._writer(reasons, updater_state.numbers),
+            reasons,
+            gathering_seconds=gathering_seconds,
+        )
 
     def _writer(self, reasons: list[str], updater_numbers: dict[str, Any]) -> Write:
         """Return the function that writes this checkpoint in the saver's thread, with the counters as they are now."""

@@ -21,7 +21,7 @@ from llm.training.updaters.base import Updater
 
 log = logging.getLogger(__name__)
 
-# What two starts of one run must share, and the option that decides it. A run may continue with another number of
+# Two starts of one run must agree in these; the option decides each. A run may continue with another number of
 # ranks, or another split of the global batch.
 _MUST_AGREE = {
     "seed": "--seed",

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from llm.clusters.scheduler import job_id
 from llm.config.errors import Stopped, UserError
@@ -140,19 +139,29 @@ class RunDirectory:
         except OSError:
             return ""
 
-    def write_status(self, state: str, **facts: Any) -> None:
-        """Replace status.json, unless another run has taken the folder over.
+    def write_status(
+        self, state: str, *, step: int | None = None, reason: str | None = None, exit_code: int | None = None
+    ) -> None:
+        """Replace status.json, unless another run has taken the folder over; what is None is left out.
 
         Args:
             state: running, done, stopped or failed.
-            facts: further keys, such as `step`, `reason` and `exit_code`.
+            step: finished updates.
+            reason: why the run ended.
+            exit_code: with which the process ends.
 
         Raises:
             OSError: the file cannot be written.
         """
         if self.claim is not None and not self.claim.is_held():
             return
-        status = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "pid": os.getpid(), **facts}
+        facts = {"step": step, "reason": reason, "exit_code": exit_code}
+        status = {
+            "state": state,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "pid": os.getpid(),
+            **{key: value for key, value in facts.items() if value is not None},
+        }
         content = json.dumps(status, indent=1) + "\n"
         try:
             write_text(self.status, content)
@@ -164,10 +173,10 @@ class RunDirectory:
                 file.write(content)
                 file.truncate()
 
-    def write_final_status(self, state: str, **facts: Any) -> None:
+    def write_final_status(self, state: str, *, reason: str, exit_code: int, step: int | None = None) -> None:
         """Call `write_status`; only log a failure to write, so that it does not hide the error that ends the run."""
         try:
-            self.write_status(state, **facts)
+            self.write_status(state, step=step, reason=reason, exit_code=exit_code)
         except OSError as error:
             log.warning("%s cannot be written (%s); it still has its earlier content", self.status, error.strerror)
 
