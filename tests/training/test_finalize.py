@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 import llm.training.finalize
 from llm.config.errors import Stopped, UserError
 from llm.training.callbacks.evaluation import EvaluationCallback
+from llm.training.callbacks.metrics import MetricsCallback
+from llm.training.callbacks.run_callbacks import RunCallbacks
 from llm.training.finalize import finish
 from tests.training.run_context import BLOCK_SIZE, make_context
 
@@ -54,7 +56,10 @@ def finished(tiny_gpt2: Any, byte_tokenizer: Any, tmp_path: Path, monkeypatch: p
 
         monkeypatch.setattr(llm.training.finalize, "export_model", record_export)
         evaluation = EvaluationCallback(context)
-        finish(context, evaluation, calls, calls, command=command)
+        callbacks = RunCallbacks(
+            metrics=MetricsCallback(context), evaluation=evaluation, sampling=calls, checkpointing=calls
+        )
+        finish(context, callbacks, command=command)
         return context, context.updater.calls, evaluation
 
     return run

@@ -207,7 +207,7 @@ def test_status_when_there_is_no_room_for_a_second_file_then_the_first_is_overwr
     run_dir.status.unlink()
     with pytest.raises(OSError, match="No space left"):
         run_dir.write_status("running")
-    run_dir.write_final_status("failed")  # only logs the failure
+    run_dir.write_final_status("failed", reason="the disk is full", exit_code=1)  # only logs the failure
     assert not run_dir.status.exists()
 
 
