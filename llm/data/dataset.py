@@ -138,7 +138,7 @@ class TokenizedDataset(Protocol):
         return
 
     def require_same_on_all(self, world: World) -> None:
-        """Check that every rank has the text and the tokenizer of rank 0.
+        """Check that every rank has the text and the tokenizer of rank 0; all ranks call it together.
 
         Raises:
             UserError: on a rank that has another text or tokenizer.

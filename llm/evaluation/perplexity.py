@@ -129,9 +129,10 @@ def _sums_of_batches(
 
 def _sums(model: nn.Module, batch: _Batch, device: torch.device, table: Tensor | None) -> Tensor:
     """Summed loss, number of tokens and number of bytes of one batch, float32 [3] on the device."""
-    ids = batch.ids.to(device, non_blocking=True)
-    targets = batch.targets.to(device, non_blocking=True)
-    positions = None if batch.positions is None else batch.positions.to(device, non_blocking=True)
+    is_async = device.type == "cuda"
+    ids = batch.ids.to(device, non_blocking=is_async)
+    targets = batch.targets.to(device, non_blocking=is_async)
+    positions = None if batch.positions is None else batch.positions.to(device, non_blocking=is_async)
     loss_sum, num_tokens = model(ids, targets, positions)
     num_bytes = torch.zeros((), device=device)
     if table is not None:

@@ -27,8 +27,8 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path, *, read_content: bool = True) -> str | None:
     """Compare a folder with its manifest; return the first difference in a few words, or None if there is none.
 
-    A file that the manifest does not list is no damage. Such files are never read: the names that are read are fixed,
-    and weights in safetensors take precedence over other formats. Users add notes, and network disks `.nfs*` files.
+    Files that the manifest does not list are ignored: loaders read fixed names, and prefer safetensors to other
+    formats. Users add notes, and network disks add `.nfs*` files.
 
     Args:
         folder: the folder that contains the manifest.

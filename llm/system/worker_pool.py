@@ -52,7 +52,10 @@ class WorkerPool:
             self._idle.put(worker)
 
     def share(self, value: object) -> None:
-        """Set the first argument of every later call; the value is sent once to each subprocess."""
+        """Set the first argument of every later call, None until then.
+
+        The value must be picklable; each subprocess receives it once, with its next call.
+        """
         self._shared = (self._shared[0] + 1, value)
 
     def submit(self, function: Callable[..., Result], *arguments: object) -> Future[Result]:

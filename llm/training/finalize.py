@@ -101,7 +101,7 @@ def _weights_on_main(context: RunContext) -> dict[str, Tensor]:
     weights = {}
     for name, tensor in context.updater.full_weights():
         if context.world.is_main:
-            weights[name] = tensor.detach().cpu()
+            weights[name] = tensor.detach().to("cpu", copy=True)  # valid until the next one is asked for
     return weights
 
 

@@ -113,7 +113,7 @@ def run_processes(rendezvous: Rendezvous, plan: GroupPlan, ranks: Sequence[int])
 
 
 def format_failure(failure: dict[str, Any], plan: GroupPlan) -> str:
-    """Return a line about the failure of a process, with the usual fix for its stage.
+    """Return a line about the failure of a process, with the usual fix: for its start, one host, or the network.
 
     Args:
         failure: what `run_processes` stored: rank, host, stage, problem.

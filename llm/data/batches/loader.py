@@ -68,9 +68,13 @@ class Batch(NamedTuple):
     positions: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; a copy from pinned memory is asynchronous."""
-        positions = None if self.positions is None else self.positions.to(device, non_blocking=True)
-        return Batch(self.ids.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), positions)
+        """Return the batch on a device; a copy from pinned memory to a CUDA device is asynchronous."""
+        # Other devices may read pageable memory after the call has returned.
+        is_async = device.type == "cuda"
+        positions = None if self.positions is None else self.positions.to(device, non_blocking=is_async)
+        return Batch(
+            self.ids.to(device, non_blocking=is_async), self.targets.to(device, non_blocking=is_async), positions
+        )
 
 
 class CompactBatch(NamedTuple):

@@ -70,7 +70,7 @@ def repeat_interrupted(context: RunContext, callbacks: RunCallbacks) -> None:
     """If the previous start was stopped during an evaluation or while sampling, repeat it now.
 
     Raises:
-        Stopped: on all ranks, when one was asked to stop.
+        Stopped: on all ranks, when one was asked to stop during the evaluation, or rank 0 while sampling.
     """
     state = context.state
     if state.step == 0:

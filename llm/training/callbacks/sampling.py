@@ -31,7 +31,7 @@ class SamplingCallback:
             num_samples: texts to draw.
 
         Raises:
-            Stopped: on all ranks, when one was asked to stop; nothing of the samples is kept.
+            Stopped: on all ranks, when rank 0 was asked to stop; nothing of the samples is kept.
         """
         context = self._context
         step = context.state.step

@@ -55,7 +55,7 @@ class HostBuffers:
         devices = set()
         for name, tensor in tensors:
             # A copy on the tensor's own stream: memory that is freed afterwards is not reused before it.
-            copies[name] = self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=True)
+            copies[name] = self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=tensor.device.type == "cuda")
             if tensor.device.type == "cuda":
                 devices.add(tensor.device)
         for device in devices:

@@ -325,6 +325,8 @@ def _log_differences(saved: Mapping[str, Any], decayed: set[str], param_groups: 
         decayed: parameters with weight decay in the checkpoint.
         param_groups: settings of this run's optimizer.
     """
+    if not param_groups:  # the updater has no settings of this kind
+        return
     decayed_here = {name for group in param_groups if group["weight_decay"] for name in group["param_names"]}
     if decayed and decayed_here:
         _log_decay_change(decayed - decayed_here, "no longer decayed")

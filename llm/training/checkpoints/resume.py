@@ -137,7 +137,9 @@ def as_restarted(options: Options, checkpoints: Path) -> Options:
 
 
 def choose_start(options: Options, checkpoints: Path | None) -> Start:
-    """Find and verify the checkpoint that `--resume_from_checkpoint` names.
+    """Return where the run starts: from the verified checkpoint of `--resume_from_checkpoint`, or from scratch.
+
+    A run starts from scratch if the option names no checkpoint, or none was saved yet.
 
     Args:
         options: of the run.
