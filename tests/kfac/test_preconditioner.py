@@ -278,7 +278,7 @@ def test_clip_when_a_warm_up_begins_at_rate_zero_then_nothing_is_shortened(argum
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.pop("step"), "has no `step`"),
+        (lambda state: state.pop("step"), "has no key `step`"),
         (lambda state: state.update(formulas="kfac-pytorch"), "of kfac-pytorch's formulas, and these are llm.kfac's"),
         (lambda state: state.pop("fc/count"), "fc/count does not fit"),
     ],

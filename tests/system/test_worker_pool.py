@@ -114,7 +114,7 @@ def test_worker_pool_when_its_parent_is_killed_then_the_workers_end(
     pids = [int(word) for word in process.stdout.readline().split()]
     assert len(pids) == 2
     process.send_signal(how)
-    process.wait(timeout=30)
+    process.wait(timeout=120)
     _wait_until_ended(pids)
 
 
